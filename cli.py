@@ -1,0 +1,140 @@
+"""What every command line here shares: flags made from a dataclass, one-line errors, safe writes.
+
+Nothing in this file knows about models or data, and it needs only the standard library, so that
+the device scripts can use it too.
+"""
+
+import argparse
+import dataclasses
+import errno
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+Config = TypeVar("Config")
+
+# Errors of the machine that a user can mend, as against a bug of ours, which keeps its traceback.
+_USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR,
+                errno.ENOTDIR, errno.ENAMETOOLONG}
+
+
+class UserError(Exception):
+    """Something that the user can mend. `run` prints it as one line and exits with `status`."""
+
+    status = 2
+
+
+class Stopped(UserError):
+    """The work ended early although the input was fine (diverged, interrupted)."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field that `parse` turns into a command-line flag."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        # argparse would print the whole usage first; the one line that matters drowns in it.
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def parse(cls: type[Config], doc: str | None, argv: Sequence[str] | None = None,
+          ) -> tuple[Config, set[str]]:
+    """Reads `cls` from the command line; every field made by `flag` is one flag of the same name.
+
+    Returns the configuration and the names of the fields that were given explicitly (a resumed
+    run keeps its stored settings for all the others).
+    """
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     allow_abbrev=False)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        kind, options = hints[field.name], {}
+        default = (field.default_factory() if callable(field.default_factory) else field.default)
+        if isinstance(kind, types.UnionType):  # `int | None`: None means "decided at run time"
+            kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is list:
+            options.update(nargs="+", type=typing.get_args(kind)[0])
+        else:
+            options["type"] = kind
+        if field.metadata["choices"]:
+            options["choices"] = field.metadata["choices"]
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
+                            help=(field.metadata["help"] + shown).replace("%", "%%"), **options)
+    given = vars(parser.parse_args(argv))
+    return cls(**given), set(given)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; a mistake of the user ends in one line on stderr, not a traceback."""
+    try:
+        main()
+        sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
+    except UserError as error:
+        _fail(str(error), error.status)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # `python generate.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _USER_ERRNOS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror}; nothing was left half-written", 2)
+
+
+def _fail(message: str, status: int) -> typing.NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Writes `path` whole or not at all: a temporary file, fsynced, then renamed over it."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def writable_folder(path: str | Path, flag_name: str) -> Path:
+    """Creates the folder if it is missing and makes sure, before any work, that it takes files."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write into {path} ({error.strerror}): choose another folder with "
+                        f"{flag_name}") from error
+    return path
+
+
+def require(condition: object, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,584 @@
+"""Stage 1: a corpus of stories -> tokenizer.json and token shards; and the reader of those shards.
+
+    python data_prep.py                                    # TinyStories from the Hugging Face hub
+    python data_prep.py --source stories.txt more.jsonl    # your own files (.txt, .jsonl, .parquet)
+    python data_prep.py --source sample                    # made-up stories, no network
+
+A .txt file has a line <|endoftext|> after every story, .jsonl and .parquet have a `text` field.
+Writes `--data_dir` whole or not at all and prints what is in it. The slice of 8,504 stories takes
+some seconds on 2 CPU cores, all of TinyStories (2.1 million) some minutes; memory stays flat.
+
+The data folder (format version 1)
+    tokenizer.json             byte-level BPE; decoding gives the source text back byte for byte
+    meta.json                  versions, source, licence, counts, length histogram, checksums
+    train_00000.bin, .idx ...  uint16 token ids; int64 header and row offsets (val_* likewise)
+One row is one story, [BOS] story [EOS]. A story longer than `seq_len` becomes several rows of
+nearly equal length, of which only the first has [BOS] and only the last [EOS].
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cli import UserError, atomic_file, flag, parse, require, run, writable_folder
+
+PAD, MASK, BOS, EOS = range(4)
+SPECIAL_TOKENS = ["[PAD]", "[MASK]", "[BOS]", "[EOS]"]
+FORMAT, FORMAT_VERSION = "diffusion-llm data", 1
+SHARD_MAGIC = int.from_bytes(b"dllmrows", "little")
+SHARD_TOKENS = 2**25  # 64 MiB a shard
+BUCKET = 16  # row lengths are rounded up to a multiple of this: few shapes, little padding
+ROW_KINDS = ("story", "start", "middle", "end")
+SEPARATOR = "<|endoftext|>"
+HUB_DATASET = "roneneldan/TinyStories"
+
+
+@dataclass
+class DataConfig:
+    source: list[str] = flag(["tinystories"], "tinystories (the hub), sample, or local files")
+    valid_source: str | None = flag(None, "file with the validation stories (local sources)")
+    data_dir: str = flag("data", "folder to write")
+    max_stories: int | None = flag(None, "stories to read at most, of each split")
+    vocab_size: int = flag(8192, "size of the vocabulary, 260 to 65536")
+    seq_len: int = flag(256, "longest row in tokens, a multiple of 16")
+    valid_fraction: float = flag(0.05, "share held out where the source has no validation split")
+    tokenizer_stories: int = flag(200_000, "training stories from which the vocabulary is learned")
+    num_workers: int = flag(0, "threads for tokenizing; 0 uses every core")
+    overwrite: bool = flag(False, "replace a data folder that is already there")
+    verify: bool = flag(False, "only check the checksums of an existing data folder")
+
+
+# ---- sources -------------------------------------------------------------------------------------
+
+def read_txt(path: Path) -> Iterator[str]:
+    """Stories of a text file, separated by `<|endoftext|>`; newlines are kept as they are."""
+    lines: list[str] = []
+    size = 0
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            *ended, rest = line.split(SEPARATOR)
+            for part in ended:
+                yield "".join(lines) + part
+                lines, size = [], 0
+            lines.append(rest)
+            size += len(rest)
+            require(size < 2**20, f"{path}: no {SEPARATOR} in a million characters; put a line "
+                                  f"{SEPARATOR} after every story")
+    if "".join(lines).strip():  # the last story may lack its separator
+        yield "".join(lines)
+
+
+def read_jsonl(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f'{path}, line {number}: expected {{"text": "..."}}') from error
+            require(isinstance(text, str), f"{path}, line {number}: `text` is not a string")
+            yield text
+
+
+def read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is not a readable parquet file: {error}") from error
+    require("text" in file.schema_arrow.names, f"{path} has no column `text`")
+    for batch in file.iter_batches(batch_size=1000, columns=["text"]):
+        yield from (text or "" for text in batch.column(0).to_pylist())
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+
+
+def read_files(names: Iterable[str]) -> Iterator[str]:
+    for path in map(Path, names):
+        try:
+            yield from READERS[path.suffix.lower()](path)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8"
+                            ) from error
+
+
+def check_files(names: Iterable[str]) -> None:
+    for name in names:
+        require(Path(name).is_file(), f"--source {name}: no such file; name a file, or use "
+                                      "tinystories or sample")
+        require(Path(name).suffix.lower() in READERS,
+                f"{name}: unknown kind of file; use .txt, .jsonl or .parquet")
+
+
+def read_hub(split: str) -> Iterator[str]:
+    """Streams one split ("train" or "validation") of TinyStories: no copy is kept on disk."""
+    import datasets
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one line, not its retries
+    print(f"reading {HUB_DATASET} ({split}) from the Hugging Face hub ...", flush=True)
+    try:
+        for row in datasets.load_dataset(HUB_DATASET, split=split, streaming=True):
+            yield row["text"]
+    except Exception as error:  # the hub's client has a dozen exception types for "no network"
+        raise UserError(
+            f"cannot read {HUB_DATASET} from the Hugging Face hub ({type(error).__name__}); check "
+            "the network, or use --source FILE (your own .txt, .jsonl or .parquet) or "
+            "--source sample (made-up stories, no network)") from error
+
+
+def stories(config: DataConfig) -> Iterator[tuple[str, str]]:
+    """Yields ("train" or "val", story) with the white space around each story removed."""
+    if config.source == ["tinystories"]:
+        splits = {"train": read_hub("train"), "val": read_hub("validation")}
+    elif config.source == ["sample"]:
+        from sample_stories import sample_stories
+        splits = {"both": sample_stories(config.max_stories or 6000)}
+    elif config.valid_source:
+        splits = {"train": read_files(config.source), "val": read_files([config.valid_source])}
+    else:
+        splits = {"both": read_files(config.source)}
+    for split, texts in splits.items():
+        for text in islice(texts, config.max_stories):
+            text = text.strip()
+            if split == "both":
+                # By a hash of the text: the same story never lands on both sides.
+                digest = hashlib.sha256(text.encode()).digest()
+                held_out = int.from_bytes(digest[:8], "big") < config.valid_fraction * 2**64
+                yield "val" if held_out else "train", text
+            else:
+                yield split, text
+
+
+# ---- tokenizer -----------------------------------------------------------------------------------
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """Byte-level BPE: every byte is a token, so any text round-trips."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(texts, trainer)
+    return load_tokenizer(tokenizer.to_str())
+
+
+def load_tokenizer(text: str):
+    """A tokenizer from the content of tokenizer.json.
+
+    A story may contain the characters "[MASK]": they are then ordinary text, never the special
+    token, so `encode` gives only ordinary ids.
+    """
+    from tokenizers import Tokenizer
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"tokenizer.json is not a tokenizer ({error}); prepare the data again"
+                        ) from error
+    ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+    require(ids == [PAD, MASK, BOS, EOS], "tokenizer.json has other special tokens than "
+                                          f"{', '.join(SPECIAL_TOKENS)} at ids 0 to 3")
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def token_bytes(tokenizer) -> np.ndarray:
+    """(V,) bytes of text behind each token id; 0 for the special tokens."""
+    # In the byte-level alphabet one character stands for one byte.
+    sizes = [len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())]
+    return np.array([0] * len(SPECIAL_TOKENS) + sizes[len(SPECIAL_TOKENS):], dtype=np.int64)
+
+
+def decode(tokenizer, ids: Iterable[int]) -> str:
+    """The text of token ids; special tokens give nothing, broken UTF-8 gives U+FFFD."""
+    return tokenizer.decode([int(i) for i in ids if i > EOS])
+
+
+def split_row(ids: list[int], seq_len: int) -> list[list[int]]:
+    """[BOS] ids [EOS] in as few rows as fit into seq_len, their lengths at most one apart."""
+    ids = [BOS, *ids, EOS]
+    count = -(-len(ids) // seq_len)
+    edges = [len(ids) * i // count for i in range(count + 1)]
+    return [ids[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def row_kind(row: Any) -> str:
+    """Whether a row is a whole story or the start, middle or end of a long one."""
+    return {(True, True): "story", (True, False): "start", (False, False): "middle",
+            (False, True): "end"}[bool(row[0] == BOS), bool(row[-1] == EOS)]
+
+
+# ---- writer --------------------------------------------------------------------------------------
+
+class SplitWriter:
+    """Writes the shards of one split and keeps its counts."""
+
+    def __init__(self, folder: Path, split: str, seq_len: int):
+        self.folder, self.split, self.seq_len = folder, split, seq_len
+        self.shards: list[dict] = []
+        self.counts = Counter(stories=0, rows=0, tokens=0, bytes=0)
+        self.histogram = {kind: Counter() for kind in ROW_KINDS}
+        self.rows: list[np.ndarray] = []
+        self.pending = 0
+
+    def add(self, text: str, ids: list[int]) -> None:
+        self.counts.update(stories=1, bytes=len(text.encode()))
+        for row in split_row(ids, self.seq_len):
+            self.histogram[row_kind(row)][len(row)] += 1
+            self.counts.update(rows=1, tokens=len(row))
+            self.rows.append(np.array(row, dtype="<u2"))
+            self.pending += len(row)
+        if self.pending >= SHARD_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.rows:
+            return
+        name = f"{self.split}_{len(self.shards):05d}"
+        offsets = np.cumsum([0] + [len(row) for row in self.rows])
+        header = [SHARD_MAGIC, FORMAT_VERSION, len(self.rows), self.pending]
+        data = np.concatenate(self.rows).tobytes()
+        index = np.array([*header, *offsets], dtype="<i8").tobytes()
+        for suffix, content in ((".bin", data), (".idx", index)):
+            with open(self.folder / (name + suffix), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        self.shards.append({"name": name, "rows": len(self.rows), "tokens": self.pending,
+                            "sha256": sha256(data), "index_sha256": sha256(index)})
+        self.rows, self.pending = [], 0
+
+    def summary(self) -> dict:
+        return {**self.counts, "shards": self.shards}
+
+
+def prepare(config: DataConfig) -> dict:
+    """Runs the whole stage and returns the content of meta.json."""
+    check_config(config)
+    target = Path(config.data_dir)
+    if target.exists() and any(target.iterdir()):
+        require(config.overwrite, f"{target} is already there: use it, or give --overwrite, or "
+                                  "another --data_dir")
+        # Only what this script wrote is ever replaced, never somebody's folder of that name.
+        require((target / "meta.json").exists(), f"{target} holds other files: choose another "
+                                                 "--data_dir")
+    writable_folder(target.parent, "--data_dir")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    partial.mkdir()
+    try:
+        meta = write_folder(config, partial)
+        replace_folder(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return meta
+
+
+def check_config(config: DataConfig) -> None:
+    require(260 <= config.vocab_size <= 65536,
+            f"--vocab_size {config.vocab_size}: must be from 260 (the bytes) to 65536 (uint16)")
+    require(config.seq_len >= 16 and config.seq_len % BUCKET == 0,
+            f"--seq_len {config.seq_len}: must be a positive multiple of {BUCKET}")
+    require(0 < config.valid_fraction < 1, f"--valid_fraction {config.valid_fraction}: must lie "
+                                           "between 0 and 1")
+    for name in ("max_stories", "tokenizer_stories"):
+        value = getattr(config, name)
+        require(value is None or value > 0, f"--{name} {value}: must be positive")
+    require(config.num_workers >= 0, f"--num_workers {config.num_workers}: must be 0 or more")
+    if config.source not in (["tinystories"], ["sample"]):
+        check_files(config.source + ([config.valid_source] if config.valid_source else []))
+    else:
+        require(not config.valid_source, "--valid_source goes with local files: "
+                f"{config.source[0]} has its own validation stories")
+
+
+def write_folder(config: DataConfig, folder: Path) -> dict:
+    from tqdm import tqdm
+    if config.num_workers:
+        os.environ["RAYON_NUM_THREADS"] = str(config.num_workers)
+    started = time.perf_counter()
+    # 1. The vocabulary, from the first training stories.
+    print("learning the vocabulary ...", flush=True)
+    training_texts = (text for split, text in stories(config) if split == "train" and text)
+    tokenizer = train_tokenizer(islice(training_texts, config.tokenizer_stories),
+                                config.vocab_size)
+    # 2. Every story to rows, a batch at a time: memory does not grow with the corpus.
+    writers = {split: SplitWriter(folder, split, config.seq_len) for split in ("train", "val")}
+    dropped = 0
+    with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+        source = stories(config)
+        while batch := list(islice(source, 1000)):
+            dropped += sum(not text for _, text in batch)
+            batch = [(split, text) for split, text in batch if text]
+            for (split, text), encoding in zip(
+                    batch, tokenizer.encode_batch_fast([text for _, text in batch]), strict=True):
+                writers[split].add(text, encoding.ids)
+            bar.update(sum(len(text.encode()) for _, text in batch))
+    for split, writer in writers.items():
+        writer.flush()
+        require(writer.counts["stories"], {
+            "train": f"no stories in {', '.join(config.source)}: the corpus is empty",
+            "val": "no validation stories: raise --valid_fraction or give --valid_source"}[split])
+    # 3. What a reader must know.
+    train = writers["train"]
+    text = tokenizer.to_str(pretty=True)
+    text_tokens = train.counts["tokens"] - 2 * train.counts["stories"]  # less [BOS] and [EOS]
+    meta = {
+        "format": FORMAT, "format_version": FORMAT_VERSION,
+        **describe_source(config), "vocab_size": tokenizer.get_vocab_size(),
+        "seq_len": config.seq_len, "dropped_empty": dropped,
+        "special_ids": dict(zip(SPECIAL_TOKENS, (PAD, MASK, BOS, EOS), strict=True)),
+        "bytes_per_token": train.counts["bytes"] / text_tokens,
+        "length_histogram": {kind: {str(length): lengths[length] for length in sorted(lengths)}
+                             for kind, lengths in train.histogram.items()},
+        "tokenizer_sha256": sha256(text.encode()),
+        "splits": {split: writer.summary() for split, writer in writers.items()},
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    with atomic_file(folder / "tokenizer.json", "w") as file:
+        file.write(text)
+    with atomic_file(folder / "meta.json", "w") as file:
+        json.dump(meta, file, indent=1)
+    return meta
+
+
+def describe_source(config: DataConfig) -> dict:
+    if config.source == ["tinystories"]:
+        return {"source": HUB_DATASET, "licence": "CDLA-Sharing-1.0"}
+    if config.source == ["sample"]:
+        return {"source": "sample (made-up stories, for trying things out)", "licence": "none"}
+    names = config.source + ([config.valid_source] if config.valid_source else [])
+    return {"source": ", ".join(Path(name).name for name in names),
+            "licence": "that of the local files"}
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    old = target.with_name(target.name + ".old.partial")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- reader --------------------------------------------------------------------------------------
+
+def load_meta(data_dir: str | Path) -> dict:
+    """meta.json of a data folder, checked to be one that this version reads."""
+    path = Path(data_dir) / "meta.json"
+    require(path.is_file(), f"no data in {data_dir}: run `python data_prep.py --data_dir "
+                            f"{data_dir}` first (it has --source sample for a first try)")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        known = meta["format"] == FORMAT
+    except (ValueError, KeyError, TypeError):
+        known = False
+    require(known, f"{path} is not the description of a data folder; prepare the data again")
+    check_version(path, meta["format_version"])
+    return meta
+
+
+def check_version(path: Path, version: int) -> None:
+    require(version == FORMAT_VERSION, f"{path} has data format version {version}, this program "
+            f"reads version {FORMAT_VERSION}: prepare the data again with this data_prep.py")
+
+
+def read_tokenizer_file(data_dir: str | Path, meta: dict) -> str:
+    """The text of tokenizer.json, checked against meta.json."""
+    path = Path(data_dir) / "tokenizer.json"
+    require(path.is_file(), f"{path} is missing; prepare the data again")
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    require(sha256(text.encode()) == meta["tokenizer_sha256"],
+            f"{path} is not the tokenizer that made this data; prepare the data again")
+    return text
+
+
+class TokenRows:
+    """The rows of one split ("train" or "val"), memory-mapped. `lengths` is (N,) int64."""
+
+    def __init__(self, data_dir: str | Path, split: str = "train"):
+        self.data_dir, self.split, self.meta = Path(data_dir), split, load_meta(data_dir)
+        shards = [self._open(shard) for shard in self.meta["splits"][split]["shards"]]
+        self._tokens, self._offsets = zip(*shards, strict=True)
+        self._first = np.cumsum([0] + [len(offsets) - 1 for offsets in self._offsets])
+        self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
+
+    def _open(self, shard: dict) -> tuple[np.ndarray, np.ndarray]:
+        binary = self.data_dir / f"{shard['name']}.bin"
+        index = binary.with_suffix(".idx")
+        again = "prepare the data again or copy the folder again"
+        for path in (binary, index):
+            require(path.is_file(), f"{path} is missing; {again}")
+        require(index.stat().st_size >= 32, f"{index} is truncated; {again}")
+        offsets = np.memmap(index, dtype="<i8", mode="r")
+        require(int(offsets[0]) == SHARD_MAGIC, f"{index} is not a shard index; {again}")
+        check_version(index, int(offsets[1]))
+        rows, tokens = shard["rows"], shard["tokens"]
+        require(len(offsets) == 4 + rows + 1, f"{index} is truncated: {rows} rows expected, "
+                                              f"{len(offsets) - 5} found; {again}")
+        size = binary.stat().st_size
+        require(size == 2 * tokens and int(offsets[-1]) == tokens,
+                f"{binary} is truncated: {2 * tokens} bytes expected, {size} found; {again}")
+        return np.memmap(binary, dtype="<u2", mode="r"), offsets[4:]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Row i: (length,) uint16."""
+        shard = int(np.searchsorted(self._first, i, side="right")) - 1
+        offsets, j = self._offsets[shard], i - self._first[shard]
+        return self._tokens[shard][offsets[j]:offsets[j + 1]]
+
+    def batch(self, indices: Iterable[int]) -> np.ndarray:
+        """Rows as (B, L) int64, padded with [PAD] to a multiple of 16."""
+        return pad_rows([self[i] for i in indices])
+
+
+def pad_rows(rows: list, multiple: int = BUCKET) -> np.ndarray:
+    width = round_up(max(len(row) for row in rows), multiple)
+    tokens = np.full((len(rows), width), PAD, dtype=np.int64)  # (B, L)
+    for line, row in zip(tokens, rows, strict=True):
+        line[:len(row)] = row
+    return tokens
+
+
+def round_up(n: Any, multiple: int = BUCKET) -> Any:
+    return -(-n // multiple) * multiple
+
+
+def bucket_batches(lengths: np.ndarray, batch_tokens: int, order: np.ndarray | None = None,
+                   merge: bool = True) -> list[np.ndarray]:
+    """Groups rows of like length into batches of at most `batch_tokens` padded tokens.
+
+    `order` is the order in which rows are taken. With `merge` the rows that do not fill a batch of
+    their length join the next longer ones, which keeps batches full; without it a row's padding
+    depends on its own length alone, which evaluation needs. Every row appears exactly once.
+    """
+    order = np.arange(len(lengths)) if order is None else order
+    buckets = round_up(lengths[order])
+    batches, left = [], order[:0]
+    for width in np.unique(buckets):
+        rows = np.concatenate([left, order[buckets == width]])
+        size = max(1, batch_tokens // int(width))
+        whole = len(rows) // size * size if merge else len(rows)
+        batches += [rows[i:i + size] for i in range(0, whole, size)]
+        left = rows[whole:]
+    return batches + ([left] if len(left) else [])
+
+
+def padding_share(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
+    padded = sum(len(batch) * int(round_up(lengths[batch].max())) for batch in batches)
+    return 1 - int(lengths.sum()) / padded
+
+
+def length_nats(meta: dict, rows: Iterable[np.ndarray]) -> float:
+    """Code length of the rows' kinds and lengths under the training histogram, in nats.
+
+    The network is told where a row ends, so a bound on the probability of the text has to pay for
+    it. One is added to every count (Laplace), so that no length is impossible.
+    """
+    histogram = meta["length_histogram"]
+    total = (sum(sum(lengths.values()) for lengths in histogram.values())
+             + len(ROW_KINDS) * meta["seq_len"])
+    return float(sum(np.log(total / (1 + histogram[row_kind(row)].get(str(len(row)), 0)))
+                     for row in rows))
+
+
+class BatchStream:
+    """Endless training batches: a pure function of (seed, epoch, position).
+
+    `epoch` and `position` (batches of this epoch already given) are the whole state: store them
+    and build the stream again with them to continue in the middle of an epoch. With `world` ranks
+    each global batch is dealt out row by row; rank r gets rows r, r + world, ...
+    """
+
+    def __init__(self, rows: TokenRows, batch_tokens: int, seed: int = 0, epoch: int = 0,
+                 position: int = 0, rank: int = 0, world: int = 1):
+        self.rows, self.batch_tokens, self.seed = rows, batch_tokens, seed
+        self.epoch, self.position, self.rank, self.world = epoch, position, rank, world
+        self._batches = self._epoch_batches()
+
+    def _epoch_batches(self) -> list[np.ndarray]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        batches = bucket_batches(self.rows.lengths, self.batch_tokens,
+                                 rng.permutation(len(self.rows)))
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        """The next batch, (B, L) int64; with several ranks B may be 0 for the last ones."""
+        if self.position >= len(self._batches):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._batches = self._epoch_batches()
+        indices = self._batches[self.position][self.rank::self.world]
+        self.position += 1
+        return self.rows.batch(indices) if len(indices) else np.zeros((0, BUCKET), np.int64)
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data so far."""
+        return self.epoch + self.position / len(self._batches)
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+def verify(data_dir: str) -> None:
+    meta = load_meta(data_dir)
+    read_tokenizer_file(data_dir, meta)
+    for split, summary in meta["splits"].items():
+        TokenRows(data_dir, split)
+        for shard in summary["shards"]:
+            for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
+                path = Path(data_dir) / (shard["name"] + suffix)
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                require(digest == shard[key], f"{path} is damaged (checksum): prepare the data "
+                                              "again or copy the folder again")
+    print(f"{data_dir}: every checksum is right")
+
+
+def report(data_dir: str, meta: dict) -> None:
+    for split, counts in meta["splits"].items():
+        print(f"{split:>5}: {counts['stories']:,} stories, {counts['rows']:,} rows, "
+              f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text")
+    lengths = TokenRows(data_dir).lengths
+    padding = padding_share(lengths, bucket_batches(lengths, 4096))
+    size = sum(counts["bytes"] for counts in meta["splits"].values()) / 1e6
+    print(f"vocabulary {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes/token, "
+          f"{padding:.1%} padding in batches of 4,096 tokens")
+    print(f"wrote {data_dir} in {meta['seconds']:.1f} s ({size / meta['seconds']:.1f} MB/s); "
+          f"source: {meta['source']}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, _ = parse(DataConfig, __doc__, argv)
+    if config.verify:
+        verify(config.data_dir)
+    else:
+        report(config.data_dir, prepare(config))
+
+
+if __name__ == "__main__":
+    run(main)

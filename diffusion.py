@@ -1,0 +1,416 @@
+"""The mathematics of masked diffusion: schedules, corruption, loss, likelihood bound, unmasking.
+
+A library: nothing to run here.
+
+    diffusion = DiscreteDiffusion(schedule="cosine", objective="elbo")
+    loss = diffusion.loss(model, tokens, generator)           # scalar, differentiable
+    bound = diffusion.nelbo(model, batches)                   # bound.nats_per_token
+    for state in diffusion.unmask(model, tokens, Sampler()):  # the generator of sampler.py
+        ...
+
+Forward process: at time t in (0, 1] every maskable token of a row becomes [MASK] independently
+with probability m(t). [BOS], [EOS] and [PAD] are never masked and never in the loss.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cli import require
+from data_prep import EOS, MASK
+from sampler import Sampler, State, unmask
+
+__all__ = ["SCHEDULES", "Corrupted", "CosineSchedule", "DiscreteDiffusion", "LinearSchedule",
+           "Nelbo", "Sampler", "State", "UnmaskStep", "numpy_step", "unmask"]
+
+# ---- schedules -----------------------------------------------------------------------------------
+
+
+class CosineSchedule:
+    """m(t) = sin(pi t / 2): the share cos(pi (1 - t) / 2) of MaskGIT (arXiv 2202.04200)."""
+
+    def mask_ratio(self, t: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * t)
+
+    def rate(self, t: Tensor) -> Tensor:
+        """m'(t)."""
+        return math.pi / 2 * torch.cos(math.pi / 2 * t)
+
+    def time(self, mask_ratio: Tensor) -> Tensor:
+        """The t at which m(t) is `mask_ratio`."""
+        return 2 / math.pi * torch.asin(mask_ratio)
+
+
+class LinearSchedule:
+    """m(t) = t."""
+
+    def mask_ratio(self, t: Tensor) -> Tensor:
+        return t
+
+    def rate(self, t: Tensor) -> Tensor:
+        """m'(t)."""
+        return torch.ones_like(t)
+
+    def time(self, mask_ratio: Tensor) -> Tensor:
+        """The t at which m(t) is `mask_ratio`."""
+        return mask_ratio
+
+
+SCHEDULES = {"cosine": CosineSchedule, "linear": LinearSchedule}
+OBJECTIVES = ("elbo", "masked_ce")
+
+
+def maskable(tokens: Tensor) -> Tensor:
+    """(B, L) bool: the positions that hold text (or already [MASK])."""
+    return (tokens > EOS) | (tokens == MASK)
+
+
+# ---- loss ----------------------------------------------------------------------------------------
+
+@dataclass
+class Corrupted:
+    """A batch with some tokens hidden. All (B, L) but `mask_ratio`, (B,)."""
+
+    tokens: Tensor  # int64, the clean ones
+    noisy: Tensor  # int64, with [MASK]
+    masked: Tensor  # bool
+    weight: Tensor  # float32: the loss is the sum over masked positions of weight * -log p
+    mask_ratio: Tensor  # float32, m(t)
+
+    def __getitem__(self, rows) -> "Corrupted":
+        return Corrupted(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def to(self, device: torch.device) -> "Corrupted":
+        return Corrupted(*(getattr(self, name).to(device, non_blocking=True)
+                           for name in self.__dataclass_fields__))
+
+
+class DiscreteDiffusion:
+    """Corruption, training loss, likelihood bound and sampling for one schedule and objective."""
+
+    def __init__(self, schedule: str = "cosine", objective: str = "elbo"):
+        require(schedule in SCHEDULES, f"schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
+        require(objective in OBJECTIVES, f"objective {objective!r}: choose "
+                                         f"{' or '.join(OBJECTIVES)}")
+        self.schedule, self.objective = SCHEDULES[schedule](), objective
+
+    def times(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) float64 times in (0, 1], one in each of `count` equal intervals, shuffled.
+
+        Stratifying over the whole batch lowers the variance of the loss (arXiv 2107.00630, I.1).
+        """
+        u = torch.rand(count, generator=generator, dtype=torch.float64)
+        return 1 - (torch.randperm(count, generator=generator) + u) / count
+
+    def corrupt(self, tokens: Tensor, t: Tensor, generator: torch.Generator) -> Corrupted:
+        """Hides tokens of `tokens` (B, L) at times `t` (B,), at least one in every row.
+
+        Runs on the CPU, where a seed means the same on every machine. With n maskable tokens a row
+        has none hidden with probability (1 - m)^n; such a draw teaches nothing. So the mask is
+        drawn given that it is not empty, and the weight of the row multiplied by
+        P(not empty) = 1 - (1 - m)^n, which leaves the expected loss as it was.
+        """
+        can = maskable(tokens)  # (B, L)
+        n = can.sum(1)  # (B,)
+        require(bool((n > 0).all()), "a row without any text cannot be masked")
+        m = self.schedule.mask_ratio(t.double())  # (B,)
+        # 1. One uniform for every position; position i is hidden if u_i < m.
+        u = torch.rand(tokens.shape, generator=generator, dtype=torch.float64)
+        u = u.masked_fill(~can, 2.0)  # (B, L)
+        # 2. Condition on the smallest uniform lying below m. Its distribution function is
+        #    1 - (1 - u)^n; v is its quantile, which is shrunk to the part below m. Given the
+        #    smallest, the others are uniform above it, so they are moved along.
+        low, first = u.min(1)
+        v = -torch.expm1(n * torch.log1p(-low))
+        not_empty = -torch.expm1(n * torch.log1p(-m))
+        new_low = -torch.expm1(torch.log1p(-v * not_empty) / n)
+        u = new_low[:, None] + (u - low[:, None]) * ((1 - new_low) / (1 - low))[:, None]
+        masked = can & (u < m[:, None])
+        masked[torch.arange(len(tokens)), first] = True  # also where rounding put u at m
+        # 3. Weights, so that the loss is a sum that may be split over micro-batches and ranks.
+        if self.objective == "elbo":  # m'/m on sums, arXiv 2406.07524 eq. 10, per token of text
+            row_weight = not_empty * self.schedule.rate(t.double()) / m / n.sum()
+        else:
+            row_weight = torch.full_like(m, 1 / float(masked.sum()))
+        return Corrupted(tokens, tokens.masked_fill(masked, MASK), masked,
+                         (row_weight[:, None] * masked).float(), m.float())
+
+    def loss(self, model: nn.Module, tokens: Tensor | Corrupted,
+             generator: torch.Generator | None = None) -> Tensor:
+        """The training loss, a differentiable scalar in nats/token.
+
+        `tokens` (B, L) are corrupted here at stratified times; a part of an already corrupted
+        batch gives its share of the loss.
+        """
+        if isinstance(tokens, Tensor):
+            generator = generator or torch.Generator().manual_seed(torch.initial_seed())
+            tokens = self.corrupt(tokens, self.times(len(tokens), generator), generator)
+        nats, _ = masked_cross_entropy(model, tokens.noisy, tokens.tokens, tokens.masked,
+                                       tokens.mask_ratio)
+        return (nats * tokens.weight[tokens.masked]).sum()
+
+    def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,
+              draws: int = 1, device: torch.device | str = "cpu") -> "Nelbo":
+        """The exact any-order bound, stratified over the number of hidden tokens.
+
+        For a row of n tokens NELBO = n E_k[mean over the k hidden of -log p], k uniform on 1..n:
+        the integral of m'/m E[sum] dt with the time integrated out (arXiv 2310.16834 and
+        2406.03736; it does not depend on the schedule). `batches` are (B, L) int64; masks depend
+        on (seed, number of the row, draw) alone, so batching changes nothing.
+        """
+        columns = []
+        training = model.training
+        model.eval()
+        row = 0
+        with torch.inference_mode():
+            for batch in batches:
+                clean = torch.as_tensor(batch)
+                for draw in range(draws):
+                    masked, k, n = stratified_masks(clean, row, draw, draws, seed)
+                    columns.append(self._row_sums(model, clean, masked, k, n, row, device))
+                row += len(clean)
+        model.train(training)
+        return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
+
+    def _row_sums(self, model, clean, masked, k, n, row, device) -> tuple[np.ndarray, ...]:
+        noisy = clean.masked_fill(masked, MASK)
+        inputs = [x.to(device) for x in (noisy, clean, masked, (k / n).float())]
+        nats, correct = masked_cross_entropy(model, *inputs)
+        owner = masked.nonzero()[:, 0].numpy()  # (M,) the row of each hidden token
+        sums = [np.bincount(owner, weights=x.double().cpu().numpy(), minlength=len(clean))
+                for x in (nats, correct)]
+        return row + np.arange(len(clean)), n.numpy(), k.numpy(), sums[0], sums[1]
+
+    def unmask(self, model: nn.Module, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
+               rows: Sequence[int] | None = None) -> Iterator[State]:
+        """`sampler.unmask` with this model: fills every [MASK] of `tokens` (B, L), step by step."""
+        return unmask(numpy_step(UnmaskStep(model, sampler)), tokens, sampler, seed, rows)
+
+
+def masked_cross_entropy(model: nn.Module, noisy: Tensor, clean: Tensor, masked: Tensor,
+                         mask_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """(-log p of the true token, whether it was the likeliest), each (M,), masked positions only.
+
+    The vocabulary head runs on these M positions and nowhere else.
+    """
+    hidden = model.hidden(noisy, mask_ratio)[masked]  # (M, D)
+    logits = model.head(hidden).float()  # (M, V)
+    targets = clean[masked]
+    with torch.no_grad():
+        correct = logits.argmax(-1) == targets
+    return F.cross_entropy(logits, targets, reduction="none"), correct
+
+
+def stratified_masks(clean: Tensor, row: int, draw: int, draws: int, seed: int,
+                     ) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks (B, L) that hide k of n tokens, with k stratified over 1..n; and k and n, (B,).
+
+    The quantiles of k follow a randomly shifted golden-ratio sequence: spread evenly over any run
+    of rows, uniform for each.
+    """
+    can = maskable(clean).numpy()
+    n = can.sum(1)
+    shift = np.random.default_rng([seed, 0]).random()
+    index = (row + np.arange(len(clean))) * draws + draw
+    quantile = (shift + index * ((5 ** 0.5 - 1) / 2)) % 1  # (B,) in [0, 1)
+    k = np.floor(quantile * n).astype(np.int64) + 1
+    masked = np.zeros_like(can)
+    for i in range(len(clean)):
+        rng = np.random.default_rng([seed, 1, row + i, draw])
+        masked[i, rng.permutation(np.flatnonzero(can[i]))[:k[i]]] = True
+    return torch.from_numpy(masked), torch.from_numpy(k), torch.from_numpy(n)
+
+
+@dataclass
+class Nelbo:
+    """What `DiscreteDiffusion.nelbo` measured, an entry for each row and draw: (N * draws,)."""
+
+    row: np.ndarray  # number of the row
+    n: np.ndarray  # tokens of text in the row
+    k: np.ndarray  # how many of them were hidden
+    nats: np.ndarray  # sum over the hidden of -log p
+    correct: np.ndarray  # how many of the hidden were the likeliest token
+
+    def row_nats(self) -> tuple[np.ndarray, np.ndarray]:
+        """The bound of every row in nats, and its tokens, both (N,)."""
+        draws = np.bincount(self.row)
+        return (np.bincount(self.row, weights=self.n * self.nats / self.k) / draws,
+                np.bincount(self.row, weights=self.n) / draws)
+
+    @property
+    def total_nats(self) -> float:
+        return float(self.row_nats()[0].sum())
+
+    @property
+    def nats_per_token(self) -> float:
+        nats, tokens = self.row_nats()
+        return float(nats.sum() / tokens.sum())
+
+    @property
+    def standard_error(self) -> float:
+        """Of nats_per_token, a ratio of sums over rows (delta method); 0 for a single row."""
+        nats, tokens = self.row_nats()
+        residual = nats - self.nats_per_token * tokens
+        count = len(nats)
+        return float(math.sqrt(count / max(1, count - 1) * (residual ** 2).sum()) / tokens.sum())
+
+    def bits_per_byte(self, length_nats: float, text_bytes: int) -> float:
+        """The bound on the text in bits/byte, with what telling the row lengths costs."""
+        return (self.total_nats + length_nats) / math.log(2) / text_bytes
+
+    def curve(self, bins: int = 20) -> list[dict]:
+        """Masked cross-entropy and accuracy in equal bins of the mask ratio k/n.
+
+        Bins that no draw fell into are left out.
+        """
+        which = np.ceil(self.k / self.n * bins).astype(int) - 1  # bin j holds (j/bins, (j+1)/bins]
+        rows = []
+        for j in np.unique(which):
+            k, nats, correct = (x[which == j].sum() for x in (self.k, self.nats, self.correct))
+            rows.append({"low": float(j / bins), "high": float((j + 1) / bins), "hidden": int(k),
+                         "cross_entropy": float(nats / k), "accuracy": float(correct / k)})
+        return rows
+
+    def averages(self, bins: int = 20) -> dict[str, dict[str, float]]:
+        """Averages over t of the curve for four mask ratios r(t).
+
+        Each bin of the mask ratio counts with the share of t in [0, 1] that r(t) spends in it. A
+        single "validation loss" of a masked model means nothing without this protocol.
+        """
+        curve = self.curve(bins)
+        low, high, cross_entropy, accuracy = (
+            np.array([point[key] for point in curve])
+            for key in ("low", "high", "cross_entropy", "accuracy"))
+        result = {}
+        for name, time in INVERSE_RATIOS.items():
+            share = time(high) - time(low)
+            share /= share.sum()
+            result[name] = {"cross_entropy": float((share * cross_entropy).sum()),
+                            "accuracy": float((share * accuracy).sum())}
+        return result
+
+
+# t as a function of the mask ratio r, for what published "validation losses" average over
+INVERSE_RATIOS = {
+    "t": lambda r: r,
+    "1-cos(pi t/2)": lambda r: 2 / np.pi * np.arccos(1 - r),
+    "sin(pi t/2)^2": lambda r: 2 / np.pi * np.arcsin(np.sqrt(r)),
+    "sin(pi t/2)": lambda r: 2 / np.pi * np.arcsin(r),
+}
+
+
+# ---- unmasking -----------------------------------------------------------------------------------
+
+class UnmaskStep(nn.Module):
+    """One unmasking step: network and token choice in one module. Logits never leave it.
+
+    Positions are chosen first, tokens drawn only there. A token is drawn by inverting the
+    distribution function in FP64 with one uniform number, which is exact; FP32 Gumbel noise with a
+    floor would lower the effective temperature (arXiv 2409.02908).
+    """
+
+    def __init__(self, model: nn.Module, sampler: Sampler):
+        super().__init__()
+        self.model, self.sampler = model, sampler.check()
+
+    def forward(self, tokens: Tensor, count: Tensor, noise: Tensor, most_hidden: int,
+                most_count: int) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            tokens: (B, L) int64, hidden ones are [MASK].
+            count: (B,) int64, how many to uncover in each row.
+            noise: (B, 2, L) float64 uniforms in [0, 1): for the order, for the token.
+            most_hidden, most_count: the largest number hidden and of `count` in the batch. Plain
+                numbers: they are shapes, so the step has no data-dependent ones.
+        Returns: the new tokens (B, L), and confidence (B, L) float32: the probability, at
+            temperature 1, of each token drawn now, 0 elsewhere.
+        """
+        masked = tokens == MASK  # (B, L)
+        ratio = masked.sum(1) / maskable(tokens).sum(1).clamp(min=1)
+        hidden = self.model.hidden(tokens, ratio)  # (B, L, D)
+        # 1. Score the hidden positions and choose the best `count` of every row.
+        if self.sampler.order == "random":
+            positions = best_first(noise[:, 0].masked_fill(~masked, -1), most_count)  # (B, C)
+            logits = self.model.head(take(hidden, positions)).float()  # (B, C, V)
+        else:
+            candidates = best_first(masked.double(), most_hidden)  # (B, M)
+            every = self.model.head(take(hidden, candidates)).float()  # (B, M, V)
+            score = (every.amax(-1) - every.logsumexp(-1)).exp()  # max probability, (B, M)
+            score = score.masked_fill(~masked.gather(1, candidates), -1)
+            chosen = best_first(score, most_count)  # (B, C)
+            positions, logits = candidates.gather(1, chosen), take(every, chosen)
+        # 2. Draw their tokens and write them where the row still has some to uncover.
+        drawn = draw(logits, noise[:, 1].gather(1, positions), self.sampler)  # (B, C)
+        probability = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        wanted = torch.arange(most_count, device=tokens.device) < count[:, None]  # (B, C)
+        drawn = torch.where(wanted, drawn, tokens.gather(1, positions))
+        new = tokens.scatter(1, positions, drawn)
+        confidence = torch.zeros_like(tokens, dtype=torch.float32)
+        return new, confidence.scatter(1, positions, probability * wanted)
+
+
+def best_first(score: Tensor, count: int) -> Tensor:
+    """(B, L) scores -> (B, count) positions of the highest; of equals the leftmost first."""
+    return torch.sort(score, dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """x[b, positions[b]]: (B, L, D), (B, C) -> (B, C, D)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def draw(logits: Tensor, uniform: Tensor, sampler: Sampler) -> Tensor:
+    """Draws a token for every (..., V) logits by one uniform (...) each: (...) int64."""
+    if sampler.temperature == 0:
+        return logits.argmax(-1)
+    logits = keep_likeliest(logits / sampler.temperature, sampler.top_k, sampler.top_p)
+    if logits.device.type == "mps":  # no FP64 there
+        logits, device = logits.cpu(), logits.device
+        return draw_exactly(logits, uniform.cpu()).to(device)
+    return draw_exactly(logits, uniform)
+
+
+def draw_exactly(logits: Tensor, uniform: Tensor) -> Tensor:
+    cumulative = logits.double().softmax(-1).cumsum(-1)  # (..., V)
+    total = cumulative[..., -1:]
+    # Rounding may lift u * total up to the total, behind the last token.
+    target = torch.minimum(uniform[..., None] * total, torch.nextafter(total, total * 0))
+    return torch.searchsorted(cumulative, target, right=True)[..., 0]
+
+
+def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Sets all logits to -inf but the `top_k` largest, and of these the smallest set of the
+    likeliest tokens that reaches probability `top_p` (the token that crosses it is kept)."""
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability  # what the likelier tokens sum to
+        ordered = ordered.masked_fill(before >= top_p, -math.inf)
+        logits = torch.empty_like(logits).scatter(-1, index, ordered)
+    return logits
+
+
+def numpy_step(step: UnmaskStep):
+    """Wraps the torch step for the NumPy loop of `sampler.unmask`."""
+    device = next((p.device for p in step.parameters()), torch.device("cpu"))
+
+    @torch.inference_mode()
+    def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray):
+        # MPS has no FP64; a uniform of FP32 only coarsens the noise, not the distribution function
+        uniforms = torch.from_numpy(noise).to(torch.float32 if device.type == "mps"
+                                              else torch.float64)
+        most_hidden = int((tokens == MASK).sum(1).max())
+        new, confidence = step(torch.from_numpy(tokens).to(device),
+                               torch.from_numpy(count).to(device), uniforms.to(device),
+                               most_hidden, int(count.max()))
+        return new.cpu().numpy(), confidence.cpu().numpy()
+
+    return run

@@ -1,0 +1,325 @@
+"""The networks, their size table, and the checkpoint format. A library: nothing to run here.
+
+    model = create_model("small", vocab_size=8192)   # DiffusionTransformer
+    hidden = model.hidden(tokens)                    # (B, L, D)
+    logits = model.head(hidden[masked])              # (M, V): only the positions that need it
+    logits = model(tokens)                           # (B, L, V)
+
+Notable features of the DiffusionTransformer
+- bidirectional: no mask at all, also not for padding ([PAD] is visible and learned); with
+  `causal=True` the same network is an autoregressive model, for comparisons of equal size
+- pre-norm with RMSNorm without gains (arXiv 1910.07467), rotary positions (arXiv 2104.09864)
+- queries and keys normalised (QK-norm, arXiv 2010.04245), MLP with squared ReLU (arXiv 2109.08668)
+- zero-initialised output projections: a new block is the identity
+- untied vocabulary head; the ids that can never be predicted have probability 0 (SUBS, arXiv
+  2406.07524 section 3.2)
+- no time input by default: the number of [MASK] already tells it (arXiv 2406.03736);
+  `time_conditioning="sinusoidal"` adds one
+- FP32 weights, computed in `precision`: "fp32", "bf16" or "fp16" (see `set_precision`)
+"""
+
+import dataclasses
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cli import UserError, atomic_file, require
+from data_prep import EOS, load_tokenizer, sha256
+
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 1
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    width: int = 384  # D
+    heads: int = 6  # H; each is width / heads wide
+    layers: int = 6
+    vocab_size: int = 8192  # V
+    max_len: int = 256  # longest row, in tokens
+    mlp_ratio: int = 4  # hidden width of the MLP, in units of D
+    qk_norm: bool = True
+    causal: bool = False  # the autoregressive twin
+    time_conditioning: str = "none"  # or "sinusoidal"
+    tied_head: bool = False  # one matrix for the embedding and the vocabulary head
+    dropout: float = 0.0  # after attention and MLP
+    rope_base: float = 10_000.0
+
+    def __post_init__(self):
+        require(self.width % self.heads == 0 and self.width // self.heads % 2 == 0,
+                f"width {self.width} cannot be split into {self.heads} heads of even width")
+        require(self.time_conditioning in ("none", "sinusoidal"),
+                f"time_conditioning {self.time_conditioning!r}: use none or sinusoidal")
+        require(self.vocab_size > EOS + 1, f"vocab_size {self.vocab_size} leaves no ordinary token")
+
+
+MODEL_CONFIGS = {
+    "tiny": ModelConfig(width=256, heads=4, layers=4),
+    "small": ModelConfig(width=384, heads=6, layers=6),
+    "medium": ModelConfig(width=512, heads=8, layers=8),
+    "large": ModelConfig(width=640, heads=10, layers=10),
+    "xlarge": ModelConfig(width=768, heads=12, layers=12),
+    "xxlarge": ModelConfig(width=1024, heads=16, layers=16),
+}
+
+
+def create_model(name: str, vocab_size: int = 8192, **overrides: Any) -> "DiffusionTransformer":
+    """A new model of a size of MODEL_CONFIGS; `overrides` are fields of ModelConfig."""
+    require(name in MODEL_CONFIGS, f"unknown size {name!r}: choose from {', '.join(MODEL_CONFIGS)}")
+    config = dataclasses.replace(MODEL_CONFIGS[name], vocab_size=vocab_size, **overrides)
+    return DiffusionTransformer(config)
+
+
+class Linear(nn.Linear):
+    """A linear map without bias whose FP32 weight is used in the precision of its input."""
+
+    def __init__(self, inputs: int, outputs: int, std: float | None = None):
+        super().__init__(inputs, outputs, bias=False)
+        nn.init.normal_(self.weight, std=inputs ** -0.5 if std is None else std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    # In FP32: the sum of squares overflows FP16 and loses bits in BF16.
+    return F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: turns the pairs (x_i, x_{i + d/2}) of (B, H, L, d) by their angles."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for (B, H, L, d)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not causal:
+        # The CPU's fused kernel leaves its bf16 units idle: plain products with an FP32 softmax
+        # took 33 ms against 58 (16 x 6 heads x 256, forward and backward, 2 cores of a Zen 4).
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, L, L)
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.qk_norm, self.causal = config.heads, config.qk_norm, config.causal
+        width = config.width
+        # Three matrices, not one: Muon orthogonalises each map on its own.
+        self.query, self.key, self.value = (Linear(width, width) for _ in range(3))
+        self.out = Linear(width, width, std=0.0)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L, D/H)
+                   for part in (self.query, self.key, self.value))
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = attention(q, k, v, self.causal)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.up = Linear(config.width, config.mlp_ratio * config.width)
+        self.down = Linear(config.mlp_ratio * config.width, config.width, std=0.0)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self._drop(self.attention(rms_norm(x), cos, sin))
+        return x + self._drop(self.down(F.relu(self.up(rms_norm(x))).square()))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class DiffusionTransformer(nn.Module):
+    """Predicts the tokens behind [MASK] from everything visible, to the left and to the right."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        # Nearly zero logits at first: the loss starts at log V whatever the width is.
+        self.vocabulary = Linear(config.width, config.vocab_size, std=0.02 * config.width ** -0.5)
+        if config.tied_head:
+            self.vocabulary.weight = self.embedding.weight
+        self.time = None
+        if config.time_conditioning == "sinusoidal":
+            self.time = nn.Sequential(Linear(config.width, config.width), nn.SiLU(),
+                                      Linear(config.width, config.width, std=0.0))
+        half = config.width // config.heads // 2
+        angles = torch.arange(config.max_len).float()[:, None] * (
+            config.rope_base ** (-torch.arange(half).float() / half))  # (max_len, d/2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        # In the twin the end of the story has to be predicted; in diffusion it is always visible.
+        never = torch.zeros(config.vocab_size)
+        never[:EOS if config.causal else EOS + 1] = -math.inf
+        self.register_buffer("never", never, persistent=False)  # added to the logits
+        self.compute_dtype = torch.float32
+
+    def set_precision(self, precision: str) -> "DiffusionTransformer":
+        """Sets what activations are computed in ("fp32", "bf16", "fp16"); weights stay FP32."""
+        self.compute_dtype = PRECISIONS[precision]
+        return self
+
+    def hidden(self, tokens: Tensor, t: Tensor | None = None, context: Tensor | None = None,
+               ) -> Tensor:
+        """Final hidden states.
+
+        Args:
+            tokens: (B, L) token ids, L at most `max_len`; hidden ones are [MASK].
+            t: (B,) diffusion times in (0, 1]; needed only with time conditioning.
+            context: reserved for cross-attention; this network has none.
+        Returns: (B, L, D), normalised, in the compute precision.
+        """
+        length = tokens.shape[1]
+        if length > self.config.max_len:
+            raise ValueError(f"rows of {length} tokens, but max_len is {self.config.max_len}")
+        if context is not None:
+            raise ValueError("this model has no cross-attention: it takes no context")
+        x = self.embedding(tokens).to(self.compute_dtype)  # (B, L, D)
+        if self.time is not None:
+            if t is None:
+                raise ValueError("this model is conditioned on time: pass t")
+            x = x + self.time(self._time_features(t).to(x.dtype))[:, None]  # (B, 1, D)
+        x = rms_norm(x)
+        cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return rms_norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., D) hidden states -> (..., V) logits; ids that can never be predicted get -inf."""
+        never = self.never
+        if hidden.dtype == torch.float16:  # an infinity there soon becomes NaN; e^-1e4 is 0 too
+            never = never.clamp(min=-1e4)
+        return F.linear(hidden, self.vocabulary.weight.to(hidden.dtype), never.to(hidden.dtype))
+
+    def forward(self, tokens: Tensor, t: Tensor | None = None, context: Tensor | None = None,
+                ) -> Tensor:
+        """(B, L) token ids -> (B, L, V) logits."""
+        return self.head(self.hidden(tokens, t, context))
+
+    def _time_features(self, t: Tensor) -> Tensor:
+        half = self.config.width // 2
+        frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(1e4) / half))
+        angles = 1000 * t[:, None] * frequencies  # (B, D/2)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    def count_parameters(self) -> tuple[int, int]:
+        """(all parameters, those without the embedding and the vocabulary head)."""
+        total = sum(p.numel() for p in self.parameters())
+        vocabulary = {id(p): p.numel() for p in (self.embedding.weight, self.vocabulary.weight)}
+        return total, total - sum(vocabulary.values())
+
+
+# ---- where to run --------------------------------------------------------------------------------
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name, or the best one here: CUDA, then Apple's MPS, then the CPU."""
+    if name != "auto":
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+            return device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"--device {name} cannot be used here; try auto or cpu") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(device: torch.device, name: str = "auto") -> str:
+    """`name`, or for "auto" the fastest safe precision of the device's matrix units."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        cpu = torch.cpu.get_capabilities()
+        return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
+    return "fp32"
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+def save_checkpoint(path: str | Path, model: DiffusionTransformer, tokenizer: str,
+                    length_histogram: dict, **state: Any) -> None:
+    """Writes a `.pt` checkpoint, whole or not at all.
+
+    It carries the tokenizer (text of tokenizer.json) and the length histogram, so that generation
+    needs this one file. `state` is whatever the writer needs to continue (`ema`, `optimizer`,
+    `step`, `cursor`, ...): plain containers, numbers, strings and tensors only.
+    """
+    contents = {
+        "format": CHECKPOINT_FORMAT, "format_version": CHECKPOINT_VERSION,
+        "kind": "autoregressive" if model.config.causal else "diffusion",
+        "model_config": dataclasses.asdict(model.config), "weights": model.state_dict(),
+        "tokenizer": tokenizer, "tokenizer_sha256": sha256(tokenizer.encode()),
+        "length_histogram": length_histogram, **state}
+    with atomic_file(path) as file:
+        torch.save(contents, file)
+
+
+def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict:
+    """Reads a checkpoint without running code from it (`weights_only`).
+
+    Raises UserError if the file is missing, damaged, foreign, or of another format version.
+    """
+    path = Path(path)
+    require(path.is_file(), f"no checkpoint {path}: train one first, `python train.py`")
+    try:
+        contents = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a checkpoint of this program, or is damaged; name a .pt "
+                        "file that train.py wrote") from error
+    require(isinstance(contents, dict) and contents.get("format") == CHECKPOINT_FORMAT,
+            f"{path} is a torch file but not a checkpoint of this program; name a .pt file that "
+            "train.py wrote")
+    version = contents["format_version"]
+    require(version == CHECKPOINT_VERSION, f"{path} has checkpoint format version {version}, this "
+            f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
+    return contents
+
+
+def find_checkpoint(name: str | None) -> Path:
+    """The checkpoint of that name, or the newest best.pt in a folder beside the scripts' output."""
+    if name is not None:
+        return Path(name)
+    found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    require(found, "no */best.pt here: train a model first (`python train.py --quick`) or name "
+                   "one with --checkpoint")
+    return found[-1]
+
+
+def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTransformer:
+    """The network of a checkpoint, with its averaged (EMA) weights where there are any."""
+    model = DiffusionTransformer(ModelConfig(**checkpoint["model_config"]))
+    weights = checkpoint.get("ema") if use_ema else None
+    model.load_state_dict(checkpoint["weights"] if weights is None else weights)
+    return model.eval()
+
+
+def tokenizer_from_checkpoint(checkpoint: dict):
+    return load_tokenizer(checkpoint["tokenizer"])
+
+
+def check_tokenizer(path: str | Path, checkpoint: dict, data_dir: str | Path, meta: dict) -> None:
+    """Refuses to mix a checkpoint with data that another tokenizer made."""
+    require(checkpoint["tokenizer_sha256"] == meta["tokenizer_sha256"],
+            f"{path} was trained with another tokenizer than that of {data_dir}: name the data "
+            "folder that it was trained on")
