@@ -7,6 +7,7 @@ the device scripts can use it too.
 import argparse
 import dataclasses
 import errno
+import io
 import os
 import sys
 import types
@@ -83,6 +84,10 @@ def parse(cls: type[Config], doc: str | None, argv: Sequence[str] | None = None,
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a mistake of the user ends in one line on stderr, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A console of another encoding shows ? for a letter that it lacks, and the work goes on.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown

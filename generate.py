@@ -114,12 +114,12 @@ def build_rows(config: GenerateConfig, tokenizer: "Tokenizer", histogram: dict, 
 
 
 def text_with_gaps(tokenizer: "Tokenizer", row: np.ndarray) -> str:
-    """The text of a row with ` _` for every hidden token."""
+    """The text of a row on one line, with ` _` for every hidden token."""
     pieces, start = [], 0
     for i in [*np.flatnonzero(row == MASK), len(row)]:
         pieces.append(decode(tokenizer, row[start:i]))
         start = i + 1
-    return " _".join(pieces).strip()
+    return " ".join(" _".join(pieces).split())
 
 
 def main(argv: list[str] | None = None) -> None:

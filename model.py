@@ -21,6 +21,7 @@ Notable features of the DiffusionTransformer
 import dataclasses
 import math
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,11 +283,15 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict:
     """
     path = Path(path)
     require(path.is_file(), f"no checkpoint {path}: train one first, `python train.py`")
-    try:
-        contents = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    contents, cause = None, None
+    if zipfile.is_zipfile(path):  # as torch.save writes; anything else is refused unopened
+        try:
+            contents = torch.load(path, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            cause = error
+    if contents is None:
         raise UserError(f"{path} is not a checkpoint of this program, or is damaged; name a .pt "
-                        "file that train.py wrote") from error
+                        "file that train.py wrote") from cause
     require(isinstance(contents, dict) and contents.get("format") == CHECKPOINT_FORMAT,
             f"{path} is a torch file but not a checkpoint of this program; name a .pt file that "
             "train.py wrote")

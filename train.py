@@ -320,7 +320,8 @@ class Trainer:
     def stories(self) -> list[str]:
         """`num_samples` stories, the same noise every time, so that progress shows."""
         sampler = Sampler(steps=self.config.sample_steps, temperature=0.8)
-        rows = [blank_story(draw_length(self.meta["length_histogram"], self.config.seed, i) or 64)
+        histogram, longest = self.meta["length_histogram"], self.meta["seq_len"] - 2
+        rows = [blank_story(draw_length(histogram, self.config.seed, i) or longest)
                 for i in range(self.config.num_samples)]
         step = numpy_step(UnmaskStep(self.average, sampler))
         return [decode(self.tokenizer, row) for row in fill(step, rows, sampler, self.config.seed)]

@@ -1,0 +1,140 @@
+"""Shared fixtures: a small data folder, a small checkpoint, and a network that can be enumerated."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cli
+import data_prep
+import model as model_module
+import train
+from data_prep import BOS, EOS, MASK, DataConfig, prepare
+
+ROOT = Path(__file__).parent.parent
+SMALL = model_module.ModelConfig(width=32, heads=2, layers=2)
+
+
+@pytest.fixture(autouse=True)
+def quiet_bars(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Made-up stories, 300 tokens of vocabulary, rows of 64: most stories take two or three."""
+    path = tmp_path_factory.mktemp("shared") / "data"
+    prepare(DataConfig(source=["sample"], data_dir=str(path), max_stories=300, vocab_size=300,
+                       seq_len=64, valid_fraction=0.1))
+    return path
+
+
+@pytest.fixture(scope="session")
+def long_data_dir(tmp_path_factory) -> Path:
+    """The same with rows long enough for whole stories."""
+    path = tmp_path_factory.mktemp("shared") / "data"
+    prepare(DataConfig(source=["sample"], data_dir=str(path), max_stories=120, vocab_size=400,
+                       seq_len=256, valid_fraction=0.2))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_tiny(monkeypatch):
+    """The size "tiny" is a toy in all tests of this process; real sizes have their own tests."""
+    monkeypatch.setitem(model_module.MODEL_CONFIGS, "tiny", SMALL)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(long_data_dir, tmp_path_factory) -> Path:
+    """best.pt of a toy model after some steps on `long_data_dir`."""
+    folder = tmp_path_factory.mktemp("shared") / "checkpoints"
+    sizes = {**model_module.MODEL_CONFIGS, "tiny": SMALL}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "MODEL_CONFIGS", sizes)
+        patch.setattr(train, "MODEL_CONFIGS", sizes)
+        train.Trainer(train.TrainConfig(
+            data_dir=str(long_data_dir), checkpoint_dir=str(folder), model_config="tiny",
+            max_steps=12, batch_tokens=1024, precision="fp32", device="cpu", valid_every=6,
+            valid_rows=8, num_samples=0)).run()
+    return folder / "best.pt"
+
+
+@pytest.fixture
+def fails(capsys):
+    """Calls a script's main as its command line would; asserts exit 2 and one line on stderr."""
+
+    def call(main, *argv: object, status: int = 2) -> str:
+        with pytest.raises(SystemExit) as stop:
+            cli.run(lambda: main([str(arg) for arg in argv]))
+        error = capsys.readouterr().err
+        assert stop.value.code == status
+        assert len(error.strip().splitlines()) == 1 and error.startswith("error: "), error
+        return error
+
+    return call
+
+
+class TableModel(nn.Module):
+    """A network over rows [BOS] x1 x2 x3 [EOS] of an alphabet of 3: one table of probabilities.
+
+    Random, and with no joint distribution behind it, so that every order matters.
+    """
+
+    ALPHABET = (4, 5, 6)
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        # [what each of the 3 positions holds: hidden or a letter][position][letter]
+        logits = 1.5 * torch.randn(4, 4, 4, 3, 3, generator=generator, dtype=torch.float64)
+        self.register_buffer("table", logits)
+
+    def hidden(self, tokens, t=None, context=None):
+        inner = tokens[:, 1:4]
+        index = torch.where(inner == MASK, 0, inner - 3)  # (B, 3): 0 hidden, 1..3 letters
+        letters = self.table[index[:, 0], index[:, 1], index[:, 2]]  # (B, 3, 3)
+        logits = torch.full((*tokens.shape, 7), -torch.inf, dtype=self.table.dtype)
+        logits[:, 1:4, 4:] = letters
+        logits[:, [0, 4]] = 0.0  # nothing asks for the ends, but a network has numbers there too
+        return logits
+
+    def head(self, hidden):
+        return hidden
+
+    def probabilities(self, row: tuple) -> np.ndarray:
+        """(3, 3): distribution of the letter at each position of `row` (letters or MASK)."""
+        tokens = torch.tensor([[BOS, *row, EOS]])
+        return self.hidden(tokens)[0, 1:4, 4:].softmax(-1).numpy()
+
+
+@pytest.fixture
+def table_model() -> TableModel:
+    return TableModel().eval()
+
+
+def all_rows():
+    return list(itertools.product(TableModel.ALPHABET, repeat=3))
+
+
+def chi_squared_p(observed: np.ndarray, expected: np.ndarray) -> float:
+    """p-value of Pearson's test; cells of expectation below 5 are joined into one."""
+    small = expected < 5
+    observed = np.append(observed[~small], observed[small].sum())
+    expected = np.append(expected[~small], expected[small].sum())
+    if expected[-1] == 0:
+        assert observed[-1] == 0
+        observed, expected = observed[:-1], expected[:-1]
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    half = torch.tensor([(len(expected) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def python(*argv: object) -> list[str]:
+    return [sys.executable, *map(str, argv)]
+
+
+__all__ = ["ROOT", "TableModel", "all_rows", "chi_squared_p", "data_prep", "python"]

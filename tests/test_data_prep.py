@@ -1,0 +1,374 @@
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data_prep
+from cli import UserError
+from data_prep import (
+    BOS,
+    EOS,
+    PAD,
+    BatchStream,
+    DataConfig,
+    TokenRows,
+    bucket_batches,
+    decode,
+    length_nats,
+    load_meta,
+    load_tokenizer,
+    main,
+    padding_share,
+    prepare,
+    read_tokenizer_file,
+    split_row,
+    token_bytes,
+    train_tokenizer,
+)
+
+HOSTILE = [
+    "Tom said [MASK] and [EOS], then [PAD] [BOS].", "naïve café — “quotes” 日本語 🙂🏽 e\u0301",
+    "tab\there\r\nline\rend", "a", "\x00 null \u200b zero width \ufeff", "  inner   spaces  \n\n x",
+    "ﷺ" * 40, "word " * 300, "\u202egnitset\u202c", "{}[]<|end|>",
+]
+
+
+def write_corpus(path: Path, texts: list[str]) -> Path:
+    if path.suffix == ".txt":
+        path.write_bytes("".join(f"{text}\n<|endoftext|>\n" for text in texts).encode())
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"text": text, "x": 1}) for text in texts) + "\n\n")
+    else:
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    return path
+
+
+def stored_texts(data_dir: Path, split: str) -> list[str]:
+    tokenizer = load_tokenizer((data_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    stories, ids = [], []
+    rows = TokenRows(data_dir, split)
+    for i in range(len(rows)):
+        ids += list(rows[i])
+        if rows[i][-1] == EOS:
+            assert ids[0] == BOS
+            stories.append(decode(tokenizer, ids))
+            ids = []
+    assert ids == []
+    return stories
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_every_story_decodes_to_its_source(tmp_path, suffix):
+    train = write_corpus(tmp_path / f"train{suffix}", HOSTILE)
+    valid = write_corpus(tmp_path / f"valid{suffix}", ["", HOSTILE[1], "   "])
+    meta = prepare(DataConfig(source=[str(train)], valid_source=str(valid), seq_len=64,
+                              data_dir=str(tmp_path / "data"), vocab_size=300, num_workers=2))
+    assert stored_texts(tmp_path / "data", "train") == [text.strip() for text in HOSTILE]
+    assert stored_texts(tmp_path / "data", "val") == [HOSTILE[1]]
+    assert meta["dropped_empty"] == 2
+    assert meta["splits"]["train"]["bytes"] == sum(len(t.strip().encode()) for t in HOSTILE)
+    assert meta["source"] == f"train{suffix}, valid{suffix}"
+
+
+def test_the_last_separator_may_be_missing_or_share_a_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one<|endoftext|>two\n<|endoftext|>\nthree\n")
+    assert [t.strip() for t in data_prep.read_txt(path)] == ["one", "two", "three"]
+
+
+def test_split_is_by_text_and_max_stories_holds(tmp_path):
+    texts = [f"story number {i % 50}" for i in range(200)]
+    path = write_corpus(tmp_path / "a.jsonl", texts)
+    config = DataConfig(source=[str(path)], data_dir=str(tmp_path / "data"), vocab_size=270,
+                        seq_len=32, valid_fraction=0.3, max_stories=150)
+    meta = prepare(config)
+    train, valid = (set(stored_texts(tmp_path / "data", split)) for split in ("train", "val"))
+    assert not train & valid and len(train | valid) == 50
+    assert sum(meta["splits"][split]["stories"] for split in ("train", "val")) == 150
+
+
+def test_long_stories_become_rows_of_nearly_equal_length():
+    for count in (1, 62, 63, 64, 200, 1000):
+        ids = list(range(10, 10 + count))
+        rows = split_row(ids, 64)
+        assert sum(rows, []) == [BOS, *ids, EOS]
+        assert len(rows) == -(-(count + 2) // 64)
+        assert max(map(len, rows)) <= 64 and max(map(len, rows)) - min(map(len, rows)) <= 1
+        # a row of [EOS] alone would have nothing to learn
+        assert all(any(i > EOS for i in row) for row in rows)
+
+
+def test_shards_are_cut_and_read_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep, "SHARD_TOKENS", 1000)
+    meta = prepare(DataConfig(source=["sample"], data_dir=str(tmp_path / "data"), max_stories=100,
+                              vocab_size=300, seq_len=64))
+    assert len(meta["splits"]["train"]["shards"]) > 3
+    rows = TokenRows(tmp_path / "data")
+    assert sum(len(rows[i]) for i in range(len(rows))) == meta["splits"]["train"]["tokens"]
+    assert [len(rows[i]) for i in range(len(rows))] == rows.lengths.tolist()
+    main(["--verify", "--data_dir", str(tmp_path / "data")])
+
+
+def test_bytes_per_token_match_the_text(data_dir):
+    meta = load_meta(data_dir)
+    sizes = token_bytes(load_tokenizer(read_tokenizer_file(data_dir, meta)))
+    rows = TokenRows(data_dir, "val")
+    assert sum(int(sizes[rows[i]].sum()) for i in range(len(rows))) == (
+        meta["splits"]["val"]["bytes"])
+    counts = meta["splits"]["train"]
+    assert meta["bytes_per_token"] == pytest.approx(
+        counts["bytes"] / (counts["tokens"] - 2 * counts["stories"]))
+
+
+def test_hub_stories_stream_through_datasets(tmp_path, monkeypatch):
+    """The real loading code, pointed at local files instead of the hub."""
+    import datasets
+    real = datasets.load_dataset
+    files = {split: str(write_corpus(tmp_path / f"{split}.parquet",
+                                     [f"{split} story {i}" for i in range(40)]))
+             for split in ("train", "validation")}
+
+    def load(name, split, streaming):
+        assert (name, streaming) == ("roneneldan/TinyStories", True)
+        return real("parquet", data_files={split: files[split]}, split=split, streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    meta = prepare(DataConfig(data_dir=str(tmp_path / "data"), vocab_size=270, seq_len=32,
+                              max_stories=30))
+    assert stored_texts(tmp_path / "data", "train") == [f"train story {i}" for i in range(30)]
+    assert stored_texts(tmp_path / "data", "val")[0] == "validation story 0"
+    assert meta["licence"] == "CDLA-Sharing-1.0"
+
+
+def test_no_network_names_the_other_sources(tmp_path, monkeypatch, fails):
+    import datasets
+
+    def load(*args, **kwargs):
+        raise ConnectionError("offline")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    error = fails(main, "--data_dir", tmp_path / "data")
+    assert "--source FILE" in error and "--source sample" in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_command_line_reports(tmp_path, capsys):
+    main(["--source", "sample", "--max_stories", "200", "--vocab_size", "300", "--data_dir",
+          str(tmp_path / "data")])
+    text = capsys.readouterr().out
+    meta = load_meta(tmp_path / "data")
+    counts = meta["splits"]["train"]
+    assert f"train: {counts['stories']:,} stories, {counts['rows']:,} rows" in text
+    assert sum(meta["splits"][s]["stories"] for s in ("train", "val")) == 200
+    assert "wrote" in text and meta["vocab_size"] == 300
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+BAD_FILES = {
+    "empty.txt": b"", "blank.jsonl": b"\n", "latin.txt": b"caf\xe9\n<|endoftext|>\n",
+    "broken.jsonl": b'{"text": "a"}\n{"text": ', "other.jsonl": b'{"story": "a"}\n',
+    "number.jsonl": b'{"text": 5}\n', "bad.parquet": b"not parquet", "kind.csv": b"text\nhello\n",
+    "endless.txt": b"no separator anywhere " * 60_000,
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_named(name, tmp_path, fails):
+    path = tmp_path / name
+    path.write_bytes(BAD_FILES[name])
+    assert name in fails(main, "--source", path, "--data_dir", tmp_path / "data")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_parquet_without_text(tmp_path, fails):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"story": ["a"]}), tmp_path / "a.parquet")
+    assert "`text`" in fails(main, "--source", tmp_path / "a.parquet", "--data_dir",
+                             tmp_path / "data")
+
+
+@pytest.mark.parametrize("argv", [
+    ["--source", "missing.txt"], ["--vocab_size", "259"], ["--vocab_size", "70000"],
+    ["--seq_len", "100"], ["--seq_len", "0"], ["--valid_fraction", "1"], ["--max_stories", "0"],
+    ["--num_workers", "-1"], ["--source", "sample", "--valid_source", "x.txt"],
+    ["--source", "sample", "--max_stories", "3", "--valid_fraction", "0.0001"],
+])
+def test_bad_flags(argv, tmp_path, fails):
+    fails(main, "--data_dir", tmp_path / "data", *argv)
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_existing_folder_is_kept(tmp_path, fails):
+    argv = ["--source", "sample", "--max_stories", "60", "--vocab_size", "300", "--data_dir",
+            str(tmp_path / "data")]
+    main(argv)
+    before = (tmp_path / "data" / "meta.json").read_bytes()
+    assert "--overwrite" in fails(main, *argv)
+    assert (tmp_path / "data" / "meta.json").read_bytes() == before
+    main([*argv, "--overwrite", "--max_stories", "50"])
+    assert sum(s["stories"] for s in load_meta(tmp_path / "data")["splits"].values()) == 50
+    assert os.listdir(tmp_path) == ["data"]
+    # somebody's own folder of that name is never replaced
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.txt").touch()
+    fails(main, *argv[:-1], tmp_path / "own", "--overwrite")
+    assert (tmp_path / "own" / "thesis.txt").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, fails):
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(data_prep.SplitWriter, "flush", full)
+    error = fails(main, "--source", "sample", "--max_stories", "60", "--vocab_size", "300",
+                  "--data_dir", tmp_path / "data")
+    assert "No space left" in error and os.listdir(tmp_path) == []
+
+
+def edit_index(data_dir: Path, position: int, value: int) -> None:
+    path = data_dir / "train_00000.idx"
+    index = np.fromfile(path, dtype="<i8")
+    index[position] = value
+    index.tofile(path)
+
+
+def truncate(path: Path, keep: int) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(keep)
+
+
+def edit_meta(data_dir: Path, **changes) -> None:
+    meta = json.loads((data_dir / "meta.json").read_text())
+    (data_dir / "meta.json").write_text(json.dumps({**meta, **changes}))
+
+
+DAMAGE = {
+    "train_00000.bin is truncated": lambda d: truncate(d / "train_00000.bin", 99),
+    "train_00000.idx is truncated": lambda d: truncate(d / "train_00000.idx", 80),
+    "idx is truncated": lambda d: truncate(d / "train_00000.idx", 8),
+    "not a shard index": lambda d: edit_index(d, 0, 7),
+    "format version 9": lambda d: edit_index(d, 1, 9),
+    "format version 2": lambda d: edit_meta(d, format_version=2),
+    "not the description": lambda d: edit_meta(d, format="photos"),
+    "meta.json is not": lambda d: (d / "meta.json").write_text("{"),
+    "is missing": lambda d: (d / "train_00000.bin").unlink(),
+    "no data in": lambda d: (d / "meta.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damaged_folders_are_refused(message, data_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(data_dir, copy)
+    DAMAGE[message](copy)
+    with pytest.raises(UserError, match=message):
+        TokenRows(copy)
+
+
+def test_tokenizer_must_be_the_one_of_the_data(data_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(data_dir, copy)
+    meta = load_meta(copy)
+    other = train_tokenizer(["other text"], 270).to_str()
+    (copy / "tokenizer.json").write_text(other)
+    with pytest.raises(UserError, match="not the tokenizer"):
+        read_tokenizer_file(copy, meta)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="missing"):
+        read_tokenizer_file(copy, meta)
+    with pytest.raises(UserError, match="not a tokenizer"):
+        load_tokenizer("{}")
+    with pytest.raises(UserError, match="special tokens"):
+        load_tokenizer(other.replace("[MASK]", "[HOLE]"))
+
+
+def test_verify_finds_a_flipped_bit(data_dir, tmp_path, fails, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(data_dir, copy)
+    main(["--verify", "--data_dir", str(copy)])
+    assert "every checksum is right" in capsys.readouterr().out
+    data = bytearray((copy / "val_00000.bin").read_bytes())
+    data[100] ^= 1
+    (copy / "val_00000.bin").write_bytes(data)
+    assert "val_00000.bin" in fails(main, "--verify", "--data_dir", copy)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+def test_batches_hold_every_row_once_within_the_budget():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 257, 5000)
+    for merge in (True, False):
+        batches = bucket_batches(lengths, 4096, rng.permutation(5000), merge)
+        assert sorted(np.concatenate(batches).tolist()) == list(range(5000))
+        for batch in batches:
+            assert len(batch) * data_prep.round_up(int(lengths[batch].max())) <= 4096
+    # without merging, a row's padding depends on its own length alone
+    assert all(len(set(data_prep.round_up(lengths[batch]))) == 1 for batch in batches)
+    # a budget below the row length still gives one row a batch
+    assert all(len(batch) == 1 for batch in bucket_batches(lengths, 1))
+
+
+def test_padding_is_small_for_real_lengths():
+    # TinyStories-like: mean 176 tokens, standard deviation 50
+    lengths = np.random.default_rng(0).normal(176, 50, 10_000).clip(20, 256).astype(int)
+    assert padding_share(lengths, bucket_batches(lengths, 4096)) < 0.05
+
+
+def test_stream_is_a_function_of_seed_epoch_and_position(data_dir):
+    rows = TokenRows(data_dir)
+    first, again, other = (BatchStream(rows, 1024, seed) for seed in (3, 3, 4))
+    seen = [next(first) for _ in range(120)]
+    assert first.epoch >= 1  # past the end of an epoch
+    assert all(np.array_equal(a, next(again)) for a in seen)
+    assert any(a.shape != b.shape or not np.array_equal(a, b)
+               for a, b in zip(seen, other, strict=False))
+    position = 37
+    stream = BatchStream(rows, 1024, 3)
+    for _ in range(position):
+        next(stream)
+    resumed = BatchStream(rows, 1024, 3, epoch=stream.epoch, position=stream.position)
+    assert resumed.epochs == stream.epochs
+    assert all(np.array_equal(a, next(resumed)) for a in seen[position:])
+
+
+def test_ranks_share_each_global_batch(data_dir):
+    rows = TokenRows(data_dir)
+    whole = BatchStream(rows, 1024, 1)
+    ranks = [BatchStream(rows, 1024, 1, rank=rank, world=3) for rank in range(3)]
+    for _ in range(len(whole._batches)):
+        expected = sorted(tuple(row[row != PAD]) for row in next(whole))
+        parts = [next(rank) for rank in ranks]
+        assert sorted(tuple(row[row != PAD]) for part in parts for row in part) == expected
+    assert next(iter(whole)).dtype == np.int64
+
+
+def test_length_code_is_a_probability(data_dir):
+    meta = load_meta(data_dir)
+    total = 0.0
+    for kind in data_prep.ROW_KINDS:
+        for length in range(1, meta["seq_len"] + 1):
+            row = np.full(length + (length == 1 and kind == "story"), 10)
+            if kind in ("story", "start"):
+                row[0] = BOS
+            if kind in ("story", "end"):
+                row[-1] = EOS
+            if len(row) == length:
+                assert data_prep.row_kind(row) == kind
+                total += np.exp(-length_nats(meta, [row]))
+    assert total <= 1 and total == pytest.approx(1, abs=1e-3)
+
+
+def test_all_of_a_row_kind_is_known(data_dir):
+    rows = TokenRows(data_dir)
+    kinds = {data_prep.row_kind(rows[i]) for i in range(len(rows))}
+    assert {"start", "end"} <= kinds
+    histogram = load_meta(data_dir)["length_histogram"]
+    assert sum(sum(lengths.values()) for lengths in histogram.values()) == len(rows)

@@ -1,0 +1,400 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TableModel, all_rows, chi_squared_p
+
+import diffusion as module
+from cli import UserError
+from data_prep import BOS, EOS, MASK, PAD, pad_rows
+from diffusion import (
+    SCHEDULES,
+    CosineSchedule,
+    DiscreteDiffusion,
+    LinearSchedule,
+    Nelbo,
+    Sampler,
+    UnmaskStep,
+    draw_exactly,
+    keep_likeliest,
+    numpy_step,
+    unmask,
+)
+from sampler import plan
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- schedules and corruption --------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_rate_is_its_derivative_and_time_its_inverse(name):
+    schedule = SCHEDULES[name]()
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64, requires_grad=True)
+    ratio = schedule.mask_ratio(t)
+    (rate,) = torch.autograd.grad(ratio.sum(), t)
+    torch.testing.assert_close(schedule.rate(t), rate)
+    torch.testing.assert_close(schedule.time(ratio), t)
+    ends = schedule.mask_ratio(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(ends, torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UserError, match="cosine or linear"):
+        DiscreteDiffusion(schedule="square")
+    with pytest.raises(UserError, match="masked_ce"):
+        DiscreteDiffusion(objective="mse")
+
+
+def test_times_are_stratified():
+    times = DiscreteDiffusion().times(100, generator())
+    assert (0 < times).all() and (times <= 1).all()
+    assert sorted(np.ceil(times.numpy() * 100).astype(int)) == list(range(1, 101))
+    assert not torch.equal(times, times.sort().values)
+
+
+def test_corruption_hides_text_only_and_never_nothing():
+    rows = pad_rows([[BOS, *[9] * n, EOS] for n in (1, 2, 5, 13)] * 500)
+    tokens = torch.from_numpy(rows)
+    for t in (1e-9, 1e-3, 0.3, 1.0):
+        corrupted = DiscreteDiffusion().corrupt(
+            tokens, torch.full((len(tokens),), t, dtype=torch.float64), generator())
+        assert (corrupted.masked.sum(1) >= 1).all()
+        assert (corrupted.noisy[corrupted.masked] == MASK).all()
+        assert (tokens[corrupted.masked] == 9).all()
+        assert torch.equal(corrupted.noisy[~corrupted.masked], tokens[~corrupted.masked])
+        assert (corrupted.weight[~corrupted.masked] == 0).all()
+        if t == 1.0:
+            assert torch.equal(corrupted.masked, tokens == 9)
+
+
+def test_masks_have_the_distribution_of_bernoulli_draws_given_one():
+    n, t, count = 4, 0.3, 40_000
+    tokens = torch.full((count, n), 9)
+    masked = DiscreteDiffusion("linear").corrupt(
+        tokens, torch.full((count,), t, dtype=torch.float64), generator()).masked.numpy()
+    observed = np.bincount(masked @ (2 ** np.arange(n)), minlength=2 ** n)
+    bits = np.array([bin(i).count("1") for i in range(2 ** n)])
+    expected = t ** bits * (1 - t) ** (n - bits)
+    expected[0] = 0
+    expected *= count / expected.sum()
+    assert observed[0] == 0
+    assert chi_squared_p(observed[1:], expected[1:]) > 0.001
+
+
+def test_a_row_without_text_is_refused():
+    with pytest.raises(UserError, match="without any text"):
+        DiscreteDiffusion().corrupt(torch.tensor([[BOS, EOS, PAD]]), torch.tensor([0.5]),
+                                    generator())
+
+
+# ---- the bound, against enumeration --------------------------------------------------------------
+
+def enumerated_nelbo(model: TableModel, row: tuple) -> float:
+    """Mean over all orders of the sum of -log p of each letter given those before it."""
+    total = 0.0
+    orders = list(itertools.permutations(range(3)))
+    for order in orders:
+        state = [MASK] * 3
+        for position in order:
+            total -= math.log(model.probabilities(tuple(state))[position, row[position] - 4])
+            state[position] = row[position]
+    return total / len(orders)
+
+
+def table_batch() -> tuple[np.ndarray, float]:
+    """All 27 rows, and their enumerated bound in nats/token."""
+    rows = np.array([[BOS, *row, EOS] for row in all_rows()])
+    model = TableModel()
+    return rows, float(np.mean([enumerated_nelbo(model, row) for row in all_rows()])) / 3
+
+
+def test_nelbo_is_the_sum_over_orders(table_model):
+    rows, expected = table_batch()
+    bound = DiscreteDiffusion().nelbo(table_model, [rows], draws=1500)
+    # the error of the mean over draws: rows are all there, so the spread between draws counts
+    estimates = (bound.n * bound.nats / bound.k).reshape(1500, 27).mean(1) / 3
+    error = estimates.std() / 1500 ** 0.5
+    assert error < 0.01 * expected
+    assert abs(bound.nats_per_token - expected) < 4 * error
+    assert bound.total_nats == pytest.approx(bound.nats_per_token * 81)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_training_loss_is_the_same_bound_under_every_schedule(table_model, schedule):
+    rows, expected = table_batch()
+    diffusion = DiscreteDiffusion(schedule, "elbo")
+    source = generator(5)
+    with torch.no_grad():
+        losses = [float(diffusion.loss(table_model, torch.from_numpy(rows), source))
+                  for _ in range(1500)]
+    error = np.std(losses) / len(losses) ** 0.5
+    assert error < 0.01 * expected
+    assert abs(np.mean(losses) - expected) < 4 * error
+
+
+def test_masked_ce_is_the_plain_mean(table_model):
+    rows = torch.from_numpy(table_batch()[0])
+    diffusion = DiscreteDiffusion("linear", "masked_ce")
+    corrupted = diffusion.corrupt(rows, diffusion.times(27, generator()), generator(1))
+    nats, _ = module.masked_cross_entropy(table_model, corrupted.noisy, rows, corrupted.masked,
+                                          corrupted.mask_ratio)
+    torch.testing.assert_close(diffusion.loss(table_model, corrupted), nats.mean())
+    # without a generator the default seed is used, and the same each time
+    assert diffusion.loss(table_model, rows) == diffusion.loss(table_model, rows)
+
+
+@pytest.mark.parametrize("objective", module.OBJECTIVES)
+def test_parts_of_a_batch_add_up(table_model, objective):
+    rows = torch.from_numpy(table_batch()[0])
+    diffusion = DiscreteDiffusion("cosine", objective)
+    corrupted = diffusion.corrupt(rows, diffusion.times(27, generator()), generator(1))
+    whole = diffusion.loss(table_model, corrupted.to(torch.device("cpu")))
+    parts = [diffusion.loss(table_model, corrupted[part])
+             for part in torch.arange(27).chunk(4)]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole)
+
+
+def test_nelbo_does_not_depend_on_the_batching(table_model):
+    rows = table_batch()[0]
+    whole = DiscreteDiffusion().nelbo(table_model, [rows], draws=3)
+    single = DiscreteDiffusion().nelbo(table_model, [row[None] for row in rows], draws=3)
+    np.testing.assert_allclose(whole.row_nats()[0], single.row_nats()[0], rtol=1e-12)
+    other = DiscreteDiffusion().nelbo(table_model, [rows], draws=3, seed=1)
+    assert other.total_nats != whole.total_nats
+
+
+def test_mask_counts_are_stratified_and_the_model_gets_its_mode_back(table_model):
+    table_model.train()
+    bound = DiscreteDiffusion().nelbo(table_model, [table_batch()[0]], draws=100)
+    assert table_model.training
+    counts = np.bincount(bound.k, minlength=4)[1:]
+    assert abs(counts - 900).max() < 10  # independent draws would scatter by about 25
+
+
+def made_up_bound() -> Nelbo:
+    k = np.arange(1, 21)
+    # cross-entropy 1 + ratio, accuracy 1/2 in every bin
+    return Nelbo(row=np.repeat(np.arange(10), 2), n=np.full(20, 20), k=k, nats=k * (1 + k / 20),
+                 correct=k / 2)
+
+
+def test_curve_and_averages_over_t():
+    bound = made_up_bound()
+    curve = bound.curve()
+    assert [point["low"] for point in curve] == pytest.approx(np.arange(20) / 20)
+    assert curve[9]["cross_entropy"] == pytest.approx(1.5)
+    averages = bound.averages()
+    # E[r(t)] for t uniform: 1/2, 1 - 2/pi, 1/2, 2/pi; bins stand for their upper edge, + 1/40
+    for name, mean in (("t", 0.5), ("1-cos(pi t/2)", 1 - 2 / math.pi), ("sin(pi t/2)^2", 0.5),
+                       ("sin(pi t/2)", 2 / math.pi)):
+        assert averages[name]["cross_entropy"] == pytest.approx(1 + mean + 1 / 40, abs=2e-3)
+        assert averages[name]["accuracy"] == pytest.approx(0.5)
+    # bins without a draw are left out, the rest still averages
+    few = Nelbo(*(getattr(bound, name)[:6] for name in bound.__dataclass_fields__))
+    assert len(few.curve()) == 6
+
+
+def test_standard_error_and_units():
+    bound = made_up_bound()
+    nats, tokens = bound.row_nats()
+    assert bound.nats_per_token == pytest.approx(nats.sum() / 200)
+    # rows of equal length: the ordinary standard error of the mean
+    assert bound.standard_error == pytest.approx(nats.std(ddof=1) / 10 ** 0.5 / 20)
+    assert bound.bits_per_byte(10.0, 100) == pytest.approx((nats.sum() + 10) / math.log(2) / 100)
+
+
+# ---- samplers, against enumeration ---------------------------------------------------------------
+
+def transformed(probability: np.ndarray, sampler: Sampler) -> np.ndarray:
+    """What temperature, top-k and top-p make of (..., 3) probabilities, written independently."""
+    result = np.zeros_like(probability)
+    for index in np.ndindex(probability.shape[:-1]):
+        p = probability[index] ** (1 / sampler.temperature)
+        p /= p.sum()
+        ranked = np.argsort(-p, kind="stable")
+        if sampler.top_k:
+            ranked = ranked[:sampler.top_k]
+        p = p / p[ranked].sum()
+        kept, total = [], 0.0
+        for token in ranked:
+            kept.append(token)
+            total += p[token]
+            if total >= sampler.top_p:
+                break
+        result[index][kept] = p[kept] / p[kept].sum()
+    return result
+
+
+def enumerated_samples(model: TableModel, sampler: Sampler, start=(MASK,) * 3) -> dict:
+    """Probability of every finished row."""
+    hidden = np.array([sum(letter == MASK for letter in start)])
+    states = {start: 1.0}
+    for count in plan(hidden, sampler.steps, sampler.pace)[0]:
+        after: dict = {}
+        for row, weight in states.items():
+            raw = model.probabilities(row)
+            tokens = transformed(raw, sampler)
+            open_positions = [i for i in range(3) if row[i] == MASK]
+            if sampler.order == "random":
+                choices = list(itertools.combinations(open_positions, count))
+            else:
+                choices = [sorted(open_positions, key=lambda i: -raw[i].max())[:count]]
+            for choice in choices:
+                for letters in itertools.product(range(3), repeat=len(choice)):
+                    new, p = list(row), weight / len(choices)
+                    for position, letter in zip(choice, letters, strict=True):
+                        new[position] = letter + 4
+                        p *= tokens[position, letter]
+                    after[tuple(new)] = after.get(tuple(new), 0.0) + p
+        states = after
+    return states
+
+
+SAMPLERS = [
+    Sampler("random", "linear", 3), Sampler("random", "cosine", 2), Sampler("random", "cosine", 1),
+    Sampler("random", "linear", 50), Sampler("confidence", "linear", 3),
+    Sampler("confidence", "linear", 2), Sampler("confidence", "cosine", 2),
+    Sampler("random", "linear", 3, temperature=0.6), Sampler("random", "linear", 2, top_k=2),
+    Sampler("random", "linear", 3, top_p=0.7),
+    Sampler("confidence", "linear", 3, temperature=1.5, top_k=2, top_p=0.8),
+]
+
+
+def sample_table(model, sampler, start=(MASK,) * 3, count=12_000) -> np.ndarray:
+    rows = np.tile([BOS, *start, EOS], (count, 1))
+    *_, last = DiscreteDiffusion().unmask(model, rows, sampler, seed=11)
+    return last.tokens
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+@pytest.mark.parametrize("start", [(MASK,) * 3, (5, MASK, MASK)], ids=["blank", "prompt"])
+def test_samples_have_the_enumerated_distribution(table_model, sampler, start):
+    tokens = sample_table(table_model, sampler, start)
+    assert (tokens[:, 0] == BOS).all() and (tokens[:, 4] == EOS).all()
+    inner = tokens[:, 1:4] - 4
+    observed = np.bincount(inner @ [9, 3, 1], minlength=27)
+    expected = np.zeros(27)
+    for row, probability in enumerated_samples(table_model, sampler, start).items():
+        expected[(np.array(row) - 4) @ [9, 3, 1]] = probability * len(tokens)
+    assert expected.sum() == pytest.approx(len(tokens))
+    assert chi_squared_p(observed, expected) > 0.001
+
+
+def test_temperature_zero_is_greedy(table_model):
+    sampler = Sampler("confidence", "linear", 3, temperature=0)
+    tokens = sample_table(table_model, sampler, count=3)
+    row = [MASK] * 3
+    for _ in range(3):
+        p = table_model.probabilities(tuple(row))
+        position = max((i for i in range(3) if row[i] == MASK), key=lambda i: p[i].max())
+        row[position] = int(p[position].argmax()) + 4
+    assert tokens[:, 1:4].tolist() == [row] * 3
+
+
+def test_confidence_is_the_probability_of_what_was_drawn(table_model):
+    rows = np.array([[BOS, MASK, MASK, MASK, EOS]])
+    states = list(DiscreteDiffusion().unmask(table_model, rows, Sampler("random", "linear", 3)))
+    for before, after in zip(states, states[1:], strict=False):
+        (position,) = np.flatnonzero(after.uncovered[0])
+        p = table_model.probabilities(tuple(before.tokens[0, 1:4]))
+        letter = after.tokens[0, position] - 4
+        assert after.confidence[0, position] == pytest.approx(p[position - 1, letter], rel=1e-5)
+
+
+def test_draws_are_exact_at_the_edges():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
+    for u, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2 ** -53, 3)):
+        assert draw_exactly(logits, torch.tensor([u], dtype=torch.float64)).item() == token
+    # a token of probability 1e-9 is drawn when its turn comes; FP32 noise would never reach it
+    logits = torch.tensor([[0.0, math.log(1e-9)]])
+    assert draw_exactly(logits, torch.tensor([1 - 1e-10], dtype=torch.float64)).item() == 1
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    logits = torch.tensor([0.15, 0.5, 0.3, 0.05]).log()
+    for top_p, kept in ((0.4, [1]), (0.51, [1, 2]), (0.81, [0, 1, 2]), (0.96, [0, 1, 2, 3])):
+        assert torch.isfinite(keep_likeliest(logits, 0, top_p)).nonzero()[:, 0].tolist() == kept
+    assert torch.isfinite(keep_likeliest(logits, 2, 1.0)).nonzero()[:, 0].tolist() == [1, 2]
+    # top-p counts what top-k left: 0.5 / 0.8 reaches 0.6
+    assert torch.isfinite(keep_likeliest(logits, 2, 0.6)).nonzero()[:, 0].tolist() == [1]
+    assert torch.equal(keep_likeliest(logits, 99, 1.0), logits)
+
+
+def test_mps_draws_on_the_cpu(monkeypatch):
+    """There is no MPS here: the meta device stands in, and only the route is checked."""
+    logits = torch.tensor([[0.0, 1.0]])
+    calls = []
+
+    class Fake:
+        type = "mps"
+    monkeypatch.setattr(module, "keep_likeliest", lambda *args: FakeTensor())
+
+    class FakeTensor:
+        device = Fake()
+
+        def cpu(self):
+            calls.append("cpu")
+            return logits
+
+    monkeypatch.setattr(module, "draw_exactly", lambda a, u: a)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: (device, self))
+    device, result = module.draw(logits, torch.zeros(1), Sampler())
+    assert calls == ["cpu"] and isinstance(device, Fake) and result is logits
+
+
+# ---- with a real network -------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def network():
+    from test_model import random_model
+    return random_model()
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+def test_a_story_does_not_depend_on_its_batch(network, order):
+    sampler = Sampler(order, steps=6, top_p=0.9)
+    rows = np.full((8, 32), MASK)
+    rows[:, 0], rows[:, 20] = BOS, EOS
+    rows[:, 21:] = PAD
+    rows[2, 3:9] = 7  # rows with other numbers of hidden tokens
+    diffusion = DiscreteDiffusion()
+    *_, together = diffusion.unmask(network, rows, sampler, seed=3)
+    for i in range(8):
+        *_, alone = diffusion.unmask(network, rows[i:i + 1], sampler, seed=3, rows=[i])
+        assert np.array_equal(alone.tokens[0], together.tokens[i])
+    assert not np.array_equal(together.tokens[0], together.tokens[1])
+    *_, other = diffusion.unmask(network, rows, sampler, seed=4)
+    assert not np.array_equal(other.tokens, together.tokens)
+
+
+def test_known_tokens_stay_and_nothing_special_is_drawn(network):
+    rows = np.full((4, 16), MASK)
+    rows[:, 0], rows[:, 15], rows[:, 5:8] = BOS, EOS, 9
+    known = rows != MASK
+    for state in unmask(numpy_step(UnmaskStep(network, Sampler(steps=5))), rows, Sampler(steps=5)):
+        assert np.array_equal(state.tokens[known], rows[known])
+        assert not state.uncovered[known].any()
+    assert (state.tokens[~known] > EOS).all()
+    assert (rows == MASK).sum() == 4 * 11  # the caller's array was not touched
+
+
+def test_time_conditioned_models_are_told_the_share_hidden():
+    seen = []
+
+    class Spy(TableModel):
+        def hidden(self, tokens, t=None, context=None):
+            seen.append(t.tolist())
+            return super().hidden(tokens)
+    rows = np.array([[BOS, MASK, MASK, 5, EOS], [BOS, MASK, MASK, MASK, EOS]])
+    list(DiscreteDiffusion().unmask(Spy(), rows, Sampler(pace="linear", steps=3)))
+    assert seen[0] == pytest.approx([2 / 3, 1]) and len(seen) == 3
+
+
+def test_schedules_share_the_interface():
+    assert {type(schedule()) for schedule in SCHEDULES.values()} == {CosineSchedule, LinearSchedule}
+    assert all(chi_squared_p(np.array([50, 50]), np.array([a, 100 - a])) < 0.001 for a in (20, 80))

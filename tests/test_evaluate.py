@@ -1,0 +1,92 @@
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from data_prep import load_meta
+from evaluate import diversity, entropy, main, words
+from model import load_checkpoint
+
+
+@pytest.fixture
+def call(checkpoint, long_data_dir, tmp_path, capsys):
+    def run(*argv: object) -> tuple[dict, str]:
+        target = tmp_path / "evaluation.json"
+        main(["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--output",
+              str(target), "--steps", "2", "--precision", "fp32", *map(str, argv)])
+        return json.loads(target.read_text()), capsys.readouterr().out
+    return run
+
+
+def test_table_and_file(call, long_data_dir):
+    result, text = call("--num_samples", 4)
+    numbers = result["likelihood"]
+    meta = load_meta(long_data_dir)["splits"]["val"]
+    assert numbers["rows"] == meta["rows"] and numbers["bytes"] == meta["bytes"]
+    assert numbers["tokens"] == meta["tokens"] - 2 * meta["stories"]
+    nelbo = numbers["nelbo_nats_per_token"]
+    assert 3 < nelbo < math.log(400) and numbers["perplexity"] == pytest.approx(math.exp(nelbo))
+    expected = nelbo * numbers["tokens"] / math.log(2) / numbers["bytes"]
+    assert numbers["bits_per_byte"] == pytest.approx(
+        expected + numbers["length_code_bits_per_byte"])
+    assert 0 < numbers["length_code_bits_per_byte"] < 0.1
+    # under r(t) = t the average of the curve is the bound, up to its bins
+    assert result["averages_over_t"]["t"]["cross_entropy"] == pytest.approx(nelbo, rel=0.02)
+    assert len(result["curve"]) == 20
+    assert set(result["diversity"]) == {"samples", "data"}
+    for shown in ("bits/byte", "perplexity", "0.95 - 1.00", "sin(pi t/2)^2", "distinct_3",
+                  "self_bleu"):
+        assert shown in text
+
+
+def test_fewer_rows_and_no_samples(call):
+    result, text = call("--max_rows", 5, "--num_samples", 0, "--draws", 2)
+    assert result["likelihood"]["rows"] == 5 and "diversity" not in result
+    assert "2 masks a row, 5 rows of val" in result["protocol"]
+    assert result == call("--max_rows", 5, "--num_samples", 0, "--draws", 2)[0]
+
+
+def test_default_output_stands_by_the_checkpoint(checkpoint, long_data_dir, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoint.parent.parent)
+    main(["--data_dir", str(long_data_dir), "--num_samples", "0", "--max_rows", "4"])
+    assert f"wrote {checkpoint.parent.name}/evaluation.json" in (
+        capsys.readouterr().out.replace(os.sep, "/"))
+    (checkpoint.parent / "evaluation.json").unlink()
+
+
+def test_diversity_of_known_texts():
+    same = diversity(["the cat sat on the mat"] * 2, [[9, 10, 11, 12, 9, 13]] * 2)
+    assert same["distinct_1"] == 5 / 12 and same["distinct_2"] == 5 / 10
+    assert same["distinct_3"] == 4 / 8 and same["self_bleu"] == pytest.approx(100)
+    assert same["unigram_entropy"] == pytest.approx(
+        -(4 / 6 * math.log(1 / 6) + 2 / 6 * math.log(2 / 6)))
+    assert same["tokens_per_story"] == 6
+    other = diversity(["a dog ran far away", "birds sing in tall trees"], [[4, 5], [6, 7]])
+    assert other["distinct_1"] == 1 and other["self_bleu"] < 10
+    assert entropy([5, 5, 5]) == 0
+    assert words('"Don\'t," said Tom.') == ["don't", "said", "tom"]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--steps", "0"], "--steps 0"), (["--max_rows", "0"], "--max_rows"),
+    (["--draws", "0"], "--draws"), (["--num_samples", "-1"], "--num_samples"),
+    (["--num_samples", "1"], "self-BLEU"), (["--num_samples", "9999", "--draws", "1"], "only"),
+    (["--output", "nowhere/x.json"], "no such folder"), (["--split", "test"], "--split")])
+def test_bad_input(checkpoint, long_data_dir, argv, message, fails):
+    assert message in fails(main, "--checkpoint", checkpoint, "--data_dir", long_data_dir, *argv)
+    assert not (checkpoint.parent / "evaluation.json").exists()
+
+
+def test_rows_longer_than_the_model_are_refused(checkpoint, long_data_dir, tmp_path, fails):
+    contents = load_checkpoint(checkpoint)
+    contents["model_config"]["max_len"] = 64  # as if trained on the same text in shorter rows
+    torch.save(contents, tmp_path / "short.pt")
+    assert "at most 64" in fails(main, "--checkpoint", tmp_path / "short.pt", "--data_dir",
+                                 long_data_dir)
+
+
+def test_foreign_data(checkpoint, data_dir, tmp_path, fails):
+    assert "another tokenizer" in fails(main, "--checkpoint", checkpoint, "--data_dir", data_dir)
+    assert "no data in" in fails(main, "--checkpoint", checkpoint, "--data_dir", tmp_path)

@@ -1,0 +1,272 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+import model as model_module
+from cli import UserError
+from data_prep import BOS, EOS, MASK, PAD, load_meta, train_tokenizer
+from model import (
+    DiffusionTransformer,
+    ModelConfig,
+    check_tokenizer,
+    create_model,
+    find_checkpoint,
+    load_checkpoint,
+    model_from_checkpoint,
+    pick_device,
+    pick_precision,
+    save_checkpoint,
+    tokenizer_from_checkpoint,
+)
+
+CONFIG = ModelConfig(width=64, heads=2, layers=2, vocab_size=50, max_len=32)
+
+
+def random_model(**changes) -> DiffusionTransformer:
+    """A model with every weight random: the zero-initialised ones would hide mistakes."""
+    torch.manual_seed(0)
+    model = DiffusionTransformer(ModelConfig(**{**vars(CONFIG), **changes}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def random_tokens(rows=3, length=16) -> torch.Tensor:
+    return torch.randint(EOS + 1, 50, (rows, length),
+                         generator=torch.Generator().manual_seed(1))
+
+
+def test_sizes(monkeypatch):
+    monkeypatch.setitem(model_module.MODEL_CONFIGS, "tiny", ModelConfig(width=256, heads=4,
+                                                                        layers=4))
+    with torch.device("meta"):
+        counts = {name: create_model(name).count_parameters()
+                  for name in model_module.MODEL_CONFIGS}
+    for name, config in model_module.MODEL_CONFIGS.items():
+        assert config.width // config.heads == 64
+        blocks = config.layers * 12 * config.width ** 2
+        assert counts[name] == (blocks + 2 * 8192 * config.width, blocks)
+    assert list(counts) == ["tiny", "small", "medium", "large", "xlarge", "xxlarge"]
+
+
+def test_unknown_size_and_impossible_shapes():
+    with pytest.raises(UserError, match="tiny, small"):
+        create_model("huge")
+    with pytest.raises(UserError):
+        ModelConfig(width=100, heads=3)
+    with pytest.raises(UserError):
+        ModelConfig(time_conditioning="fourier")
+    with pytest.raises(UserError):
+        ModelConfig(vocab_size=4)
+    with pytest.raises(ValueError, match="max_len"):
+        random_model()(random_tokens(1, 33))
+    with pytest.raises(ValueError, match="context"):
+        random_model()(random_tokens(), context=torch.zeros(3, 1, 64))
+
+
+def test_forward_is_head_of_hidden():
+    model, tokens = random_model(), random_tokens()
+    hidden = model.hidden(tokens)
+    assert hidden.shape == (3, 16, 64)
+    masked = torch.rand(3, 16) < 0.5
+    logits = model(tokens)
+    assert logits.shape == (3, 16, 50)
+    torch.testing.assert_close(model.head(hidden[masked]), logits[masked])
+
+
+def test_special_tokens_are_never_predicted():
+    for precision in ("fp32", "bf16", "fp16"):
+        logits = random_model().set_precision(precision)(random_tokens()).float()
+        probability = logits.softmax(-1)
+        assert torch.isfinite(probability).all()
+        assert (probability[..., [PAD, MASK, BOS, EOS]] == 0).all()
+    # the autoregressive twin has to predict where a story ends
+    probability = random_model(causal=True)(random_tokens()).softmax(-1)
+    assert (probability[..., [PAD, MASK, BOS]] == 0).all() and (probability[..., EOS] > 0).all()
+
+
+def reach(causal: bool) -> torch.Tensor:
+    """(L, L) bool: whether a change of token j changes the hidden state at i."""
+    model, tokens = random_model(causal=causal), random_tokens(1, 8)
+    before = model.hidden(tokens)[0]
+    result = []
+    for j in range(8):
+        changed = tokens.clone()
+        changed[0, j] = 4 + (changed[0, j] - 3) % 46
+        result.append((model.hidden(changed)[0] - before).abs().amax(-1) > 1e-6)
+    return torch.stack(result, dim=1)
+
+
+def test_every_position_sees_every_other_and_the_twin_only_the_past():
+    assert reach(causal=False).all()
+    assert torch.equal(reach(causal=True), torch.ones(8, 8).tril().bool())
+
+
+def test_a_new_model_is_the_identity_in_its_blocks():
+    model = create_model("tiny", vocab_size=50)
+    tokens = random_tokens()
+    expected = model_module.rms_norm(model_module.rms_norm(model.embedding(tokens)))
+    torch.testing.assert_close(model.hidden(tokens), expected)
+    # and starts at log V nats for the ids that it may predict
+    entropy = torch.distributions.Categorical(logits=model(tokens)).entropy()
+    torch.testing.assert_close(entropy, torch.full_like(entropy, 46).log(), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [
+    {"qk_norm": False}, {"tied_head": True}, {"causal": True}, {"mlp_ratio": 2}])
+def test_switches_change_the_network(changes):
+    tokens = random_tokens()
+    assert not torch.allclose(random_model()(tokens), random_model(**changes)(tokens))
+
+
+def test_tied_head_shares_its_matrix():
+    tied, untied = random_model(tied_head=True), random_model()
+    assert tied.vocabulary.weight is tied.embedding.weight
+    assert untied.count_parameters()[0] - tied.count_parameters()[0] == 50 * 64
+    assert untied.count_parameters()[1] == tied.count_parameters()[1]
+
+
+def test_dropout_acts_only_in_training():
+    model, tokens = random_model(dropout=0.5), random_tokens()
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_time_conditioning():
+    model, tokens = random_model(time_conditioning="sinusoidal"), random_tokens()
+    early, late = torch.full((3,), 0.1), torch.full((3,), 0.9)
+    assert not torch.allclose(model(tokens, early), model(tokens, late))
+    with pytest.raises(ValueError, match="pass t"):
+        model(tokens)
+    # without it t is ignored
+    assert torch.equal(random_model()(tokens, early), random_model()(tokens))
+
+
+def test_rotary_positions_are_relative():
+    q, k = torch.randn(2, 1, 1, 1, 32)
+    model = random_model()
+    scores = [(model_module.rotate(q, model.cos[i:i + 1], model.sin[i:i + 1])
+               * model_module.rotate(k, model.cos[j:j + 1], model.sin[j:j + 1])).sum()
+              for i, j in ((5, 2), (25, 22), (5, 3))]
+    torch.testing.assert_close(scores[0], scores[1])
+    assert abs(scores[0] - scores[2]) > 1e-3
+
+
+def test_bf16_attention_of_the_cpu_is_attention():
+    q, k, v = torch.randn(3, 2, 4, 16, 32, generator=torch.Generator().manual_seed(0))
+    expected = model_module.attention(q, k, v, causal=False)
+    actual = model_module.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=False)
+    torch.testing.assert_close(actual.float(), expected, atol=0.03, rtol=0.03)
+
+
+def test_precision_changes_the_computation_not_the_weights():
+    model, tokens = random_model(), random_tokens()
+    exact = model.hidden(tokens)
+    for precision in ("bf16", "fp16"):
+        hidden = model.set_precision(precision).hidden(tokens)
+        assert hidden.dtype == model_module.PRECISIONS[precision]
+        # hidden states have an RMS of 1; three digits are left in bf16
+        assert (hidden.float() - exact).abs().mean() < 0.03
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_devices_and_precisions_are_found(monkeypatch):
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device().type in ("cpu", "cuda", "mps")
+    with pytest.raises(UserError, match="--device"):
+        pick_device("toaster")
+    assert pick_precision(torch.device("cpu"), "fp16") == "fp16"
+    capabilities = {"avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert pick_precision(torch.device("cpu")) == "bf16"
+    capabilities.clear()
+    assert pick_precision(torch.device("cpu")) == "fp32"
+    assert pick_precision(torch.device("mps")) == "fp32"
+    for supported, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, s=supported: s)
+        assert pick_precision(torch.device("cuda")) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device().type == "cuda"
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer_text():
+    return train_tokenizer(["once upon a time"], 270).to_str()
+
+
+def test_checkpoint_round_trip(tmp_path, tokenizer_text):
+    model = random_model()
+    average = {name: value + 1 for name, value in model.state_dict().items()}
+    save_checkpoint(tmp_path / "a.pt", model, tokenizer_text, {"story": {"5": 1}}, ema=average,
+                    step=7)
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    assert checkpoint["step"] == 7 and checkpoint["kind"] == "diffusion"
+    assert tokenizer_from_checkpoint(checkpoint).get_vocab_size() == 270
+    tokens = random_tokens()
+    loaded = model_from_checkpoint(checkpoint, use_ema=False)
+    assert torch.equal(loaded(tokens), model(tokens)) and not loaded.training
+    averaged = model_from_checkpoint(checkpoint)
+    assert all(torch.equal(value, average[name]) for name, value in averaged.state_dict().items())
+
+
+def write_bomb(path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(path.parent / "exploded"),)
+    torch.save({"format": "diffusion-llm checkpoint", "x": Bomb()}, path)
+
+
+def write_truncated(path):
+    save_checkpoint(path, random_model(), "{}", {})
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def write_plain_pickle(path):
+    path.write_bytes(pickle.dumps({"weights": [1.0]}))
+
+
+FOREIGN = {
+    "no checkpoint": lambda path: None,
+    "is not a checkpoint of this program, or is damaged": write_bomb,
+    "or is damaged; name": write_truncated,
+    "not a checkpoint of this program, or": lambda path: path.write_text("weights"),
+    "damaged": write_plain_pickle,
+    "a torch file but not": lambda path: torch.save({"weights": torch.ones(2)}, path),
+    "a torch file": lambda path: torch.save(torch.ones(2), path),
+    "format version 9": lambda path: torch.save(
+        {"format": "diffusion-llm checkpoint", "format_version": 9}, path),
+}
+
+
+@pytest.mark.parametrize("message", FOREIGN)
+def test_what_is_not_a_checkpoint_is_refused(message, tmp_path):
+    FOREIGN[message](tmp_path / "x.pt")
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(tmp_path / "x.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_checkpoint_and_data_must_share_a_tokenizer(checkpoint, data_dir, long_data_dir):
+    contents = load_checkpoint(checkpoint)
+    check_tokenizer(checkpoint, contents, long_data_dir, load_meta(long_data_dir))
+    with pytest.raises(UserError, match="another tokenizer"):
+        check_tokenizer(checkpoint, contents, data_dir, load_meta(data_dir))
+
+
+def test_the_newest_best_checkpoint_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="train a model first"):
+        find_checkpoint(None)
+    for age, name in enumerate(("b", "a", "c")):
+        path = tmp_path / name / "best.pt"
+        path.parent.mkdir()
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    assert find_checkpoint(None) == model_module.Path("b/best.pt")
+    assert find_checkpoint("x/y.pt") == model_module.Path("x/y.pt")

@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+
+from cli import UserError
+from data_prep import BOS, EOS, MASK, PAD
+from sampler import Sampler, blank_story, draw_length, fill, plan, step_noise, unmask, unmask_rows
+
+
+@pytest.mark.parametrize("changes", [
+    {"order": "best"}, {"pace": "fast"}, {"steps": 0}, {"temperature": -1.0},
+    {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0},
+    {"top_p": 1.1}])
+def test_nonsense_is_refused(changes):
+    with pytest.raises(UserError, match=f"--{next(iter(changes))}"):
+        Sampler(**changes).check()
+
+
+def test_plans_uncover_everything():
+    hidden = np.array([0, 1, 7, 100, 256])
+    for pace in ("cosine", "linear"):
+        for steps in (1, 2, 7, 64, 1000):
+            counts = plan(hidden, steps, pace)
+            assert counts.shape == (5, steps)
+            assert (counts >= 0).all() and counts.sum(1).tolist() == hidden.tolist()
+    assert plan(np.array([8]), 4, "linear").tolist() == [[2, 2, 2, 2]]
+    # enough steps: one token at a time, so that the draw is exact
+    assert plan(np.array([7]), 7, "linear").tolist() == [[1] * 7]
+    assert plan(np.array([7]), 20, "linear").max() == 1
+    cosine = plan(np.array([100]), 10, "cosine")[0]
+    assert cosine[0] < cosine[-1]
+    left = 100 - cosine.cumsum()
+    np.testing.assert_allclose(left, 100 * np.cos(np.pi / 2 * np.arange(1, 11) / 10), atol=1)
+
+
+def next_number(calls):
+    """A step that uncovers the leftmost hidden tokens of a row with the number of the call."""
+    def step(tokens, count, noise):
+        calls.append((count.copy(), noise.copy()))
+        new = tokens.copy()
+        for row, n in zip(new, count, strict=True):
+            row[np.flatnonzero(row == MASK)[:n]] = 10 + len(calls)
+        return new, np.full(tokens.shape, 0.5, np.float32)
+    return step
+
+
+def test_the_loop_yields_every_state():
+    calls = []
+    tokens = np.array([[BOS, MASK, MASK, EOS], [BOS, MASK, 9, EOS]])
+    states = list(unmask(next_number(calls), tokens, Sampler(pace="linear", steps=4)))
+    # 2 hidden tokens in 4 steps: two of them have nothing to do and cost nothing
+    assert len(calls) == 2 and [state.nfe for state in states] == [0, 1, 2]
+    assert np.array_equal(states[0].tokens, tokens)
+    assert states[-1].tokens.tolist() == [[BOS, 11, 12, EOS], [BOS, 11, 9, EOS]]
+    assert states[-1].uncovered.tolist() == [[False, False, True, False], [False] * 4]
+    assert states[-1].confidence.tolist() == [[0, 0.5, 0.5, 0], [0, 0.5, 0, 0]]
+
+
+def test_noise_is_a_function_of_seed_row_and_step():
+    noise = step_noise(1, 2, 3, 5)
+    assert noise.shape == (2, 5) and (0 <= noise).all() and (noise < 1).all()
+    assert np.array_equal(noise, step_noise(1, 2, 3, 5))
+    for other in ((2, 2, 3), (1, 1, 3), (1, 2, 4)):
+        assert not np.array_equal(noise, step_noise(*other, 5))
+    # padding gets none, so that a row's noise does not depend on its padding
+    calls = []
+    for width in (4, 7):
+        row = np.full((1, width), PAD)
+        row[0, :4] = [BOS, MASK, MASK, EOS]
+        list(unmask(next_number(calls), row, Sampler(steps=1)))
+    assert np.array_equal(calls[0][1][0], calls[1][1][0, :, :4])
+    assert not calls[1][1][0, :, 4:].any()
+
+
+def test_rows_of_any_length_are_filled_in_order():
+    rows = [blank_story(n) for n in (3, 40, 5, 20, 4)]
+    filled = fill(next_number([]), rows, Sampler(steps=2), batch_size=2)
+    assert [len(row) for row in filled] == [5, 42, 7, 22, 6]
+    assert all(row[0] == BOS and row[-1] == EOS and MASK not in row for row in filled)
+    batches = {tuple(part) for part, _ in unmask_rows(next_number([]), rows, Sampler(steps=1),
+                                                      batch_size=2)}
+    # rows share a batch only with rows of the same padded width
+    assert batches == {(0, 2), (4,), (3,), (1,)}
+
+
+def test_lengths_follow_the_histogram():
+    histogram = {"story": {"12": 30, "22": 10}}
+    drawn = [draw_length(histogram, 0, row) for row in range(400)]
+    assert set(drawn) == {10, 20} and 250 < drawn.count(10) < 350
+    assert drawn[7] == draw_length(histogram, 0, 7)
+    assert {draw_length(histogram, 0, row, at_least=11) for row in range(20)} == {20}
+    assert draw_length(histogram, 0, 0, at_least=21) is None

@@ -1,0 +1,383 @@
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, python
+
+import data_prep
+import train
+from cli import Stopped, UserError
+from model import load_checkpoint
+from train import TrainConfig, Trainer, main
+
+
+@pytest.fixture
+def settings(data_dir, tmp_path) -> dict:
+    return dict(data_dir=str(data_dir), checkpoint_dir=str(tmp_path / "run"), model_config="tiny",
+                max_steps=8, batch_tokens=512, precision="fp32", device="cpu", valid_every=4,
+                valid_rows=8, save_every=3, log_every=2, num_samples=1, sample_steps=4)
+
+
+def argv(settings: dict, **changes) -> list[str]:
+    words = []
+    for name, value in {**settings, **changes}.items():
+        if value is True:
+            words.append(f"--{name}")
+        else:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def lines(folder: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b) -> bool:
+    """Bitwise equality of nested checkpoint contents."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+STATE = ("weights", "ema", "optimizer", "cursor", "step", "tokens_seen", "best", "scaler")
+
+
+def test_a_run_writes_what_it_promises(settings, capsys):
+    main(argv(settings))
+    folder = Path(settings["checkpoint_dir"])
+    assert sorted(os.listdir(folder)) == ["best.pt", "final.pt", "last.pt", "metrics.jsonl",
+                                          "training_curves.png"]
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    assert text.count("bits/byte") == 2 and text.count("  | ") == 2
+    logged = lines(folder)
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2, 4, 6, 8]
+    validations = [line for line in logged if "valid_nelbo" in line]
+    assert [line["step"] for line in validations] == [4, 8]
+    assert validations[1]["valid_nelbo"] < validations[0]["valid_nelbo"] < math.log(300) + 0.1
+    last, final = load_checkpoint(folder / "last.pt"), load_checkpoint(folder / "final.pt")
+    assert "optimizer" in last and "optimizer" not in final
+    assert same(last["weights"], final["weights"]) and final["step"] == 8
+    assert final["train_config"]["batch_tokens"] == 512
+    best = load_checkpoint(folder / "best.pt")
+    assert best["best"] == min(line["valid_nelbo"] for line in validations)
+
+
+def test_validation_repeats_itself(settings):
+    trainer = Trainer(TrainConfig(**settings))
+    assert trainer.validate() == trainer.validate()
+    before = trainer.stories()
+    assert trainer.stories() == before
+
+
+def test_the_model_learns(settings):
+    trainer = Trainer(TrainConfig(**{**settings, "max_steps": 150, "lr": 0.02}))
+    start = trainer.validate()["valid_nelbo"]
+    while trainer.step < 150:
+        trainer.train_step()
+    assert trainer.validate()["valid_nelbo"] < start - 1.5
+
+
+def test_accumulation_changes_nothing(settings):
+    losses = {}
+    for parts in (1, 3):
+        trainer = Trainer(TrainConfig(**settings, grad_accum_steps=parts))
+        losses[parts] = [trainer.train_step()["loss"] for _ in range(4)]
+    assert losses[1] == pytest.approx(losses[3], rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [
+    {"optimizer": "adamw", "lr": 0.01}, {"objective": "masked_ce", "schedule": "cosine"},
+    {"time_conditioning": "sinusoidal"}, {"tied_head": True, "qk_norm": False},
+    {"ema_decay": 0, "grad_clip": 0}, {"precision": "bf16", "dropout": 0.1},
+    {"precision": "fp16"}], ids=str)
+def test_every_recipe_trains(settings, changes):
+    trainer = Trainer(TrainConfig(**{**settings, "max_steps": 30, "warmup_steps": 0, **changes}))
+    first = trainer.validate()["valid_nelbo"]
+    for _ in range(30):
+        trainer.train_step()
+    assert trainer.validate()["valid_nelbo"] < first
+
+
+def test_learning_rate_rises_and_falls(settings):
+    trainer = Trainer(TrainConfig(**{**settings, "max_steps": 100, "lr": 1.0}, min_lr_ratio=0.1))
+    rates = [trainer.learning_rate(step) for step in range(101)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[52] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 47 / 95)) / 2)
+    assert rates[100] == pytest.approx(0.1)
+    assert train.Trainer(TrainConfig(**{**settings, "checkpoint_dir": settings["checkpoint_dir"]},
+                                     optimizer="adamw")).peak_lr == 0.001
+
+
+def test_average_follows_the_weights(settings):
+    trainer = Trainer(TrainConfig(**settings, ema_decay=0.5))
+    before = trainer.average.embedding.weight.clone()
+    trainer.train_step()
+    decay = min(0.5, 1 / 10)
+    expected = decay * before + (1 - decay) * trainer.model.embedding.weight
+    torch.testing.assert_close(trainer.average.embedding.weight, expected)
+
+
+# ---- resuming ------------------------------------------------------------------------------------
+
+@posix
+def test_resume_is_bit_identical(settings, tmp_path, capsys):
+    dropout = {**settings, "dropout": 0.2}  # its noise must continue too
+    main(argv(dropout))
+    other = str(tmp_path / "other")
+    main(argv(dropout, checkpoint_dir=other, max_steps=8, save_every=5))
+    shutil.copy(tmp_path / "other" / "last.pt", tmp_path / "kept.pt")
+
+    # stop in the middle by a signal, at a step that is no save and no validation
+    third = tmp_path / "third"
+    trainer = Trainer(TrainConfig(**{**dropout, "checkpoint_dir": str(third), "save_every": 100}))
+    step = trainer.train_step
+
+    def and_stop():
+        metrics = step()
+        if trainer.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return metrics
+    trainer.train_step = and_stop
+    with pytest.raises(Stopped, match="after step 5.*--resume") as stop:
+        trainer.run()
+    assert stop.value.status == 130
+    # lines of steps that a killed run did after its last save are dropped
+    with open(third / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    main(["--resume", "--checkpoint_dir", str(third)])
+    whole, resumed = (load_checkpoint(Path(folder) / "last.pt")
+                      for folder in (settings["checkpoint_dir"], third))
+    for key in STATE:
+        assert same(whole[key], resumed[key]), key
+    a, b = ([{k: v for k, v in line.items() if k != "seconds"} for line in lines(folder)]
+            for folder in (settings["checkpoint_dir"], third))
+    assert a == [line for line in b if line["step"] != 6 or line in a]
+
+
+def test_two_signals_do_not_wait(settings):
+    trainer = Trainer(TrainConfig(**settings))
+    trainer._on_signal(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._on_signal(signal.SIGINT, None)
+
+
+@posix
+def test_sigkill_at_a_random_step_and_resume(data_dir, tmp_path):
+    """Real processes, the real tiny model: killed anywhere, the weights end bit-identical."""
+    command = python(ROOT / "train.py", *argv(dict(
+        data_dir=data_dir, model_config="tiny", max_steps=24, batch_tokens=512, precision="fp32",
+        device="cpu", valid_every=8, valid_rows=4, save_every=2, log_every=1, num_samples=0)))
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    whole = subprocess.run([*command, "--checkpoint_dir", tmp_path / "whole"], **quiet)
+    assert whole.returncode == 0, whole.stderr
+    kill_at = random.SystemRandom().randint(1, 20)
+    print(f"killed once step {kill_at} was logged")
+    process = subprocess.Popen([*command, "--checkpoint_dir", tmp_path / "killed"], **quiet)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = tmp_path / "killed" / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= kill_at:
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final.pt").exists()
+    resumed = subprocess.run([*command, "--checkpoint_dir", tmp_path / "killed", "--resume"],
+                             **quiet)
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    for key in STATE:
+        assert same(a[key], b[key]), key
+
+
+def test_resume_keeps_stored_settings_and_says_what_changes(settings, capsys, fails):
+    main(argv(settings, lr=0.003))
+    folder = settings["checkpoint_dir"]
+    main(["--resume", "--checkpoint_dir", folder, "--max_steps", "10"])
+    assert "--max_steps changes from 8 to 10" in capsys.readouterr().out
+    checkpoint = load_checkpoint(Path(folder) / "last.pt")
+    assert checkpoint["step"] == 10 and checkpoint["train_config"]["lr"] == 0.003
+    assert "cannot change" in fails(main, "--resume", "--checkpoint_dir", folder, "--seed", "5")
+    assert "--model_config" in fails(main, "--resume", "--checkpoint_dir", folder,
+                                     "--model_config", "small")
+
+
+# ---- what can go wrong ---------------------------------------------------------------------------
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(settings, fails, monkeypatch):
+    real = train.DiscreteDiffusion.loss
+    calls = []
+
+    def loss(self, model, batch):
+        calls.append(1)
+        return real(self, model, batch) * (math.nan if len(calls) == 6 else 1)
+    monkeypatch.setattr(train.DiscreteDiffusion, "loss", loss)
+    error = fails(main, *argv(settings, save_every=2), status=1)
+    assert "not finite at step 5" in error and "last.pt" in error
+    good = load_checkpoint(Path(settings["checkpoint_dir"]) / "last.pt")
+    assert good["step"] == 4
+    assert all(torch.isfinite(value).all() for value in good["weights"].values())
+    main(["--resume", "--checkpoint_dir", settings["checkpoint_dir"]])
+    assert load_checkpoint(Path(settings["checkpoint_dir"]) / "final.pt")["step"] == 8
+
+
+def test_fp16_overflow_skips_the_step(settings):
+    trainer = Trainer(TrainConfig(**{**settings, "precision": "fp16"}))
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0 ** 40})
+    before = trainer.model.blocks[0].up.weight.clone()
+    metrics = trainer.train_step()
+    assert not math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"])
+    assert torch.equal(trainer.model.blocks[0].up.weight, before)
+    assert trainer.scaler.get_scale() == 2.0 ** 39
+
+
+def test_a_run_in_the_folder_is_kept(settings, fails):
+    main(argv(settings))
+    path = Path(settings["checkpoint_dir"]) / "last.pt"
+    before = path.read_bytes()
+    error = fails(main, *argv(settings))
+    assert "--resume" in error and "--overwrite" in error and path.read_bytes() == before
+    main(argv(settings, overwrite=True, seed=1))
+    assert load_checkpoint(path)["train_config"]["seed"] == 1
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_config": "huge"}, "tiny, small, medium"), ({"max_steps": 0}, "--max_steps"),
+    ({"batch_tokens": 32}, "--batch_tokens"), ({"dropout": 1.0}, "--dropout"),
+    ({"lr": -1}, "--lr"), ({"resume": True}, "no .*last.pt"), ({"ema_decay": 1}, "--ema_decay"),
+    ({"resume": True, "overwrite": True}, "exclude"), ({"device": "toaster"}, "--device"),
+    ({"weight_decay": -1}, "--weight_decay")])
+def test_bad_settings(settings, changes, message, fails):
+    import re
+    assert re.search(message, fails(main, *argv(settings, **changes)))
+    assert not list(Path(settings["checkpoint_dir"]).glob("*.pt"))
+
+
+def test_missing_data_is_prepared_from_its_source(settings, tmp_path, monkeypatch, capsys, fails):
+    corpus = tmp_path / "own.txt"
+    corpus.write_text("".join(f"Story {i} is about a cat.\n<|endoftext|>\n" for i in range(200)))
+    changes = dict(data_dir=str(tmp_path / "new"), data_source=[str(corpus)], max_steps=2)
+    main(argv(settings, **changes))
+    assert "preparing it from" in capsys.readouterr().out
+    assert data_prep.load_meta(tmp_path / "new")["source"] == "own.txt"
+    # by default that source is the hub, which may be out of reach
+    import datasets
+
+    def offline(*args, **kwargs):
+        raise ConnectionError
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    fails(main, *argv(settings, data_dir=str(tmp_path / "none"),
+                      checkpoint_dir=str(tmp_path / "run2")))
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_data_of_another_tokenizer_is_refused(settings, long_data_dir, fails):
+    main(argv(settings))
+    error = fails(main, "--resume", "--checkpoint_dir", settings["checkpoint_dir"], "--data_dir",
+                  long_data_dir)
+    assert "another tokenizer" in error
+
+
+def test_a_truncated_shard_is_refused(settings, tmp_path, fails):
+    copy = tmp_path / "copy"
+    shutil.copytree(settings["data_dir"], copy)
+    path = copy / "train_00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert "truncated" in fails(main, *argv(settings, data_dir=str(copy)))
+
+
+def test_a_read_only_output_folder(settings, tmp_path):
+    """As a real process that has no right to write there; root is asked to drop its override."""
+    if sys.platform == "win32":
+        pytest.skip("folder permissions work differently on Windows")
+    prefix = []
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("runs as root and there is no setpriv to become a plain user with")
+        prefix = ["setpriv", "--bounding-set=-dac_override"]
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o555)
+    commands = {
+        "--checkpoint_dir": ["train.py", *argv(settings, checkpoint_dir=str(folder))],
+        "--data_dir": ["data_prep.py", "--source", "sample", "--data_dir", folder / "data"]}
+    for flag, command in commands.items():
+        command = [*prefix, *python(ROOT / command[0], *command[1:])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 and flag in done.stderr
+    assert os.listdir(folder) == []
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+def test_quick_uses_its_own_folder_and_may_be_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "QUICK_DATA", dict(vocab_size=300, seq_len=64, max_stories=200))
+    for _ in range(2):
+        main(["--quick", "--max_steps", "2", "--sample_steps", "2", "--batch_tokens", "256"])
+    assert os.listdir(tmp_path) == ["quick_run"]
+    text = capsys.readouterr().out
+    assert text.count("preparing it from sample") == 1  # the data are kept
+    assert text.count("  | ") == 2 * 3
+    # a folder of the user's is not overwritten just because of --quick
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "last.pt").touch()
+    with pytest.raises(UserError, match="already holds a run"):
+        main(["--quick", "--checkpoint_dir", "mine", "--max_steps", "2"])
+
+
+def test_compile_is_asked_for_once(settings, monkeypatch):
+    compiled = []
+
+    def fake(function, dynamic):
+        compiled.append(dynamic)
+        return function
+    monkeypatch.setattr(torch, "compile", fake)
+    trainer = Trainer(TrainConfig(**settings, compile=True))
+    trainer.train_step()
+    assert compiled == [True]
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_wandb_gets_the_metrics(settings, monkeypatch, online, capsys):
+    logged, finished = [], []
+    run = types.SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics)),
+                                finish=lambda: finished.append(True))
+    modes = []
+    module = types.SimpleNamespace(init=lambda **kwargs: modes.append(kwargs["mode"]) or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+    def connect(*args, **kwargs):
+        if not online:
+            raise OSError
+        return types.SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(train.socket, "create_connection", connect)
+    main(argv(settings, wandb=True))
+    assert modes == ["online" if online else "offline"] and finished == [True]
+    assert {step for step, metrics in logged if "valid_nelbo" in metrics} == {4, 8}
+    assert ("offline" in capsys.readouterr().out) is not online
+
+
+def test_every_option_lands_in_the_checkpoint(settings):
+    main(argv(settings, max_steps=1))
+    stored = load_checkpoint(Path(settings["checkpoint_dir"]) / "final.pt")["train_config"]
+    assert set(stored) == {field.name for field in dataclasses.fields(TrainConfig)}
