@@ -1,4 +1,4 @@
-"""Shared fixtures: a small data folder, a small checkpoint, and a network that can be enumerated."""
+"""Shared fixtures: a small data folder, a small checkpoint, a network that can be enumerated."""
 
 import itertools
 import sys

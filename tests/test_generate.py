@@ -106,11 +106,13 @@ def test_options_reach_the_sampler(call):
     (["--infill", "Tom had a [MASK:0]."], "[MASK:0]"), (["--infill", "[MASK:-2]"], "[MASK:-2]"),
     (["--infill", "[MASK:many]"], "[MASK:many]"), (["--infill", "[MASK:]"], "[MASK:]"),
     (["--infill", "no gap"], "no gap"), (["--infill", "a [MASK:9999]"], "longer"),
-    (["--infill", "word " * 300 + "[MASK:2]"], "shorten"), (["--prompt", "word " * 300], "--prompt"),
+    (["--infill", "word " * 300 + "[MASK:2]"], "shorten"),
+    (["--prompt", "word " * 300], "--prompt"),
     (["--prompt", "one two three four", "--length", "3"], "--prompt"),
     (["--infill", "[MASK:2]", "--length", "9"], "--infill"), (["--steps", "0"], "--steps 0"),
     (["--length", "255"], "254"), (["--length", "0"], "--length"), (["--num_samples", "0"], "1"),
-    (["--order", "best"], "confidence"), (["--top_p", "0"], "--top_p"), (["--seed", "-1"], "--seed"),
+    (["--order", "best"], "confidence"), (["--top_p", "0"], "--top_p"),
+    (["--seed", "-1"], "--seed"),
     (["--device", "toaster"], "--device"), (["--temperature", "-1"], "--temperature")])
 def test_bad_input(checkpoint, argv, message, fails):
     assert message in fails(main, "--checkpoint", checkpoint, *argv)
@@ -145,7 +147,8 @@ def test_golden_tokens():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     row = np.array([[BOS, 11, *[MASK] * 8, EOS]])
-    golden = {"random": [2, 11, 31, 6, 22, 6, 6, 6, 6, 31, 3], "confidence": [2, 11, 6, 31, 31, 6, 6, 6, 5, 25, 3]}
+    golden = {"random": [2, 11, 31, 6, 22, 6, 6, 6, 6, 31, 3],
+              "confidence": [2, 11, 6, 31, 31, 6, 6, 6, 5, 25, 3]}
     for order, expected in golden.items():
         *_, last = DiscreteDiffusion().unmask(model, row, Sampler(order, steps=4, top_k=5), seed=1)
         assert last.tokens[0].tolist() == expected
