@@ -76,7 +76,7 @@ class TrainConfig:
     time_conditioning: str = flag("none", "input of the mask ratio", ("none", "sinusoidal"))
     tied_head: bool = flag(False, "one matrix for embedding and vocabulary head")
     # diffusion
-    objective: str = flag("elbo", "training loss", OBJECTIVES)
+    objective: str = flag("masked_ce", "training loss", OBJECTIVES)
     schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
     # optimisation
     max_steps: int = flag(10_000, "optimizer steps")
