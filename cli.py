@@ -101,7 +101,7 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in _USER_ERRNOS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror}; nothing was left half-written", 2)
+        _fail(f"{where}{error.strerror}; free some space or name another place, then try again", 2)
 
 
 def _fail(message: str, status: int) -> typing.NoReturn:
@@ -115,7 +115,9 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        # The same bytes on every system: no "\r\n", which would change a checksum.
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with open(partial, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

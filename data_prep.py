@@ -6,7 +6,7 @@
 
 A .txt file has a line <|endoftext|> after every story, .jsonl and .parquet have a `text` field.
 Writes `--data_dir` whole or not at all and prints what is in it. The slice of 8,504 stories takes
-some seconds on 2 CPU cores, all of TinyStories (2.1 million) some minutes; memory stays flat.
+about 3 s on 2 CPU cores; memory stays flat.
 
 The data folder (format version 1)
     tokenizer.json             byte-level BPE; decoding gives the source text back byte for byte
@@ -16,12 +16,13 @@ One row is one story, [BOS] story [EOS]. A story longer than `seq_len` becomes s
 nearly equal length, of which only the first has [BOS] and only the last [EOS].
 """
 
+import dataclasses
 import hashlib
 import json
-import logging
 import os
 import shutil
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,16 +33,19 @@ from typing import Any
 import numpy as np
 
 from cli import UserError, atomic_file, flag, parse, require, run, writable_folder
+from sources import check_source, describe_source, read_stories, source_bytes
 
 PAD, MASK, BOS, EOS = range(4)
 SPECIAL_TOKENS = ["[PAD]", "[MASK]", "[BOS]", "[EOS]"]
 FORMAT, FORMAT_VERSION = "diffusion-llm data", 1
 SHARD_MAGIC = int.from_bytes(b"dllmrows", "little")
+SHARD_HEADER = 4  # int64: magic, format version, rows, tokens; then rows + 1 offsets
 SHARD_TOKENS = 2**25  # 64 MiB a shard
 BUCKET = 16  # row lengths are rounded up to a multiple of this: few shapes, little padding
 ROW_KINDS = ("story", "start", "middle", "end")
-SEPARATOR = "<|endoftext|>"
-HUB_DATASET = "roneneldan/TinyStories"
+BATCH_BYTES = 2**20  # text tokenized together: keeps the cores busy and the memory small
+META_KEYS = ("source", "licence", "vocab_size", "seq_len", "bytes_per_token", "length_histogram",
+             "tokenizer_sha256", "splits")
 
 
 @dataclass
@@ -57,109 +61,6 @@ class DataConfig:
     num_workers: int = flag(0, "threads for tokenizing; 0 uses every core")
     overwrite: bool = flag(False, "replace a data folder that is already there")
     verify: bool = flag(False, "only check the checksums of an existing data folder")
-
-
-# ---- sources -------------------------------------------------------------------------------------
-
-def read_txt(path: Path) -> Iterator[str]:
-    """Stories of a text file, separated by `<|endoftext|>`; newlines are kept as they are."""
-    lines: list[str] = []
-    size = 0
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for line in file:
-            *ended, rest = line.split(SEPARATOR)
-            for part in ended:
-                yield "".join(lines) + part
-                lines, size = [], 0
-            lines.append(rest)
-            size += len(rest)
-            require(size < 2**20, f"{path}: no {SEPARATOR} in a million characters; put a line "
-                                  f"{SEPARATOR} after every story")
-    if "".join(lines).strip():  # the last story may lack its separator
-        yield "".join(lines)
-
-
-def read_jsonl(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'{path}, line {number}: expected {{"text": "..."}}') from error
-            require(isinstance(text, str), f"{path}, line {number}: `text` is not a string")
-            yield text
-
-
-def read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from error
-    require("text" in file.schema_arrow.names, f"{path} has no column `text`")
-    for batch in file.iter_batches(batch_size=1000, columns=["text"]):
-        yield from (text or "" for text in batch.column(0).to_pylist())
-
-
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
-
-
-def read_files(names: Iterable[str]) -> Iterator[str]:
-    for path in map(Path, names):
-        try:
-            yield from READERS[path.suffix.lower()](path)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8"
-                            ) from error
-
-
-def check_files(names: Iterable[str]) -> None:
-    for name in names:
-        require(Path(name).is_file(), f"--source {name}: no such file; name a file, or use "
-                                      "tinystories or sample")
-        require(Path(name).suffix.lower() in READERS,
-                f"{name}: unknown kind of file; use .txt, .jsonl or .parquet")
-
-
-def read_hub(split: str) -> Iterator[str]:
-    """Streams one split ("train" or "validation") of TinyStories: no copy is kept on disk."""
-    import datasets
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one line, not its retries
-    print(f"reading {HUB_DATASET} ({split}) from the Hugging Face hub ...", flush=True)
-    try:
-        for row in datasets.load_dataset(HUB_DATASET, split=split, streaming=True):
-            yield row["text"]
-    except Exception as error:  # the hub's client has a dozen exception types for "no network"
-        raise UserError(
-            f"cannot read {HUB_DATASET} from the Hugging Face hub ({type(error).__name__}); check "
-            "the network, or use --source FILE (your own .txt, .jsonl or .parquet) or "
-            "--source sample (made-up stories, no network)") from error
-
-
-def stories(config: DataConfig) -> Iterator[tuple[str, str]]:
-    """Yields ("train" or "val", story) with the white space around each story removed."""
-    if config.source == ["tinystories"]:
-        splits = {"train": read_hub("train"), "val": read_hub("validation")}
-    elif config.source == ["sample"]:
-        from sample_stories import sample_stories
-        splits = {"both": sample_stories(config.max_stories or 6000)}
-    elif config.valid_source:
-        splits = {"train": read_files(config.source), "val": read_files([config.valid_source])}
-    else:
-        splits = {"both": read_files(config.source)}
-    for split, texts in splits.items():
-        for text in islice(texts, config.max_stories):
-            text = text.strip()
-            if split == "both":
-                # By a hash of the text: the same story never lands on both sides.
-                digest = hashlib.sha256(text.encode()).digest()
-                held_out = int.from_bytes(digest[:8], "big") < config.valid_fraction * 2**64
-                yield "val" if held_out else "train", text
-            else:
-                yield split, text
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -236,35 +137,37 @@ class SplitWriter:
         self.shards: list[dict] = []
         self.counts = Counter(stories=0, rows=0, tokens=0, bytes=0)
         self.histogram = {kind: Counter() for kind in ROW_KINDS}
-        self.rows: list[np.ndarray] = []
-        self.pending = 0
+        self.tokens, self.offsets = array("H"), array("q", [0])  # of the shard being filled
 
-    def add(self, text: str, ids: list[int]) -> None:
-        self.counts.update(stories=1, bytes=len(text.encode()))
+    def add(self, text: str, ids: list[int]) -> int:
+        """Takes one story and its token ids; returns the bytes of its text."""
+        size = len(text.encode())
+        self.counts.update(stories=1, bytes=size)
         for row in split_row(ids, self.seq_len):
             self.histogram[row_kind(row)][len(row)] += 1
             self.counts.update(rows=1, tokens=len(row))
-            self.rows.append(np.array(row, dtype="<u2"))
-            self.pending += len(row)
-        if self.pending >= SHARD_TOKENS:
+            self.tokens.extend(row)
+            self.offsets.append(len(self.tokens))
+        if len(self.tokens) >= SHARD_TOKENS:
             self.flush()
+        return size
 
     def flush(self) -> None:
-        if not self.rows:
+        rows, tokens = len(self.offsets) - 1, len(self.tokens)
+        if not rows:
             return
         name = f"{self.split}_{len(self.shards):05d}"
-        offsets = np.cumsum([0] + [len(row) for row in self.rows])
-        header = [SHARD_MAGIC, FORMAT_VERSION, len(self.rows), self.pending]
-        data = np.concatenate(self.rows).tobytes()
-        index = np.array([*header, *offsets], dtype="<i8").tobytes()
+        data = np.array(self.tokens, dtype="<u2").tobytes()
+        header = np.array([SHARD_MAGIC, FORMAT_VERSION, rows, tokens], dtype="<i8")
+        index = header.tobytes() + np.array(self.offsets, dtype="<i8").tobytes()
         for suffix, content in ((".bin", data), (".idx", index)):
             with open(self.folder / (name + suffix), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        self.shards.append({"name": name, "rows": len(self.rows), "tokens": self.pending,
+        self.shards.append({"name": name, "rows": rows, "tokens": tokens,
                             "sha256": sha256(data), "index_sha256": sha256(index)})
-        self.rows, self.pending = [], 0
+        self.tokens, self.offsets = array("H"), array("q", [0])
 
     def summary(self) -> dict:
         return {**self.counts, "shards": self.shards}
@@ -273,20 +176,25 @@ class SplitWriter:
 def prepare(config: DataConfig) -> dict:
     """Runs the whole stage and returns the content of meta.json."""
     check_config(config)
-    target = Path(config.data_dir)
-    if target.exists() and any(target.iterdir()):
-        require(config.overwrite, f"{target} is already there: use it, or give --overwrite, or "
-                                  "another --data_dir")
-        # Only what this script wrote is ever replaced, never somebody's folder of that name.
-        require((target / "meta.json").exists(), f"{target} holds other files: choose another "
-                                                 "--data_dir")
+    target = Path(config.data_dir).resolve()
+    partial, old = (target.with_name(target.name + end) for end in (".partial", ".old.partial"))
+    if old.exists() and not target.exists():
+        old.rename(target)  # a replacement was killed between its two renames
+    if target.exists():
+        require(target.is_dir(), f"--data_dir {config.data_dir} is a file; name a folder")
+        if any(target.iterdir()):
+            require(config.overwrite, f"{config.data_dir} is already there: use it, or give "
+                                      "--overwrite, or another --data_dir")
+            # Only what this script wrote is ever replaced, never somebody's folder of that name.
+            require((target / "meta.json").exists(), f"{config.data_dir} holds other files: choose "
+                                                     "another --data_dir")
     writable_folder(target.parent, "--data_dir")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    for leftover in (partial, old):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
         meta = write_folder(config, partial)
-        replace_folder(partial, target)
+        replace_folder(partial, target, old)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -304,11 +212,31 @@ def check_config(config: DataConfig) -> None:
         value = getattr(config, name)
         require(value is None or value > 0, f"--{name} {value}: must be positive")
     require(config.num_workers >= 0, f"--num_workers {config.num_workers}: must be 0 or more")
-    if config.source not in (["tinystories"], ["sample"]):
-        check_files(config.source + ([config.valid_source] if config.valid_source else []))
-    else:
-        require(not config.valid_source, "--valid_source goes with local files: "
-                f"{config.source[0]} has its own validation stories")
+    require(config.source != ["sample"] or (config.max_stories or 0) <= 100_000,
+            f"--max_stories {config.max_stories}: the bundled story maker has 100,000 stories")
+    check_source(config.source, config.valid_source)
+
+
+def tokenize_batches(stories: Iterable[tuple[str, str]], tokenizer,
+                     ) -> Iterator[tuple[str, str, list[int]]]:
+    """Yields (split, text, token ids); some megabytes at a time, on every core."""
+    batch: list[tuple[str, str]] = []
+    size = 0
+
+    def encoded():
+        # `encode_batch_fast` leaves out the offsets, which nothing here needs
+        for (split, text), encoding in zip(
+                batch, tokenizer.encode_batch_fast([text for _, text in batch]), strict=True):
+            yield split, text, encoding.ids
+
+    for split, text in stories:
+        batch.append((split, text))
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield from encoded()
+            batch.clear()
+            size = 0
+    yield from encoded()
 
 
 def write_folder(config: DataConfig, folder: Path) -> dict:
@@ -316,43 +244,48 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
     if config.num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(config.num_workers)
     started = time.perf_counter()
+
+    def stories() -> Iterator[tuple[str, str]]:
+        return read_stories(config.source, config.valid_source, config.valid_fraction,
+                            config.max_stories)
+
     # 1. The vocabulary, from the first training stories.
-    print("learning the vocabulary ...", flush=True)
-    training_texts = (text for split, text in stories(config) if split == "train" and text)
-    tokenizer = train_tokenizer(islice(training_texts, config.tokenizer_stories),
-                                config.vocab_size)
+    texts = (text for split, text in stories() if split == "train" and text)
+    tokenizer = train_tokenizer(
+        tqdm(islice(texts, config.tokenizer_stories), desc="learning the vocabulary",
+             unit=" stories", disable=None), config.vocab_size)
     # 2. Every story to rows, a batch at a time: memory does not grow with the corpus.
     writers = {split: SplitWriter(folder, split, config.seq_len) for split in ("train", "val")}
     dropped = 0
-    with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-        source = stories(config)
-        while batch := list(islice(source, 1000)):
-            dropped += sum(not text for _, text in batch)
-            batch = [(split, text) for split, text in batch if text]
-            for (split, text), encoding in zip(
-                    batch, tokenizer.encode_batch_fast([text for _, text in batch]), strict=True):
-                writers[split].add(text, encoding.ids)
-            bar.update(sum(len(text.encode()) for _, text in batch))
+    total = None if config.max_stories else source_bytes(config.source, config.valid_source)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+        for split, text, ids in tokenize_batches(stories(), tokenizer):
+            if text:
+                bar.update(writers[split].add(text, ids))
+            else:
+                dropped += 1
     for split, writer in writers.items():
         writer.flush()
         require(writer.counts["stories"], {
             "train": f"no stories in {', '.join(config.source)}: the corpus is empty",
-            "val": "no validation stories: raise --valid_fraction or give --valid_source"}[split])
+            "val": "no validation stories: raise --valid_fraction or --max_stories, or give more "
+                   "text"}[split])
     # 3. What a reader must know.
     train = writers["train"]
     text = tokenizer.to_str(pretty=True)
     text_tokens = train.counts["tokens"] - 2 * train.counts["stories"]  # less [BOS] and [EOS]
     meta = {
         "format": FORMAT, "format_version": FORMAT_VERSION,
-        **describe_source(config), "vocab_size": tokenizer.get_vocab_size(),
-        "seq_len": config.seq_len, "dropped_empty": dropped,
+        **describe_source(config.source, config.valid_source),
+        "vocab_size": tokenizer.get_vocab_size(), "seq_len": config.seq_len,
+        "dropped_empty": dropped,
         "special_ids": dict(zip(SPECIAL_TOKENS, (PAD, MASK, BOS, EOS), strict=True)),
         "bytes_per_token": train.counts["bytes"] / text_tokens,
         "length_histogram": {kind: {str(length): lengths[length] for length in sorted(lengths)}
                              for kind, lengths in train.histogram.items()},
         "tokenizer_sha256": sha256(text.encode()),
         "splits": {split: writer.summary() for split, writer in writers.items()},
-        "seconds": round(time.perf_counter() - started, 2),
+        "config": dataclasses.asdict(config), "seconds": round(time.perf_counter() - started, 2),
     }
     with atomic_file(folder / "tokenizer.json", "w") as file:
         file.write(text)
@@ -361,22 +294,16 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
     return meta
 
 
-def describe_source(config: DataConfig) -> dict:
-    if config.source == ["tinystories"]:
-        return {"source": HUB_DATASET, "licence": "CDLA-Sharing-1.0"}
-    if config.source == ["sample"]:
-        return {"source": "sample (made-up stories, for trying things out)", "licence": "none"}
-    names = config.source + ([config.valid_source] if config.valid_source else [])
-    return {"source": ", ".join(Path(name).name for name in names),
-            "licence": "that of the local files"}
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    old = target.with_name(target.name + ".old.partial")
-    shutil.rmtree(old, ignore_errors=True)
+def replace_folder(new: Path, target: Path, old: Path) -> None:
+    """Puts `new` in the place of `target`; if that fails `target` is as it was."""
     if target.exists():
         target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -390,10 +317,13 @@ def load_meta(data_dir: str | Path) -> dict:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         known = meta["format"] == FORMAT
+        version = meta["format_version"]
     except (ValueError, KeyError, TypeError):
         known = False
     require(known, f"{path} is not the description of a data folder; prepare the data again")
-    check_version(path, meta["format_version"])
+    check_version(path, version)
+    missing = [key for key in META_KEYS if key not in meta]
+    require(not missing, f"{path} lacks {', '.join(missing)}; prepare the data again")
     return meta
 
 
@@ -418,6 +348,7 @@ class TokenRows:
     def __init__(self, data_dir: str | Path, split: str = "train"):
         self.data_dir, self.split, self.meta = Path(data_dir), split, load_meta(data_dir)
         shards = [self._open(shard) for shard in self.meta["splits"][split]["shards"]]
+        require(shards, f"{data_dir} has no {split} shards; prepare the data again")
         self._tokens, self._offsets = zip(*shards, strict=True)
         self._first = np.cumsum([0] + [len(offsets) - 1 for offsets in self._offsets])
         self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
@@ -428,17 +359,20 @@ class TokenRows:
         again = "prepare the data again or copy the folder again"
         for path in (binary, index):
             require(path.is_file(), f"{path} is missing; {again}")
-        require(index.stat().st_size >= 32, f"{index} is truncated; {again}")
-        offsets = np.memmap(index, dtype="<i8", mode="r")
-        require(int(offsets[0]) == SHARD_MAGIC, f"{index} is not a shard index; {again}")
-        check_version(index, int(offsets[1]))
         rows, tokens = shard["rows"], shard["tokens"]
-        require(len(offsets) == 4 + rows + 1, f"{index} is truncated: {rows} rows expected, "
-                                              f"{len(offsets) - 5} found; {again}")
+        size, expected = index.stat().st_size, 8 * (SHARD_HEADER + rows + 1)
+        require(size >= 8 * SHARD_HEADER, f"{index} is truncated: {expected} bytes expected, "
+                                          f"{size} found; {again}")
+        header = np.fromfile(index, dtype="<i8", count=SHARD_HEADER)
+        require(int(header[0]) == SHARD_MAGIC, f"{index} is not a shard index; {again}")
+        check_version(index, int(header[1]))
+        require(size == expected, f"{index} is truncated: {expected} bytes expected, {size} found; "
+                                  f"{again}")
+        offsets = np.memmap(index, dtype="<i8", mode="r", offset=8 * SHARD_HEADER)
         size = binary.stat().st_size
         require(size == 2 * tokens and int(offsets[-1]) == tokens,
                 f"{binary} is truncated: {2 * tokens} bytes expected, {size} found; {again}")
-        return np.memmap(binary, dtype="<u2", mode="r"), offsets[4:]
+        return np.memmap(binary, dtype="<u2", mode="r"), offsets
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -566,9 +500,12 @@ def report(data_dir: str, meta: dict) -> None:
     lengths = TokenRows(data_dir).lengths
     padding = padding_share(lengths, bucket_batches(lengths, 4096))
     size = sum(counts["bytes"] for counts in meta["splits"].values()) / 1e6
-    print(f"vocabulary {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes/token, "
+    wanted = meta["config"]["vocab_size"]
+    smaller = f" (the text gives no {wanted:,})" if meta["vocab_size"] < wanted else ""
+    print(f"vocabulary {meta['vocab_size']:,}{smaller}, {meta['bytes_per_token']:.2f} bytes/token, "
           f"{padding:.1%} padding in batches of 4,096 tokens")
-    print(f"wrote {data_dir} in {meta['seconds']:.1f} s ({size / meta['seconds']:.1f} MB/s); "
+    seconds = max(meta["seconds"], 0.01)
+    print(f"wrote {data_dir} in {seconds:.1f} s ({size / seconds:.1f} MB/s); "
           f"source: {meta['source']}")
 
 

@@ -2,10 +2,10 @@
 
 A library: nothing to run here.
 
-    diffusion = DiscreteDiffusion(schedule="cosine", objective="elbo")
+    diffusion = DiscreteDiffusion(schedule="linear", objective="masked_ce")
     loss = diffusion.loss(model, tokens, generator)           # scalar, differentiable
     bound = diffusion.nelbo(model, batches)                   # bound.nats_per_token
-    for state in diffusion.unmask(model, tokens, Sampler()):  # the generator of sampler.py
+    for state in diffusion.unmask(model, tokens, Sampler()):  # the loop of sampler.py
         ...
 
 Forward process: at time t in (0, 1] every maskable token of a row becomes [MASK] independently
@@ -23,10 +23,8 @@ from torch import Tensor, nn
 
 from cli import require
 from data_prep import EOS, MASK
-from sampler import Sampler, State, unmask
-
-__all__ = ["SCHEDULES", "Corrupted", "CosineSchedule", "DiscreteDiffusion", "LinearSchedule",
-           "Nelbo", "Sampler", "State", "UnmaskStep", "numpy_step", "unmask"]
+from model import device_of
+from sampler import Sampler, State, Step, unmask
 
 # ---- schedules -----------------------------------------------------------------------------------
 
@@ -41,10 +39,6 @@ class CosineSchedule:
         """m'(t)."""
         return math.pi / 2 * torch.cos(math.pi / 2 * t)
 
-    def time(self, mask_ratio: Tensor) -> Tensor:
-        """The t at which m(t) is `mask_ratio`."""
-        return 2 / math.pi * torch.asin(mask_ratio)
-
 
 class LinearSchedule:
     """m(t) = t."""
@@ -56,13 +50,11 @@ class LinearSchedule:
         """m'(t)."""
         return torch.ones_like(t)
 
-    def time(self, mask_ratio: Tensor) -> Tensor:
-        """The t at which m(t) is `mask_ratio`."""
-        return mask_ratio
-
 
 SCHEDULES = {"cosine": CosineSchedule, "linear": LinearSchedule}
 OBJECTIVES = ("elbo", "masked_ce")
+# First numbers of the seeds of the evaluation masks, like those of sampler.py.
+SHIFT_STREAM, MASK_STREAM = 3, 4
 
 
 def maskable(tokens: Tensor) -> Tensor:
@@ -93,13 +85,13 @@ class Corrupted:
 class DiscreteDiffusion:
     """Corruption, training loss, likelihood bound and sampling for one schedule and objective."""
 
-    def __init__(self, schedule: str = "cosine", objective: str = "elbo"):
+    def __init__(self, schedule: str = "linear", objective: str = "masked_ce"):
         require(schedule in SCHEDULES, f"schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
         require(objective in OBJECTIVES, f"objective {objective!r}: choose "
                                          f"{' or '.join(OBJECTIVES)}")
         self.schedule, self.objective = SCHEDULES[schedule](), objective
 
-    def times(self, count: int, generator: torch.Generator) -> Tensor:
+    def times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """(count,) float64 times in (0, 1], one in each of `count` equal intervals, shuffled.
 
         Stratifying over the whole batch lowers the variance of the loss (arXiv 2107.00630, I.1).
@@ -107,7 +99,8 @@ class DiscreteDiffusion:
         u = torch.rand(count, generator=generator, dtype=torch.float64)
         return 1 - (torch.randperm(count, generator=generator) + u) / count
 
-    def corrupt(self, tokens: Tensor, t: Tensor, generator: torch.Generator) -> Corrupted:
+    def corrupt(self, tokens: Tensor, t: Tensor, generator: torch.Generator | None = None,
+                ) -> Corrupted:
         """Hides tokens of `tokens` (B, L) at times `t` (B,), at least one in every row.
 
         Runs on the CPU, where a seed means the same on every machine. With n maskable tokens a row
@@ -144,52 +137,49 @@ class DiscreteDiffusion:
              generator: torch.Generator | None = None) -> Tensor:
         """The training loss, a differentiable scalar in nats/token.
 
-        `tokens` (B, L) are corrupted here at stratified times; a part of an already corrupted
-        batch gives its share of the loss.
+        `tokens` (B, L) are corrupted here at stratified times (noise of `generator`, by default
+        torch's global one); a part of an already corrupted batch gives its share of the loss.
         """
         if isinstance(tokens, Tensor):
-            generator = generator or torch.Generator().manual_seed(torch.initial_seed())
             tokens = self.corrupt(tokens, self.times(len(tokens), generator), generator)
         nats, _ = masked_cross_entropy(model, tokens.noisy, tokens.tokens, tokens.masked,
                                        tokens.mask_ratio)
         return (nats * tokens.weight[tokens.masked]).sum()
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,
-              draws: int = 1, device: torch.device | str = "cpu") -> "Nelbo":
+              draws: int = 1, numbers: Iterable[np.ndarray] | None = None) -> "Nelbo":
         """The exact any-order bound, stratified over the number of hidden tokens.
 
         For a row of n tokens NELBO = n E_k[mean over the k hidden of -log p], k uniform on 1..n:
-        the integral of m'/m E[sum] dt with the time integrated out (arXiv 2310.16834 and
-        2406.03736; it does not depend on the schedule). `batches` are (B, L) int64; masks depend
-        on (seed, number of the row, draw) alone, so batching changes nothing.
+        the mean over all orders in which the tokens could be uncovered (arXiv 2110.02037, arXiv
+        2406.03736). It does not depend on the schedule.
+
+        Args:
+            batches: (B, L) int64 each.
+            numbers: the numbers of the rows of each batch, by default 0, 1, ... Masks depend on
+                (seed, number, draw) alone, so batching changes nothing.
         """
         columns = []
-        training = model.training
+        training, device = model.training, device_of(model)
         model.eval()
-        row = 0
+        numbers = iter(numbers) if numbers is not None else None
+        seen = 0
         with torch.inference_mode():
             for batch in batches:
                 clean = torch.as_tensor(batch)
+                rows = next(numbers) if numbers else seen + np.arange(len(clean))
+                seen += len(clean)
                 for draw in range(draws):
-                    masked, k, n = stratified_masks(clean, row, draw, draws, seed)
-                    columns.append(self._row_sums(model, clean, masked, k, n, row, device))
-                row += len(clean)
+                    masked, k, n = stratified_masks(clean, rows, draw, draws, seed)
+                    columns.append((rows, n.numpy(), k.numpy(),
+                                    *row_sums(model, clean, masked, k / n, device)))
         model.train(training)
         return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
-
-    def _row_sums(self, model, clean, masked, k, n, row, device) -> tuple[np.ndarray, ...]:
-        noisy = clean.masked_fill(masked, MASK)
-        inputs = [x.to(device) for x in (noisy, clean, masked, (k / n).float())]
-        nats, correct = masked_cross_entropy(model, *inputs)
-        owner = masked.nonzero()[:, 0].numpy()  # (M,) the row of each hidden token
-        sums = [np.bincount(owner, weights=x.double().cpu().numpy(), minlength=len(clean))
-                for x in (nats, correct)]
-        return row + np.arange(len(clean)), n.numpy(), k.numpy(), sums[0], sums[1]
 
     def unmask(self, model: nn.Module, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
                rows: Sequence[int] | None = None) -> Iterator[State]:
         """`sampler.unmask` with this model: fills every [MASK] of `tokens` (B, L), step by step."""
-        return unmask(numpy_step(UnmaskStep(model, sampler)), tokens, sampler, seed, rows)
+        return unmask(numpy_step(model, sampler), tokens, sampler, seed, rows)
 
 
 def masked_cross_entropy(model: nn.Module, noisy: Tensor, clean: Tensor, masked: Tensor,
@@ -206,7 +196,19 @@ def masked_cross_entropy(model: nn.Module, noisy: Tensor, clean: Tensor, masked:
     return F.cross_entropy(logits, targets, reduction="none"), correct
 
 
-def stratified_masks(clean: Tensor, row: int, draw: int, draws: int, seed: int,
+def row_sums(model: nn.Module, clean: Tensor, masked: Tensor, ratio: Tensor,
+             device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """For each row (B,): the sum of -log p over its hidden tokens, and how many were likeliest."""
+    noisy = clean.masked_fill(masked, MASK)
+    values = masked_cross_entropy(model, *(x.to(device) for x in (noisy, clean, masked,
+                                                                  ratio.float())))
+    owner = masked.nonzero()[:, 0].numpy()  # (M,) the row of each hidden token
+    nats, correct = (np.bincount(owner, weights=x.cpu().double().numpy(), minlength=len(clean))
+                     for x in values)
+    return nats, correct
+
+
+def stratified_masks(clean: Tensor, rows: np.ndarray, draw: int, draws: int, seed: int,
                      ) -> tuple[Tensor, Tensor, Tensor]:
     """Masks (B, L) that hide k of n tokens, with k stratified over 1..n; and k and n, (B,).
 
@@ -215,13 +217,12 @@ def stratified_masks(clean: Tensor, row: int, draw: int, draws: int, seed: int,
     """
     can = maskable(clean).numpy()
     n = can.sum(1)
-    shift = np.random.default_rng([seed, 0]).random()
-    index = (row + np.arange(len(clean))) * draws + draw
-    quantile = (shift + index * ((5 ** 0.5 - 1) / 2)) % 1  # (B,) in [0, 1)
+    shift = np.random.default_rng([SHIFT_STREAM, seed]).random()
+    quantile = (shift + (rows * draws + draw) * ((5 ** 0.5 - 1) / 2)) % 1  # (B,) in [0, 1)
     k = np.floor(quantile * n).astype(np.int64) + 1
     masked = np.zeros_like(can)
-    for i in range(len(clean)):
-        rng = np.random.default_rng([seed, 1, row + i, draw])
+    for i, row in enumerate(rows):
+        rng = np.random.default_rng([MASK_STREAM, seed, row, draw])
         masked[i, rng.permutation(np.flatnonzero(can[i]))[:k[i]]] = True
     return torch.from_numpy(masked), torch.from_numpy(k), torch.from_numpy(n)
 
@@ -238,9 +239,9 @@ class Nelbo:
 
     def row_nats(self) -> tuple[np.ndarray, np.ndarray]:
         """The bound of every row in nats, and its tokens, both (N,)."""
-        draws = np.bincount(self.row)
-        return (np.bincount(self.row, weights=self.n * self.nats / self.k) / draws,
-                np.bincount(self.row, weights=self.n) / draws)
+        _, index, draws = np.unique(self.row, return_inverse=True, return_counts=True)
+        return (np.bincount(index, weights=self.n * self.nats / self.k) / draws,
+                np.bincount(index, weights=self.n) / draws)
 
     @property
     def total_nats(self) -> float:
@@ -258,6 +259,16 @@ class Nelbo:
         residual = nats - self.nats_per_token * tokens
         count = len(nats)
         return float(math.sqrt(count / max(1, count - 1) * (residual ** 2).sum()) / tokens.sum())
+
+    @property
+    def masked_ce(self) -> float:
+        """The plain mean of -log p over all hidden tokens, what "masked_ce" trains on."""
+        return float(self.nats.sum() / self.k.sum())
+
+    @property
+    def masked_accuracy(self) -> float:
+        """Share of all hidden tokens that were the likeliest."""
+        return float(self.correct.sum() / self.k.sum())
 
     def bits_per_byte(self, length_nats: float, text_bytes: int) -> float:
         """The bound on the text in bits/byte, with what telling the row lengths costs."""
@@ -314,19 +325,20 @@ class UnmaskStep(nn.Module):
     floor would lower the effective temperature (arXiv 2409.02908).
     """
 
-    def __init__(self, model: nn.Module, sampler: Sampler):
+    def __init__(self, model: nn.Module, order: str = "random", top_k: int = 0, top_p: float = 1.0):
         super().__init__()
-        self.model, self.sampler = model, sampler.check()
+        self.model, self.order, self.top_k, self.top_p = model, order, top_k, top_p
 
-    def forward(self, tokens: Tensor, count: Tensor, noise: Tensor, most_hidden: int,
-                most_count: int) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, count: Tensor, temperature: Tensor, noise: Tensor,
+                most_hidden: int, most_count: int) -> tuple[Tensor, Tensor]:
         """
         Args:
             tokens: (B, L) int64, hidden ones are [MASK].
             count: (B,) int64, how many to uncover in each row.
-            noise: (B, 2, L) float64 uniforms in [0, 1): for the order, for the token.
-            most_hidden, most_count: the largest number hidden and of `count` in the batch. Plain
-                numbers: they are shapes, so the step has no data-dependent ones.
+            temperature: () float32; 0 is greedy.
+            noise: (B, 2, L) uniforms in [0, 1): for the order, for the token.
+            most_hidden, most_count: at least the largest number hidden and of `count` in the batch.
+                Plain numbers, for they are shapes; a graph of fixed shape has both at L.
         Returns: the new tokens (B, L), and confidence (B, L) float32: the probability, at
             temperature 1, of each token drawn now, 0 elsewhere.
         """
@@ -334,24 +346,29 @@ class UnmaskStep(nn.Module):
         ratio = masked.sum(1) / maskable(tokens).sum(1).clamp(min=1)
         hidden = self.model.hidden(tokens, ratio)  # (B, L, D)
         # 1. Score the hidden positions and choose the best `count` of every row.
-        if self.sampler.order == "random":
+        if self.order == "random":
             positions = best_first(noise[:, 0].masked_fill(~masked, -1), most_count)  # (B, C)
-            logits = self.model.head(take(hidden, positions)).float()  # (B, C, V)
+            logits = self.logits(take(hidden, positions))  # (B, C, V)
         else:
-            candidates = best_first(masked.double(), most_hidden)  # (B, M)
-            every = self.model.head(take(hidden, candidates)).float()  # (B, M, V)
+            candidates = best_first(masked.int(), most_hidden)  # (B, M)
+            every = self.logits(take(hidden, candidates))  # (B, M, V)
             score = (every.amax(-1) - every.logsumexp(-1)).exp()  # max probability, (B, M)
             score = score.masked_fill(~masked.gather(1, candidates), -1)
             chosen = best_first(score, most_count)  # (B, C)
             positions, logits = candidates.gather(1, chosen), take(every, chosen)
         # 2. Draw their tokens and write them where the row still has some to uncover.
-        drawn = draw(logits, noise[:, 1].gather(1, positions), self.sampler)  # (B, C)
-        probability = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        drawn = draw(logits, noise[:, 1].gather(1, positions), temperature, self.top_k, self.top_p)
+        probability = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]  # (B, C)
         wanted = torch.arange(most_count, device=tokens.device) < count[:, None]  # (B, C)
         drawn = torch.where(wanted, drawn, tokens.gather(1, positions))
         new = tokens.scatter(1, positions, drawn)
         confidence = torch.zeros_like(tokens, dtype=torch.float32)
         return new, confidence.scatter(1, positions, probability * wanted)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """FP32 logits. The head's FP16 stand-in for -inf must not survive a high temperature."""
+        logits = self.model.head(hidden).float()
+        return logits.masked_fill(logits <= -1e4, -math.inf)
 
 
 def best_first(score: Tensor, count: int) -> Tensor:
@@ -364,22 +381,23 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def draw(logits: Tensor, uniform: Tensor, sampler: Sampler) -> Tensor:
-    """Draws a token for every (..., V) logits by one uniform (...) each: (...) int64."""
-    if sampler.temperature == 0:
-        return logits.argmax(-1)
-    logits = keep_likeliest(logits / sampler.temperature, sampler.top_k, sampler.top_p)
-    if logits.device.type == "mps":  # no FP64 there
-        logits, device = logits.cpu(), logits.device
-        return draw_exactly(logits, uniform.cpu()).to(device)
-    return draw_exactly(logits, uniform)
+def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: int = 0, top_p: float = 1.0,
+         ) -> Tensor:
+    """Draws a token for every (..., V) FP32 logits by one uniform (...) each: (...) int64."""
+    best = logits.amax(-1, keepdim=True)  # subtracted first: a tiny temperature must not overflow
+    scaled = keep_likeliest((logits - best) / temperature.clamp(min=1e-30), top_k, top_p)
+    # MPS has no FP64: these few numbers go to the CPU.
+    exact = torch.device("cpu") if logits.device.type == "mps" else logits.device
+    drawn = draw_exactly(scaled.to(exact), uniform.to(exact)).to(logits.device)
+    return torch.where(temperature > 0, drawn, logits.argmax(-1))
 
 
 def draw_exactly(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The first token at which the distribution function, in FP64, exceeds `uniform`."""
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (..., V)
     total = cumulative[..., -1:]
     # Rounding may lift u * total up to the total, behind the last token.
-    target = torch.minimum(uniform[..., None] * total, torch.nextafter(total, total * 0))
+    target = torch.minimum(uniform[..., None].double() * total, torch.nextafter(total, total * 0))
     return torch.searchsorted(cumulative, target, right=True)[..., 0]
 
 
@@ -398,19 +416,21 @@ def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def numpy_step(step: UnmaskStep):
-    """Wraps the torch step for the NumPy loop of `sampler.unmask`."""
-    device = next((p.device for p in step.parameters()), torch.device("cpu"))
+def numpy_step(model: nn.Module, sampler: Sampler) -> Step:
+    """The torch step of this model and sampler, for the NumPy loop of sampler.py."""
+    sampler.check()
+    step = UnmaskStep(model, sampler.order, sampler.top_k, sampler.top_p)
+    device = device_of(model)
+    temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
+    # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.
+    precision = torch.float32 if device.type == "mps" else torch.float64
 
     @torch.inference_mode()
     def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray):
-        # MPS has no FP64; a uniform of FP32 only coarsens the noise, not the distribution function
-        uniforms = torch.from_numpy(noise).to(torch.float32 if device.type == "mps"
-                                              else torch.float64)
         most_hidden = int((tokens == MASK).sum(1).max())
-        new, confidence = step(torch.from_numpy(tokens).to(device),
-                               torch.from_numpy(count).to(device), uniforms.to(device),
-                               most_hidden, int(count.max()))
+        new, confidence = step(
+            torch.from_numpy(tokens).to(device), torch.from_numpy(count).to(device), temperature,
+            torch.from_numpy(noise).to(precision).to(device), most_hidden, int(count.max()))
         return new.cpu().numpy(), confidence.cpu().numpy()
 
     return run

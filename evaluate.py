@@ -6,7 +6,7 @@ Prints a table and writes evaluation.json beside the checkpoint:
 - the likelihood bound (NELBO) of held-out stories in bits/byte, nats/token and perplexity, with
   its standard error, and masked cross-entropy and accuracy by mask ratio
 - distinct-1/2/3, self-BLEU and unigram entropy of samples, beside those of real stories
-On the slice of 941 validation stories the small model takes about 3 minutes on 2 CPU cores.
+It shows its progress; --max_rows and --num_samples make it shorter.
 """
 
 import dataclasses
@@ -19,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from cli import atomic_file, flag, parse, require, run, writable_folder
 from data_prep import EOS, TokenRows, bucket_batches, decode, length_nats, row_kind, token_bytes
-from diffusion import DiscreteDiffusion, Nelbo, Sampler, UnmaskStep, numpy_step
+from diffusion import DiscreteDiffusion, Nelbo, numpy_step
 from model import (
+    PRECISIONS,
     check_tokenizer,
     find_checkpoint,
     load_checkpoint,
@@ -32,39 +34,31 @@ from model import (
     pick_precision,
     tokenizer_from_checkpoint,
 )
-from sampler import ORDERS, PACES, blank_story, fill
+from sampler import Sampler, blank_story, fill
 
 
-@dataclass
-class EvaluateConfig:
+@dataclass(frozen=True)
+class EvaluateConfig(Sampler):
     checkpoint: str | None = flag(None, "checkpoint to use (default: the newest */best.pt)")
-    data_dir: str = flag("data", "data folder whose held-out stories are scored")
+    data_dir: str | None = flag(None, "data folder with the held-out stories (default: the one "
+                                      "that the checkpoint was trained on)")
     split: str = flag("val", "val or train", ("val", "train"))
     max_rows: int | None = flag(None, "score only the first rows of the split")
     draws: int = flag(4, "masks drawn for every row")
-    num_samples: int = flag(64, "stories generated and compared with as many real ones; 0 is none")
-    steps: int = flag(64, "network evaluations for a story at most")
-    temperature: float = flag(1.0, "of the generated stories")
-    top_k: int = flag(0, "draw among the k likeliest tokens; 0 is all")
-    top_p: float = flag(1.0, "draw among the likeliest tokens that together reach p")
-    order: str = flag("random", "which positions first: " + ", ".join(ORDERS))
-    pace: str = flag("cosine", "how many tokens in a step: " + ", ".join(PACES))
+    num_samples: int = flag(64, "stories generated and compared with as many real ones, 0 for none")
     seed: int = flag(0, "seed of masks and stories")
     output: str | None = flag(None, "file to write (default: evaluation.json by the checkpoint)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: str = flag("auto", "auto, fp32, bf16 or fp16", ("auto", "fp32", "bf16", "fp16"))
-
-    def sampler(self) -> Sampler:
-        return Sampler(self.order, self.pace, self.steps, self.temperature, self.top_k,
-                       self.top_p).check()
+    precision: str = flag("auto", "auto, fp32, bf16 or fp16", ("auto", *PRECISIONS))
 
     def check(self) -> None:
-        self.sampler()
+        super().check()
         for name in ("max_rows", "draws"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} {value}: must be at least 1")
         for name in ("num_samples", "seed"):
-            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must be 0 or more")
+            require(0 <= getattr(self, name) < 2**63,
+                    f"--{name} {getattr(self, name)}: must be 0 or more")
         require(self.num_samples != 1, "--num_samples 1: self-BLEU needs at least 2 stories")
 
 
@@ -77,6 +71,7 @@ def likelihood(bound: Nelbo, rows: list[np.ndarray], meta: dict, sizes: np.ndarr
         "nelbo_nats_per_token": bound.nats_per_token,
         "nelbo_standard_error": bound.standard_error,
         "perplexity": math.exp(bound.nats_per_token),
+        "perplexity_standard_error": math.exp(bound.nats_per_token) * bound.standard_error,
         "bits_per_byte": bound.bits_per_byte(extra, text_bytes),
         "bits_per_byte_standard_error": bound.standard_error * factor,
         "length_code_bits_per_byte": extra / math.log(2) / text_bytes,
@@ -114,17 +109,12 @@ def entropy(ids: list[int]) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows, tokenizer,
-                    ) -> dict:
-    """Diversity of generated stories and of as many real ones, of the same lengths."""
-    whole = [i for i in range(len(rows)) if row_kind(rows[i]) == "story"]
-    require(len(whole) >= config.num_samples, f"--num_samples {config.num_samples}: the "
-            f"{config.split} split has only {len(whole)} stories that fit into one row")
-    chosen = np.random.default_rng(config.seed).permutation(whole)[:config.num_samples]
-    real = [rows[i] for i in chosen]
-    sampler = config.sampler()
-    made = fill(numpy_step(UnmaskStep(model, sampler)),
-                [blank_story(len(row) - 2) for row in real], sampler, config.seed)
+def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
+                    stories: np.ndarray, tokenizer) -> dict:
+    """Diversity of generated stories and of the real `stories` (row numbers), of equal lengths."""
+    real = [rows[i] for i in stories]
+    made = fill(numpy_step(model, config), [blank_story(len(row) - 2) for row in real], config,
+                config.seed)
     result = {}
     for name, group in (("samples", made), ("data", real)):
         ids = [[int(i) for i in row if i > EOS] for row in group]
@@ -132,36 +122,49 @@ def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenR
     return result
 
 
-def evaluate(config: EvaluateConfig) -> dict:
+def choose_stories(config: EvaluateConfig, rows: TokenRows) -> np.ndarray:
+    """Numbers of the rows to compare samples with: whole stories, at most `num_samples`."""
+    whole = [i for i in range(len(rows)) if row_kind(rows[i]) == "story"]
+    if len(whole) < config.num_samples:
+        print(f"only {len(whole)} stories of {config.split} fit into one row: comparing with those")
+    return np.random.default_rng(config.seed).permutation(whole)[:config.num_samples]
+
+
+def evaluate(config: EvaluateConfig, path: Path) -> dict:
     """Everything that evaluation.json holds."""
-    path = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(path)
-    rows = TokenRows(config.data_dir, config.split)
-    check_tokenizer(path, checkpoint, config.data_dir, rows.meta)
+    data_dir = config.data_dir or checkpoint.get("train_config", {}).get("data_dir", "data")
+    rows = TokenRows(data_dir, config.split)
+    check_tokenizer(path, checkpoint, data_dir, rows.meta)
     device = pick_device(config.device)
     precision = pick_precision(device, config.precision)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(precision)
     longest = int(rows.lengths.max())
-    require(longest <= model.config.max_len, f"{config.data_dir} has rows of {longest} tokens, "
-            f"{path} was trained on rows of at most {model.config.max_len}")
+    require(longest <= model.config.max_len, f"{data_dir} has rows of {longest} tokens, {path} was "
+            f"trained on rows of at most {model.config.max_len}")
     tokenizer = tokenizer_from_checkpoint(checkpoint)
+    stories = choose_stories(config, rows)
     count = min(len(rows), config.max_rows or len(rows))
     batches = bucket_batches(rows.lengths[:count], 8192, merge=False)
-    bound = DiscreteDiffusion().nelbo(model, map(rows.batch, batches), config.seed, config.draws,
-                                      device)
+    bar = tqdm(batches, desc="scoring", unit=" batches", leave=False, disable=None)
+    bound = DiscreteDiffusion().nelbo(model, map(rows.batch, bar), config.seed, config.draws,
+                                      numbers=batches)
+    weights = "EMA weights" if checkpoint.get("ema") is not None else "last weights"
     result = {
         "checkpoint": str(path), "step": checkpoint.get("step"),
         "tokens_seen": checkpoint.get("tokens_seen"), "data": rows.meta["source"],
         "split": config.split,
         "protocol": f"any-order NELBO, mask count stratified over 1..n, {config.draws} masks a "
-                    f"row, {count} rows of {config.split}, seed {config.seed}, {precision}, EMA "
-                    "weights; bits/byte include the row lengths' code",
+                    f"row, {count} rows of {config.split}, seed {config.seed}, {precision}, "
+                    f"{weights}; bits/byte include the code of the row lengths, nats/token and "
+                    "perplexity do not",
         "likelihood": likelihood(bound, [rows[i] for i in range(count)], rows.meta,
                                  token_bytes(tokenizer)),
+        "masked_ce": bound.masked_ce, "masked_accuracy": bound.masked_accuracy,
         "averages_over_t": bound.averages(), "curve": bound.curve(),
         "config": dataclasses.asdict(config)}
-    if config.num_samples:
-        result["diversity"] = compare_samples(config, model, rows, tokenizer)
+    if len(stories) > 1:
+        result["diversity"] = compare_samples(config, model, rows, stories, tokenizer)
     return result
 
 
@@ -173,7 +176,10 @@ def report(result: dict) -> None:
           f"{numbers['length_code_bits_per_byte']:.4f})")
     print(f"NELBO nats/token {numbers['nelbo_nats_per_token']:8.4f} "
           f"± {numbers['nelbo_standard_error']:.4f}")
-    print(f"perplexity       {numbers['perplexity']:8.2f}\n")
+    print(f"perplexity       {numbers['perplexity']:8.2f} "
+          f"± {numbers['perplexity_standard_error']:.2f}")
+    print(f"masked cross-entropy {result['masked_ce']:.3f}, accuracy "
+          f"{result['masked_accuracy']:.1%} over all hidden tokens\n")
     print("mask ratio    masked cross-entropy   accuracy")
     for point in result["curve"]:
         print(f"{point['low']:.2f} - {point['high']:.2f}   {point['cross_entropy']:20.3f}   "
@@ -191,11 +197,13 @@ def report(result: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     config, _ = parse(EvaluateConfig, __doc__, argv)
     config.check()
-    target = Path(config.output) if config.output else (
-        find_checkpoint(config.checkpoint).parent / "evaluation.json")
-    require(target.parent.is_dir(), f"--output {target}: no such folder")
+    path = find_checkpoint(config.checkpoint)
+    require(path.is_file(), f"no checkpoint {path}: train one first, `python train.py`")
+    target = Path(config.output) if config.output else path.parent / "evaluation.json"
+    require(target.parent.is_dir() and not target.is_dir(),
+            f"--output {target}: name a file in a folder that exists")
     writable_folder(target.parent, "--output")
-    result = evaluate(config)
+    result = evaluate(config, path)
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
     report(result)

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
 from cli import flag, parse, require, run
 from data_prep import BOS, EOS, MASK, decode
-from sampler import ORDERS, PACES, Sampler, blank_story, draw_length, unmask_rows
+from sampler import Sampler, Step, blank_story, draw_length, unmask_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,19 +31,14 @@ if TYPE_CHECKING:
 GAP = re.compile(r"\[MASK(?::([^\]]*))?\]")
 
 
-@dataclass
-class GenerateConfig:
+@dataclass(frozen=True)
+class GenerateConfig(Sampler):
+    temperature: float = flag(0.8, "0 is greedy, 1 the model's own distribution")
     checkpoint: str | None = flag(None, "checkpoint to use (default: the newest */best.pt)")
     num_samples: int = flag(3, "stories to make")
     prompt: str | None = flag(None, "how the story begins")
     infill: str | None = flag(None, "a text with gaps: [MASK:n] hides n tokens")
     length: int | None = flag(None, "tokens in the story (default: drawn from the data's lengths)")
-    steps: int = flag(64, "network evaluations at most")
-    temperature: float = flag(0.8, "0 is greedy, 1 the model's own distribution")
-    top_k: int = flag(0, "draw among the k likeliest tokens; 0 is all")
-    top_p: float = flag(1.0, "draw among the likeliest tokens that together reach p")
-    order: str = flag("random", "which positions first: " + ", ".join(ORDERS))
-    pace: str = flag("cosine", "how many tokens in a step: " + ", ".join(PACES))
     seed: int = flag(0, "the same seed gives the same stories")
     batch_size: int = flag(32, "stories made together; does not change them")
     show_steps: bool = flag(False, "print the text after every step, hidden tokens as _")
@@ -51,19 +47,19 @@ class GenerateConfig:
     precision: str = flag("fp32", "fp32, or bf16 or fp16 (faster on a GPU; a story may then depend "
                                   "on its batch)", ("fp32", "bf16", "fp16"))
 
-    def sampler(self) -> Sampler:
-        return Sampler(self.order, self.pace, self.steps, self.temperature, self.top_k,
-                       self.top_p).check()
-
     def check(self) -> None:
-        self.sampler()
+        super().check()
         for name in ("num_samples", "batch_size"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
-        require(self.seed >= 0, f"--seed {self.seed}: must be 0 or more")
+        require(0 <= self.seed < 2**63, f"--seed {self.seed}: must be 0 or more")
         require(self.length is None or self.length >= 1,
                 f"--length {self.length}: must be at least 1")
         require(not (self.infill is not None and (self.prompt is not None or self.length)),
                 "--infill fixes the whole row: leave out --prompt and --length")
+        for name in ("prompt", "infill"):
+            text = getattr(self, name) or ""
+            require(text.isascii() or text.encode(errors="replace").decode() == text,
+                    f"--{name} is not valid Unicode; check the encoding of the terminal")
 
 
 def prompt_row(ids: list[int], length: int) -> np.ndarray:
@@ -78,7 +74,7 @@ def infill_row(text: str, tokenizer: "Tokenizer", max_len: int) -> np.ndarray:
     row, end = [BOS], 0
     for gap in GAP.finditer(text):
         size = gap[1] if gap[1] is not None else "1"
-        require(re.fullmatch(r"[0-9]+", size) and int(size) > 0,
+        require(re.fullmatch(r"[0-9]{1,9}", size) and int(size) > 0,
                 f"--infill: {gap[0]} does not say how many tokens to hide; write [MASK:n] with n "
                 "of 1 or more")
         require(int(size) <= max_len, f"--infill: {gap[0]} is longer than the model's rows "
@@ -99,7 +95,8 @@ def build_rows(config: GenerateConfig, tokenizer: "Tokenizer", histogram: dict, 
     """The rows to fill, each (length,) int64 with [MASK] where text is wanted."""
     if config.infill is not None:
         return [infill_row(config.infill, tokenizer, max_len)] * config.num_samples
-    ids = tokenizer.encode(config.prompt or "").ids
+    # As in training: no white space around a story, and a word brings the space before it.
+    ids = tokenizer.encode((config.prompt or "").strip()).ids
     longest = max_len - 2  # [BOS] and [EOS]
     require(config.length is None or config.length <= longest,
             f"--length {config.length}: this model's rows hold at most {longest} tokens of text")
@@ -126,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     config, _ = parse(GenerateConfig, __doc__, argv)
     config.check()
     # torch is needed from here on, not for --help or a mistyped flag
-    from diffusion import UnmaskStep, numpy_step
+    from diffusion import numpy_step
     from model import (
         find_checkpoint,
         load_checkpoint,
@@ -140,42 +137,49 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = tokenizer_from_checkpoint(checkpoint)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(config.precision)
     rows = build_rows(config, tokenizer, checkpoint["length_histogram"], model.config.max_len)
-    sampler = config.sampler()
     started = time.perf_counter()
-    results = generate(numpy_step(UnmaskStep(model, sampler)), rows, sampler, config, tokenizer)
+    filled, row_evaluations, evaluations = generate(numpy_step(model, config), rows, config,
+                                                    tokenizer)
     seconds = time.perf_counter() - started
-    show(results, config, str(path))
+    show(filled, row_evaluations, config, tokenizer, str(path))
     tokens = sum(int((row == MASK).sum()) for row in rows)
-    evaluations = sum(result["nfe"] / result["batch"] for result in results)
-    print(f"{tokens:,} tokens in {len(rows)} stories, {evaluations:.0f} network evaluations, "
+    print(f"{tokens:,} tokens in {len(rows)} stories, {evaluations} network evaluations, "
           f"{seconds:.2f} s: {tokens / seconds:.1f} tokens/s",
           file=sys.stderr if config.json else sys.stdout)
 
 
-def generate(step, rows: list[np.ndarray], sampler: Sampler, config: GenerateConfig,
-             tokenizer: "Tokenizer") -> list[dict]:
-    """Fills the rows; one dictionary for each, in order."""
-    results: list[dict] = [{} for _ in rows]
-    for part, state in unmask_rows(step, rows, sampler, config.seed, config.batch_size):
-        for i, tokens in zip(part, state.tokens, strict=True):
-            row = tokens[:len(rows[i])]
-            results[i] = {"text": decode(tokenizer, row), "tokens": row.tolist(),
-                          "nfe": state.nfe, "batch": len(part)}
+def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokenizer: "Tokenizer",
+             ) -> tuple[list[np.ndarray], list[int], int]:
+    """Fills the rows.
+
+    Returns: the filled rows, in order; how many network evaluations uncovered something in each;
+        and the network evaluations of all batches together.
+    """
+    filled, row_evaluations, evaluations = list(rows), [0] * len(rows), 0
+    states = unmask_rows(step, rows, config, config.seed, config.batch_size)
+    hide_bar = True if config.show_steps else None  # None: hidden where there is no terminal
+    for part, state in tqdm(states, desc="unmasking", unit=" steps", leave=False, disable=hide_bar):
+        evaluations += state.nfe > 0
+        for i, tokens, uncovered in zip(part, state.tokens, state.uncovered, strict=True):
+            filled[i] = tokens[:len(rows[i])]
+            row_evaluations[i] += bool(uncovered.any())
             if config.show_steps:
                 # on stderr beside --json, whose lines must stay parseable
-                print(f"[story {i + 1}, step {state.step}] {text_with_gaps(tokenizer, row)}",
+                print(f"[story {i + 1}, step {state.step}] {text_with_gaps(tokenizer, filled[i])}",
                       file=sys.stderr if config.json else sys.stdout)
-    return results
+    return filled, row_evaluations, evaluations
 
 
-def show(results: list[dict], config: GenerateConfig, checkpoint: str) -> None:
-    for number, result in enumerate(results, 1):
+def show(filled: list[np.ndarray], row_evaluations: list[int], config: GenerateConfig,
+         tokenizer: "Tokenizer", checkpoint: str) -> None:
+    for i, row in enumerate(filled):
+        text = decode(tokenizer, row)
         if config.json:
-            print(json.dumps({"text": result["text"], "tokens": result["tokens"],
-                              "nfe": result["nfe"], "seed": config.seed, "row": number - 1,
-                              "checkpoint": checkpoint}, ensure_ascii=False))
+            print(json.dumps({"text": text, "tokens": row.tolist(), "nfe": row_evaluations[i],
+                              "seed": config.seed, "row": i, "checkpoint": checkpoint},
+                             ensure_ascii=False))
         else:
-            print(f"--- {number} ---\n{result['text']}\n")
+            print(f"--- {i + 1} ---\n{text}\n")
 
 
 if __name__ == "__main__":

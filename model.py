@@ -20,7 +20,6 @@ Notable features of the DiffusionTransformer
 
 import dataclasses
 import math
-import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,8 @@ from cli import UserError, atomic_file, require
 from data_prep import EOS, load_tokenizer, sha256
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 1
+CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
+                   "length_histogram")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -230,11 +231,19 @@ class DiffusionTransformer(nn.Module):
 
 # ---- where to run --------------------------------------------------------------------------------
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a module's first parameter or buffer lives; the CPU if it has none."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name, or the best one here: CUDA, then Apple's MPS, then the CPU."""
     if name != "auto":
         try:
             device = torch.device(name)
+            require(device.type in ("cpu", "cuda", "mps"), f"--device {name}: use auto, cpu, cuda "
+                                                           "or mps")
             torch.empty(0, device=device)
             return device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -276,18 +285,20 @@ def save_checkpoint(path: str | Path, model: DiffusionTransformer, tokenizer: st
         torch.save(contents, file)
 
 
-def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict:
+def load_checkpoint(path: str | Path, map_location: Any = "cpu", kind: str = "diffusion") -> dict:
     """Reads a checkpoint without running code from it (`weights_only`).
 
-    Raises UserError if the file is missing, damaged, foreign, or of another format version.
+    Raises UserError if the file is missing, damaged, foreign, of another format version, or not of
+    this `kind` ("diffusion" or "autoregressive").
     """
     path = Path(path)
+    require(not path.is_dir(), f"{path} is a folder; name a .pt file in it")
     require(path.is_file(), f"no checkpoint {path}: train one first, `python train.py`")
     contents, cause = None, None
     if zipfile.is_zipfile(path):  # as torch.save writes; anything else is refused unopened
         try:
             contents = torch.load(path, map_location=map_location, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged pickle can raise nearly anything
             cause = error
     if contents is None:
         raise UserError(f"{path} is not a checkpoint of this program, or is damaged; name a .pt "
@@ -295,9 +306,13 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict:
     require(isinstance(contents, dict) and contents.get("format") == CHECKPOINT_FORMAT,
             f"{path} is a torch file but not a checkpoint of this program; name a .pt file that "
             "train.py wrote")
-    version = contents["format_version"]
+    version = contents.get("format_version")
     require(version == CHECKPOINT_VERSION, f"{path} has checkpoint format version {version}, this "
             f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
+    missing = [key for key in CHECKPOINT_KEYS if key not in contents]
+    require(not missing, f"{path} lacks {', '.join(missing)}: it was not written by train.py")
+    require(contents["kind"] == kind, f"{path} is an {contents['kind']} model; a {kind} model is "
+                                      "needed here")
     return contents
 
 
@@ -313,9 +328,13 @@ def find_checkpoint(name: str | None) -> Path:
 
 def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTransformer:
     """The network of a checkpoint, with its averaged (EMA) weights where there are any."""
-    model = DiffusionTransformer(ModelConfig(**checkpoint["model_config"]))
-    weights = checkpoint.get("ema") if use_ema else None
-    model.load_state_dict(checkpoint["weights"] if weights is None else weights)
+    average = checkpoint.get("ema") if use_ema else None
+    try:
+        model = DiffusionTransformer(ModelConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["weights"] if average is None else average)
+    except (TypeError, RuntimeError) as error:
+        raise UserError("the checkpoint's weights do not fit its model settings: it was changed "
+                        "after train.py wrote it") from error
     return model.eval()
 
 

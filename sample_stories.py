@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cli import flag, parse, require, run
+from sources import SEPARATOR
 
-SEPARATOR = "<|endoftext|>"
+LARGEST_COUNT = 100_000  # there are more, but drawing without repeats gets slow
 
 Pick = Callable[[Sequence], Any]
 
@@ -307,10 +308,10 @@ def sample_stories(count: int, seed: int = 0) -> Iterator[str]:
     """Yield `count` distinct stories; a smaller count gives the beginning of the same sequence.
 
     The same seed gives the same stories everywhere. Raises ValueError, at the call and not at
-    the first story, if `count` is negative.
+    the first story, if `count` is negative or above LARGEST_COUNT.
     """
-    if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
+    if not 0 <= count <= LARGEST_COUNT:
+        raise ValueError(f"count must be from 0 to {LARGEST_COUNT}, got {count}")
     return _generate(count, seed)
 
 
@@ -322,7 +323,9 @@ class SampleConfig:
 
 def main(argv: list[str] | None = None) -> None:
     config, _ = parse(SampleConfig, __doc__, argv)
-    require(config.count >= 0, f"--count {config.count}: must be 0 or more")
+    require(0 <= config.count <= LARGEST_COUNT,
+            f"--count {config.count}: must be from 0 to {LARGEST_COUNT}")
+    require(config.seed >= 0, f"--seed {config.seed}: must be 0 or more")
     print(f"\n{SEPARATOR}\n".join(sample_stories(config.count, config.seed)))
 
 

@@ -1,4 +1,4 @@
-"""The sampling loop: which positions, how many a step, and the noise. NumPy only, no torch.
+"""The sampling loop: which positions, how many a step, and the noise. NumPy, no torch.
 
 A sampler is an order (which positions first) and a pace (how many in a step). The loop is written
 over any `step` callable, so that a torch module and an exported graph run the same loop:
@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
-from cli import require
+from cli import flag, require
 from data_prep import BOS, EOS, MASK, PAD, pad_rows, round_up
 
 ORDERS = ("random", "confidence")
 PACES = ("cosine", "linear")
+MAX_STEPS = 100_000
+# First numbers of the seeds, so that no two uses of randomness share a stream.
+LENGTH_STREAM, NOISE_STREAM = 1, 2
 
 # (tokens (B, L) int64, count (B,) int64, noise (B, 2, L) float64)
 #   -> (tokens (B, L) int64, confidence (B, L) float32)
@@ -30,22 +34,23 @@ Step = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarr
 class Sampler:
     """How to unmask. `check` raises UserError for values that mean nothing."""
 
-    order: str = "random"  # random (ancestral) or confidence (most probable token first)
-    pace: str = "cosine"  # cosine (few tokens first, as in MaskGIT, arXiv 2202.04200) or linear
-    steps: int = 64  # K, network evaluations at most
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # draw among the k likeliest tokens; 0 is all
-    top_p: float = 1.0  # draw among the likeliest tokens that together reach p
+    steps: int = flag(64, "network evaluations for a story, at most")
+    temperature: float = flag(1.0, "0 is greedy, 1 the model's own distribution")
+    top_k: int = flag(0, "draw among the k likeliest tokens; 0 is all")
+    top_p: float = flag(1.0, "draw among the likeliest tokens that together reach p")
+    order: str = flag("random", "random (ancestral), or confidence: the likeliest token first")
+    # cosine uncovers few tokens first, as in MaskGIT (arXiv 2202.04200)
+    pace: str = flag("cosine", "tokens in a step: cosine (few at first) or linear (alike)")
 
-    def check(self) -> "Sampler":
+    def check(self) -> None:
         require(self.order in ORDERS, f"--order {self.order}: choose from {', '.join(ORDERS)}")
         require(self.pace in PACES, f"--pace {self.pace}: choose from {', '.join(PACES)}")
-        require(self.steps >= 1, f"--steps {self.steps}: at least 1 is needed")
+        require(1 <= self.steps <= MAX_STEPS,
+                f"--steps {self.steps}: must be from 1 to {MAX_STEPS}")
         require(0 <= self.temperature < float("inf"),
                 f"--temperature {self.temperature}: must be 0 (greedy) or more")
         require(self.top_k >= 0, f"--top_k {self.top_k}: must be 0 (off) or more")
         require(0 < self.top_p <= 1, f"--top_p {self.top_p}: must lie in (0, 1]")
-        return self
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def step_noise(seed: int, row: int, step: int, length: int) -> np.ndarray:
 
     A function of (seed, row, step) alone, so that a row's story does not depend on its batch.
     """
-    return np.random.default_rng([seed, row, step]).random((2, length))
+    return np.random.default_rng([NOISE_STREAM, seed, row, step]).random((2, length))
 
 
 def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
@@ -127,7 +132,7 @@ def draw_length(histogram: dict, seed: int, row: int, at_least: int = 1) -> int 
     if not counts:
         return None
     weights = np.array(list(counts.values()), dtype=np.float64)
-    uniform = np.random.default_rng([seed, row]).random()
+    uniform = np.random.default_rng([LENGTH_STREAM, seed, row]).random()
     index = np.searchsorted(weights.cumsum() / weights.sum(), uniform, side="right")
     return list(counts)[min(int(index), len(counts) - 1)]
 
@@ -150,9 +155,10 @@ def unmask_rows(step: Step, rows: Sequence[np.ndarray], sampler: Sampler, seed: 
 
 def fill(step: Step, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
          batch_size: int = 32) -> list[np.ndarray]:
-    """The filled rows, in the order given, without padding."""
+    """The filled rows, in the order given, without padding. Shows a progress bar."""
     filled = list(rows)
-    for part, state in unmask_rows(step, rows, sampler, seed, batch_size):
+    states = unmask_rows(step, rows, sampler, seed, batch_size)
+    for part, state in tqdm(states, desc="unmasking", unit=" steps", leave=False, disable=None):
         for i, tokens in zip(part, state.tokens, strict=True):
             filled[i] = tokens[:len(rows[i])]
     return filled

@@ -10,8 +10,9 @@ stories at every validation. A step of the small model on 4,096 tokens takes abo
 cores with AVX512-BF16; GPU times have not been measured yet.
 
 The validation figures are computed with the averaged (EMA) weights, always on the same rows and
-with the same masks: NELBO in nats/token and bits/byte (with the code length of the row lengths),
-masked cross-entropy and accuracy averaged over mask ratios uniform in (0, 1).
+with the same masks, whose number is uniform over 1..n: NELBO in nats/token, bits/byte (with the
+code length of the row lengths), and the plain masked cross-entropy and accuracy over all hidden
+tokens.
 """
 
 import copy
@@ -19,6 +20,7 @@ import dataclasses
 import json
 import math
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -30,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import Stopped, atomic_file, flag, parse, require, run, writable_folder
+from cli import Stopped, UserError, atomic_file, flag, parse, require, run, writable_folder
 from data_prep import (
     BatchStream,
     DataConfig,
@@ -38,12 +40,13 @@ from data_prep import (
     bucket_batches,
     decode,
     length_nats,
+    load_meta,
     load_tokenizer,
     prepare,
     read_tokenizer_file,
     token_bytes,
 )
-from diffusion import OBJECTIVES, SCHEDULES, DiscreteDiffusion, Sampler, UnmaskStep, numpy_step
+from diffusion import OBJECTIVES, SCHEDULES, DiscreteDiffusion, numpy_step
 from model import (
     MODEL_CONFIGS,
     PRECISIONS,
@@ -54,9 +57,11 @@ from model import (
     pick_precision,
     save_checkpoint,
 )
-from sampler import blank_story, draw_length, fill
+from sampler import Sampler, blank_story, draw_length, fill
+from sources import describe_source
 
 OPTIMIZERS = ("muon", "adamw")
+OUTPUTS = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.png")
 
 
 @dataclass
@@ -111,11 +116,14 @@ class TrainConfig:
                      "valid_rows", "save_every", "sample_steps"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("weight_decay", "grad_clip", "num_samples", "seed", "min_lr_ratio"):
-            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must be 0 or more")
+            require(0 <= getattr(self, name) < 2**63,
+                    f"--{name} {getattr(self, name)}: must be 0 or more")
+        require(self.warmup_steps is None or self.warmup_steps >= 0,
+                f"--warmup_steps {self.warmup_steps}: must be 0 or more")
         for name in ("dropout", "ema_decay"):
             require(0 <= getattr(self, name) < 1,
                     f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
-        require(self.lr is None or self.lr > 0, f"--lr {self.lr}: must be positive")
+        require(self.lr is None or 0 < self.lr < math.inf, f"--lr {self.lr}: must be positive")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
 
 
@@ -123,7 +131,8 @@ QUICK = dict(data_dir="quick_run/data", data_source=["sample"], checkpoint_dir="
              model_config="tiny", max_steps=400, batch_tokens=4096, lr=0.01, valid_every=200,
              valid_rows=128, num_samples=3)
 QUICK_DATA = dict(vocab_size=1024, seq_len=128)
-# A run cannot go on with another value of these: the stored state would not fit.
+# A run cannot go on with another value of these: the weights, the optimizers' state or the place in
+# the data would not fit.
 FIXED = ("model_config", "qk_norm", "time_conditioning", "tied_head", "optimizer", "seed",
          "batch_tokens")
 
@@ -133,12 +142,12 @@ def step_seed(seed: int, step: int) -> int:
 
 
 class Trainer:
-    """Trains one model on one data folder; everything that resuming needs is in `state()`."""
+    """Trains one model on one data folder, from the start or from the content of a last.pt."""
 
     def __init__(self, config: TrainConfig, checkpoint: dict | None = None):
         config.check()
         self.config, self.step, self.tokens_seen, self.seconds = config, 0, 0, 0.0
-        self.best = math.inf
+        self.best, self.validation, self.resumed = math.inf, {}, checkpoint is not None
         self.folder = writable_folder(config.checkpoint_dir, "--checkpoint_dir")
         self.metrics_path = self.folder / "metrics.jsonl"
         # 1. Data.
@@ -176,6 +185,7 @@ class Trainer:
         if checkpoint:
             self.restore(checkpoint)
         if config.compile:
+            check_compiler(self.device)
             self.model.hidden = torch.compile(self.model.hidden, dynamic=True)
         self.stop_signal: int | None = None
         self.wandb = start_wandb(config) if config.wandb else None
@@ -244,6 +254,8 @@ class Trainer:
     def run(self) -> None:
         """Trains up to max_steps. Ctrl-C and SIGTERM save the state and stop between two steps."""
         config = self.config
+        if not self.resumed:
+            clear_folder(self.folder, config.overwrite)
         total, blocks = self.model.count_parameters()
         print(f"{config.model_config}: {total / 1e6:.1f}M parameters ({blocks / 1e6:.1f}M without "
               f"the vocabulary matrices), {self.precision} on {self.device}; {len(self.rows):,} "
@@ -295,19 +307,17 @@ class Trainer:
     def validate(self) -> dict:
         """Bound, masked cross-entropy and accuracy of the averaged weights, and some stories."""
         bound = self.diffusion.nelbo(self.average, map(self.valid.batch, self.valid_batches),
-                                     seed=0, device=self.device)
-        average = bound.averages()["t"]
-        metrics = {
+                                     numbers=self.valid_batches)
+        metrics = self.validation = {
             "valid_nelbo": bound.nats_per_token, "valid_nelbo_se": bound.standard_error,
             "valid_bits_per_byte": bound.bits_per_byte(self.valid_length_nats, self.valid_bytes),
-            "valid_masked_ce": average["cross_entropy"],
-            "valid_masked_accuracy": average["accuracy"]}
+            "valid_masked_ce": bound.masked_ce, "valid_masked_accuracy": bound.masked_accuracy}
         self.log({**metrics, "tokens": self.tokens_seen, "epoch": round(self.stream.epochs, 4),
                   "seconds": round(self.seconds, 2)})
         tqdm.write(
             f"step {self.step}: {metrics['valid_bits_per_byte']:.3f} bits/byte, NELBO "
             f"{metrics['valid_nelbo']:.3f} ± {metrics['valid_nelbo_se']:.3f} nats/token, masked "
-            f"cross-entropy {average['cross_entropy']:.3f}, accuracy {average['accuracy']:.1%}")
+            f"cross-entropy {bound.masked_ce:.3f}, accuracy {bound.masked_accuracy:.1%}")
         for story in self.stories():
             tqdm.write(f"  | {' '.join(story.split())}")
         sys.stdout.flush()
@@ -323,8 +333,8 @@ class Trainer:
         histogram, longest = self.meta["length_histogram"], self.meta["seq_len"] - 2
         rows = [blank_story(draw_length(histogram, self.config.seed, i) or longest)
                 for i in range(self.config.num_samples)]
-        step = numpy_step(UnmaskStep(self.average, sampler))
-        return [decode(self.tokenizer, row) for row in fill(step, rows, sampler, self.config.seed)]
+        filled = fill(numpy_step(self.average, sampler), rows, sampler, self.config.seed)
+        return [decode(self.tokenizer, row) for row in filled]
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -335,32 +345,44 @@ class Trainer:
         if self.wandb:
             self.wandb.log(metrics, step=self.step)
 
-    def state(self) -> dict:
-        """Everything beside the weights that a resumed run needs to go on bit for bit."""
-        return {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
-                "scaler": self.scaler.state_dict()}
-
     def save(self, name: str, resumable: bool = False) -> None:
+        """Writes a checkpoint; last.pt has the optimizers' state too, and only it can be resumed.
+
+        The last step may have broken the weights, which the loss would show one step later: such a
+        state never replaces a good file.
+        """
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise Stopped(f"the weights are not finite after step {self.step}; {self.folder} holds "
+                          "the last good state: lower --lr and --resume")
+        state = {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+                 "scaler": self.scaler.state_dict()} if resumable else {}
         save_checkpoint(
             self.folder / name, self.model, self.tokenizer_text, self.meta["length_histogram"],
             ema=None if self.average is self.model else self.average.state_dict(),
             step=self.step, tokens_seen=self.tokens_seen, seconds=self.seconds, best=self.best,
+            metrics=self.validation,
             cursor={"epoch": self.stream.epoch, "position": self.stream.position},
             train_config=dataclasses.asdict(self.config), command=shlex.join(sys.argv),
             torch_version=str(torch.__version__), data_source=self.meta["source"],
-            licence=self.meta["licence"], **(self.state() if resumable else {}))
+            licence=self.meta["licence"], **state)
 
     def restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["weights"])
         if self.average is not self.model:
             self.average.load_state_dict(checkpoint["ema"] or checkpoint["weights"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer"], strict=True):
+            decays = [group["weight_decay"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
+            for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay  # this run's, which may differ from the stored one
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         self.seconds, self.best = checkpoint["seconds"], checkpoint["best"]
+        self.validation = checkpoint["metrics"]
         self.stream = BatchStream(self.rows, self.config.batch_tokens, self.config.seed,
                                   **checkpoint["cursor"])
+        if not self.metrics_path.exists():  # killed before its first line
+            return
         # Lines of steps that the killed run did after its last save will be written again.
         lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
         with atomic_file(self.metrics_path, "w") as file:
@@ -384,16 +406,26 @@ def make_optimizers(model: torch.nn.Module, config: TrainConfig, lr: float) -> l
             torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0)]
 
 
+def check_compiler(device: torch.device) -> None:
+    require(sys.platform != "win32" and device.type != "mps",
+            "--compile: torch.compile does not work on Windows or MPS; leave it out")
+    require(device.type != "cpu" or any(map(shutil.which, ("g++", "clang++", "c++"))),
+            "--compile: torch.compile needs a C++ compiler on a CPU; install g++ or leave it out")
+
+
 def start_wandb(config: TrainConfig):
-    import wandb
     try:
         socket.create_connection(("api.wandb.ai", 443), timeout=3).close()
         mode = "online"
     except OSError:
         mode = "offline"
         print("no connection to Weights & Biases: logging offline (`wandb sync` uploads it later)")
-    return wandb.init(project="diffusion-llm", dir=config.checkpoint_dir, mode=mode,
-                      config=dataclasses.asdict(config))
+    try:
+        import wandb
+        return wandb.init(project="diffusion-llm", dir=config.checkpoint_dir, mode=mode,
+                          config=dataclasses.asdict(config))
+    except Exception as error:  # not installed, not logged in, refused by the server, ...
+        raise UserError(f"--wandb: {error}; run `wandb login`, or leave --wandb out") from error
 
 
 def plot_curves(metrics_path: Path, target: Path) -> None:
@@ -426,6 +458,8 @@ def resumed_config(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, d
     path = Path(config.checkpoint_dir) / "last.pt"
     require(path.is_file(), f"--resume: no {path} to continue from")
     checkpoint = load_checkpoint(path)
+    require("optimizer" in checkpoint, f"{path} holds no optimizer state: only a last.pt that "
+                                       "train.py wrote can be resumed")
     stored = checkpoint["train_config"]
     for name in sorted(given - {"resume", "checkpoint_dir", "quick"}):
         value = getattr(config, name)
@@ -439,21 +473,37 @@ def resumed_config(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, d
     return TrainConfig(**settings), checkpoint
 
 
-def prepare_run(config: TrainConfig) -> None:
-    """Clears or refuses a checkpoint folder in use, and makes the data folder if it is missing."""
+def clear_folder(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds a run; with `overwrite` removes that run's files."""
+    old = [folder / name for name in OUTPUTS if (folder / name).exists()]
+    require(overwrite or not old, f"{folder} already holds a run: continue it with --resume, or "
+                                  "give --overwrite or another --checkpoint_dir")
+    for path in old:
+        path.unlink()
+
+
+def find_data(config: TrainConfig, given: set[str]) -> None:
+    """Makes the data folder if there is none; one made from another source is refused."""
+    if (Path(config.data_dir) / "meta.json").exists():
+        source, wanted = load_meta(config.data_dir)["source"], describe_source(config.data_source)
+        require("data_source" not in given or source == wanted["source"],
+                f"{config.data_dir} was prepared from {source}, not from {wanted['source']}: name "
+                "another --data_dir or leave out --data_source")
+        return
+    print(f"no data in {config.data_dir}: preparing it from {', '.join(config.data_source)}")
+    prepare(DataConfig(source=config.data_source, data_dir=config.data_dir,
+                       **(QUICK_DATA if config.quick else {})))
+
+
+def make_trainer(config: TrainConfig, given: set[str]) -> Trainer:
+    """A trainer at its start or where last.pt stopped; nothing of an older run is touched yet."""
+    if config.resume:
+        return Trainer(*resumed_config(config, given))
     folder = writable_folder(config.checkpoint_dir, "--checkpoint_dir")
-    if not config.resume:
-        outputs = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.png")
-        old = [folder / name for name in outputs if (folder / name).exists()]
-        require(config.overwrite or not old, f"{folder} already holds a run: continue it with "
-                "--resume, or give --overwrite or another --checkpoint_dir")
-        for path in old:
-            path.unlink()
-    data_dir = Path(config.data_dir)
-    if not data_dir.exists():
-        print(f"no data in {data_dir}: preparing it from {', '.join(config.data_source)}")
-        prepare(DataConfig(source=config.data_source, data_dir=config.data_dir,
-                           **(QUICK_DATA if config.quick else {})))
+    if not config.overwrite:
+        clear_folder(folder, overwrite=False)
+    find_data(config, given)
+    return Trainer(config)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -463,11 +513,7 @@ def main(argv: list[str] | None = None) -> None:
         config = dataclasses.replace(config, overwrite=config.overwrite or own_folder, **{
             name: value for name, value in QUICK.items() if name not in given})
     config.check()
-    checkpoint = None
-    if config.resume:
-        config, checkpoint = resumed_config(config, given)
-    prepare_run(config)
-    Trainer(config, checkpoint).run()
+    make_trainer(config, given).run()
 
 
 if __name__ == "__main__":

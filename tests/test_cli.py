@@ -87,6 +87,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_text_files_have_the_same_bytes_everywhere(tmp_path: Path):
+    with atomic_file(tmp_path / "file", "w") as file:
+        file.write("é\n")
+    assert (tmp_path / "file").read_bytes() == b"\xc3\xa9\n"
+
+
 def test_writable_folder_names_the_flag(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--out"):

@@ -2,12 +2,17 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
+import cli
 import data_prep
+import sources
 from cli import UserError
 from data_prep import (
     BOS,
@@ -29,6 +34,7 @@ from data_prep import (
     token_bytes,
     train_tokenizer,
 )
+from sample_stories import sample_stories
 
 HOSTILE = [
     "Tom said [MASK] and [EOS], then [PAD] [BOS].", "naïve café — “quotes” 日本語 🙂🏽 e\u0301",
@@ -81,7 +87,9 @@ def test_every_story_decodes_to_its_source(tmp_path, suffix):
 def test_the_last_separator_may_be_missing_or_share_a_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one<|endoftext|>two\n<|endoftext|>\nthree\n")
-    assert [t.strip() for t in data_prep.read_txt(path)] == ["one", "two", "three"]
+    assert [t.strip() for t in sources.read_txt(path)] == ["one", "two", "three"]
+    path.write_text("one\n", encoding="utf-8-sig")  # a byte order mark is no text
+    assert list(sources.read_txt(path)) == ["one\n"]
 
 
 def test_split_is_by_text_and_max_stories_holds(tmp_path):
@@ -176,6 +184,7 @@ BAD_FILES = {
     "broken.jsonl": b'{"text": "a"}\n{"text": ', "other.jsonl": b'{"story": "a"}\n',
     "number.jsonl": b'{"text": 5}\n', "bad.parquet": b"not parquet", "kind.csv": b"text\nhello\n",
     "endless.txt": b"no separator anywhere " * 60_000,
+    "half_emoji.jsonl": b'{"text": "\\ud83d"}\n',
 }
 
 
@@ -187,10 +196,11 @@ def test_bad_files_are_named(name, tmp_path, fails):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_parquet_without_text(tmp_path, fails):
+@pytest.mark.parametrize("column, values", [("story", ["a"]), ("text", [1, 2])])
+def test_parquet_without_texts(column, values, tmp_path, fails):
     import pyarrow
     import pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.table({"story": ["a"]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({column: values}), tmp_path / "a.parquet")
     assert "`text`" in fails(main, "--source", tmp_path / "a.parquet", "--data_dir",
                              tmp_path / "data")
 
@@ -200,6 +210,8 @@ def test_parquet_without_text(tmp_path, fails):
     ["--seq_len", "100"], ["--seq_len", "0"], ["--valid_fraction", "1"], ["--max_stories", "0"],
     ["--num_workers", "-1"], ["--source", "sample", "--valid_source", "x.txt"],
     ["--source", "sample", "--max_stories", "3", "--valid_fraction", "0.0001"],
+    ["--source", "sample", "--max_stories", "100001"], ["--source", "."],
+    ["--source", __file__.replace(".py", ".txt"), "--valid_source", "missing.txt"],
 ])
 def test_bad_flags(argv, tmp_path, fails):
     fails(main, "--data_dir", tmp_path / "data", *argv)
@@ -221,6 +233,62 @@ def test_an_existing_folder_is_kept(tmp_path, fails):
     (tmp_path / "own" / "thesis.txt").touch()
     fails(main, *argv[:-1], tmp_path / "own", "--overwrite")
     assert (tmp_path / "own" / "thesis.txt").exists()
+
+
+def test_a_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch, fails):
+    argv = ["--source", "sample", "--max_stories", "60", "--vocab_size", "300", "--data_dir",
+            str(tmp_path / "data")]
+    main(argv)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    rename = Path.rename
+
+    def locked(self, target):
+        if self.name == "data.partial":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return rename(self, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", locked)
+        fails(main, *argv, "--overwrite")
+    assert os.listdir(tmp_path) == ["data"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+    # killed between its two renames: the next run finds the old folder again
+    (tmp_path / "data").rename(tmp_path / "data.old.partial")
+    fails(main, *argv)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, fails):
+    (tmp_path / "data").touch()
+    assert "is a file" in fails(main, "--source", "sample", "--data_dir", tmp_path / "data")
+
+
+def test_a_data_folder_of_windows_is_the_same(tmp_path, monkeypatch):
+    """Text mode there writes "\\r\\n" unless told otherwise, which would break the checksums."""
+    def windows_open(path, mode="r", **options):
+        if "b" not in mode:
+            options.setdefault("newline", "\r\n")
+        return open(path, mode, **options)
+    monkeypatch.setattr(cli, "open", windows_open, raising=False)
+    meta = prepare(DataConfig(source=["sample"], data_dir=str(tmp_path / "data"), max_stories=60,
+                              vocab_size=300))
+    read_tokenizer_file(tmp_path / "data", meta)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM of Linux")
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    text = "".join(f"{story}\n<|endoftext|>\n" for story in sample_stories(4000))
+    peak = {}
+    for copies in (5, 25):  # 8 and 42 MB
+        path = tmp_path / "corpus.txt"
+        path.write_text(text * copies)
+        code = ("import data_prep\ndata_prep.SHARD_TOKENS = 2**18\n"
+                f"data_prep.main(['--source', {str(path)!r}, '--data_dir', "
+                f"{str(tmp_path / str(copies))!r}, '--tokenizer_stories', '1000'])\n"
+                "print([line for line in open('/proc/self/status') if 'VmHWM' in line])")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                              text=True, check=True)
+        peak[copies] = int(done.stdout.split()[-2]) / 1024
+    assert peak[25] - peak[5] < 10, peak  # MB, for 34 MB more of text
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, fails):
@@ -249,9 +317,16 @@ def edit_meta(data_dir: Path, **changes) -> None:
     (data_dir / "meta.json").write_text(json.dumps({**meta, **changes}))
 
 
+def drop_from_meta(data_dir: Path, key: str) -> None:
+    meta = json.loads((data_dir / "meta.json").read_text())
+    del meta[key]
+    (data_dir / "meta.json").write_text(json.dumps(meta))
+
+
 DAMAGE = {
     "train_00000.bin is truncated": lambda d: truncate(d / "train_00000.bin", 99),
     "train_00000.idx is truncated": lambda d: truncate(d / "train_00000.idx", 80),
+    "idx is truncated: .* 83 found": lambda d: truncate(d / "train_00000.idx", 83),
     "idx is truncated": lambda d: truncate(d / "train_00000.idx", 8),
     "not a shard index": lambda d: edit_index(d, 0, 7),
     "format version 9": lambda d: edit_index(d, 1, 9),
@@ -260,16 +335,20 @@ DAMAGE = {
     "meta.json is not": lambda d: (d / "meta.json").write_text("{"),
     "is missing": lambda d: (d / "train_00000.bin").unlink(),
     "no data in": lambda d: (d / "meta.json").unlink(),
+    "has no train shards": lambda d: edit_meta(d, splits={"train": {"shards": []}}),
+    "lacks splits": lambda d: drop_from_meta(d, "splits"),
+    "is not the description": lambda d: drop_from_meta(d, "format_version"),
 }
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_damaged_folders_are_refused(message, data_dir, tmp_path):
+def test_damaged_folders_are_refused(message, data_dir, tmp_path, fails):
     copy = tmp_path / "copy"
     shutil.copytree(data_dir, copy)
     DAMAGE[message](copy)
     with pytest.raises(UserError, match=message):
         TokenRows(copy)
+    fails(main, "--verify", "--data_dir", copy)
 
 
 def test_tokenizer_must_be_the_one_of_the_data(data_dir, tmp_path):

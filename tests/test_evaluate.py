@@ -34,6 +34,11 @@ def test_table_and_file(call, long_data_dir):
     assert 0 < numbers["length_code_bits_per_byte"] < 0.1
     # under r(t) = t the average of the curve is the bound, up to its bins
     assert result["averages_over_t"]["t"]["cross_entropy"] == pytest.approx(nelbo, rel=0.02)
+    hidden = sum(point["hidden"] for point in result["curve"])
+    for key, total in (("cross_entropy", "masked_ce"), ("accuracy", "masked_accuracy")):
+        mean = sum(point["hidden"] * point[key] for point in result["curve"]) / hidden
+        assert result[total] == pytest.approx(mean)
+    assert "EMA weights" in result["protocol"]
     assert len(result["curve"]) == 20
     assert set(result["diversity"]) == {"samples", "data"}
     for shown in ("bits/byte", "perplexity", "0.95 - 1.00", "sin(pi t/2)^2", "distinct_3",
@@ -48,9 +53,14 @@ def test_fewer_rows_and_no_samples(call):
     assert result == call("--max_rows", 5, "--num_samples", 0, "--draws", 2)[0]
 
 
+def test_a_small_split_compares_fewer_stories(call):
+    result, text = call("--num_samples", 9999, "--max_rows", 4, "--draws", 1)
+    assert "only" in text and "diversity" in result
+
+
 def test_default_output_stands_by_the_checkpoint(checkpoint, long_data_dir, monkeypatch, capsys):
     monkeypatch.chdir(checkpoint.parent.parent)
-    main(["--data_dir", str(long_data_dir), "--num_samples", "0", "--max_rows", "4"])
+    main(["--num_samples", "0", "--max_rows", "4"])  # the data that it was trained on
     assert f"wrote {checkpoint.parent.name}/evaluation.json" in (
         capsys.readouterr().out.replace(os.sep, "/"))
     (checkpoint.parent / "evaluation.json").unlink()
@@ -72,8 +82,8 @@ def test_diversity_of_known_texts():
 @pytest.mark.parametrize("argv, message", [
     (["--steps", "0"], "--steps 0"), (["--max_rows", "0"], "--max_rows"),
     (["--draws", "0"], "--draws"), (["--num_samples", "-1"], "--num_samples"),
-    (["--num_samples", "1"], "self-BLEU"), (["--num_samples", "9999", "--draws", "1"], "only"),
-    (["--output", "nowhere/x.json"], "no such folder"), (["--split", "test"], "--split")])
+    (["--num_samples", "1"], "self-BLEU"), (["--output", "nowhere/x.json"], "folder that exists"),
+    (["--output", "."], "name a file"), (["--split", "test"], "--split")])
 def test_bad_input(checkpoint, long_data_dir, argv, message, fails):
     assert message in fails(main, "--checkpoint", checkpoint, "--data_dir", long_data_dir, *argv)
     assert not (checkpoint.parent / "evaluation.json").exists()
@@ -90,3 +100,4 @@ def test_rows_longer_than_the_model_are_refused(checkpoint, long_data_dir, tmp_p
 def test_foreign_data(checkpoint, data_dir, tmp_path, fails):
     assert "another tokenizer" in fails(main, "--checkpoint", checkpoint, "--data_dir", data_dir)
     assert "no data in" in fails(main, "--checkpoint", checkpoint, "--data_dir", tmp_path)
+    assert "no checkpoint" in fails(main, "--checkpoint", "nowhere/x.pt")

@@ -7,9 +7,10 @@ import torch
 from conftest import ROOT, python
 
 from data_prep import BOS, EOS, MASK, decode
-from diffusion import DiscreteDiffusion, Sampler
+from diffusion import DiscreteDiffusion
 from generate import GAP, infill_row, main, text_with_gaps
 from model import DiffusionTransformer, ModelConfig, load_checkpoint, tokenizer_from_checkpoint
+from sampler import Sampler
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def test_json_lines(call, tokenizer):
 def test_the_same_seed_gives_the_same_stories_in_any_batch(call):
     stories = call("--num_samples", 8, "--seed", 5)[0]
     assert call("--num_samples", 8, "--seed", 5, "--batch_size", 3)[0] == stories
+    assert {story["nfe"] for story in stories} == {4}
     assert call("--num_samples", 1, "--seed", 5)[0] == stories[:1]
     assert call("--num_samples", 8, "--seed", 6)[0] != stories
 
@@ -57,6 +59,9 @@ def test_a_prompt_stays(call):
         for result in call("--prompt", "Once upon a time", "--num_samples", 3, *length)[0]:
             assert result["text"].startswith("Once upon a time")
     assert len(result["tokens"]) == 62
+    spaced, plain = (call("--prompt", prompt, "--length", 30)[0]
+                     for prompt in ("Once upon a time ", "Once upon a time"))
+    assert spaced == plain  # the next word brings its own space
 
 
 def test_a_prompt_longer_than_every_story_goes_to_the_end_of_the_row(call, tokenizer):
@@ -112,7 +117,8 @@ def test_options_reach_the_sampler(call):
     (["--infill", "[MASK:2]", "--length", "9"], "--infill"), (["--steps", "0"], "--steps 0"),
     (["--length", "255"], "254"), (["--length", "0"], "--length"), (["--num_samples", "0"], "1"),
     (["--order", "best"], "confidence"), (["--top_p", "0"], "--top_p"),
-    (["--seed", "-1"], "--seed"),
+    (["--seed", "-1"], "--seed"), (["--seed", str(2**64)], "--seed"),
+    (["--infill", f"[MASK:{'9' * 5000}]"], "[MASK:"), (["--prompt", "\udcff"], "Unicode"),
     (["--device", "toaster"], "--device"), (["--temperature", "-1"], "--temperature")])
 def test_bad_input(checkpoint, argv, message, fails):
     assert message in fails(main, "--checkpoint", checkpoint, *argv)
@@ -147,9 +153,10 @@ def test_golden_tokens():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     row = np.array([[BOS, 11, *[MASK] * 8, EOS]])
-    golden = {"random": [2, 11, 31, 6, 22, 6, 6, 6, 6, 31, 3],
-              "confidence": [2, 11, 6, 31, 31, 6, 6, 6, 5, 25, 3]}
+    golden = {"random": [2, 11, 31, 6, 6, 6, 6, 6, 6, 22, 3],
+              "confidence": [2, 11, 6, 31, 6, 22, 6, 6, 6, 25, 3]}
     for order, expected in golden.items():
-        *_, last = DiscreteDiffusion().unmask(model, row, Sampler(order, steps=4, top_k=5), seed=1)
+        sampler = Sampler(order=order, steps=4, top_k=5)
+        *_, last = DiscreteDiffusion().unmask(model, row, sampler, seed=1)
         assert last.tokens[0].tolist() == expected
     assert GAP.search("[MASK:12]")[1] == "12"

@@ -12,6 +12,7 @@ from model import (
     ModelConfig,
     check_tokenizer,
     create_model,
+    device_of,
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
@@ -176,8 +177,9 @@ def test_precision_changes_the_computation_not_the_weights():
 def test_devices_and_precisions_are_found(monkeypatch):
     assert pick_device("cpu").type == "cpu"
     assert pick_device().type in ("cpu", "cuda", "mps")
-    with pytest.raises(UserError, match="--device"):
-        pick_device("toaster")
+    for name in ("toaster", "meta", "cuda:99"):
+        with pytest.raises(UserError, match="--device"):
+            pick_device(name)
     assert pick_precision(torch.device("cpu"), "fp16") == "fp16"
     capabilities = {"avx512_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
@@ -241,6 +243,10 @@ FOREIGN = {
     "a torch file": lambda path: torch.save(torch.ones(2), path),
     "format version 9": lambda path: torch.save(
         {"format": "diffusion-llm checkpoint", "format_version": 9}, path),
+    "lacks kind, model_config": lambda path: torch.save(
+        {"format": "diffusion-llm checkpoint", "format_version": 1}, path),
+    "is a folder": lambda path: path.mkdir(),
+    "autoregressive model": lambda path: save_checkpoint(path, random_model(causal=True), "{}", {}),
 }
 
 
@@ -250,6 +256,22 @@ def test_what_is_not_a_checkpoint_is_refused(message, tmp_path):
     with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path / "x.pt")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", random_model(), "{}", {})
+    for changes in ({"width": 32}, {"colour": "red"}):
+        contents = load_checkpoint(tmp_path / "a.pt")
+        contents["model_config"].update(changes)
+        with pytest.raises(UserError, match="do not fit"):
+            model_from_checkpoint(contents)
+
+
+def test_device_of():
+    assert device_of(random_model()).type == "cpu"
+    assert device_of(torch.nn.Identity()).type == "cpu"
+    with torch.device("meta"):
+        assert device_of(create_model("tiny")).type == "meta"
 
 
 def test_checkpoint_and_data_must_share_a_tokenizer(checkpoint, data_dir, long_data_dir):

@@ -30,5 +30,7 @@ def test_command_line(capsys, fails):
     first, second = capsys.readouterr().out.split("\n<|endoftext|>\n")
     assert [first, second.strip()] == list(sample_stories(2, 3))
     assert "--count" in fails(module.main, "--count", "-1")
-    with pytest.raises(ValueError):
-        sample_stories(-1)
+    assert "--seed" in fails(module.main, "--seed", "-1")
+    for count in (-1, 100_001):
+        with pytest.raises(ValueError):
+            sample_stories(count)

@@ -7,7 +7,7 @@ from sampler import Sampler, blank_story, draw_length, fill, plan, step_noise, u
 
 
 @pytest.mark.parametrize("changes", [
-    {"order": "best"}, {"pace": "fast"}, {"steps": 0}, {"temperature": -1.0},
+    {"order": "best"}, {"pace": "fast"}, {"steps": 0}, {"steps": 10**14}, {"temperature": -1.0},
     {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0},
     {"top_p": 1.1}])
 def test_nonsense_is_refused(changes):
@@ -89,3 +89,6 @@ def test_lengths_follow_the_histogram():
     assert drawn[7] == draw_length(histogram, 0, 7)
     assert {draw_length(histogram, 0, row, at_least=11) for row in range(20)} == {20}
     assert draw_length(histogram, 0, 0, at_least=21) is None
+    # lengths and noise come from streams of their own
+    first = [np.random.default_rng([1, 5, row]).random() for row in range(3)]
+    assert not np.isin(first, [step_noise(5, row, 0, 8) for row in range(3)]).any()

@@ -55,7 +55,8 @@ def same(a, b) -> bool:
 
 
 posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
-STATE = ("weights", "ema", "optimizer", "cursor", "step", "tokens_seen", "best", "scaler")
+STATE = ("weights", "ema", "optimizer", "cursor", "step", "tokens_seen", "best", "scaler",
+         "metrics")
 
 
 def test_a_run_writes_what_it_promises(settings, capsys):
@@ -95,11 +96,16 @@ def test_the_model_learns(settings):
 
 
 def test_accumulation_changes_nothing(settings):
-    losses = {}
+    losses, gradients = {}, {}
     for parts in (1, 3):
         trainer = Trainer(TrainConfig(**settings, grad_accum_steps=parts))
-        losses[parts] = [trainer.train_step()["loss"] for _ in range(4)]
-    assert losses[1] == pytest.approx(losses[3], rel=1e-4)
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad = lambda: None
+        losses[parts] = trainer.train_step()["loss"]
+        gradients[parts] = [p.grad for p in trainer.model.parameters()]
+    assert losses[1] == pytest.approx(losses[3], rel=1e-5)
+    for a, b in zip(gradients[1], gradients[3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [
@@ -141,13 +147,9 @@ def test_average_follows_the_weights(settings):
 def test_resume_is_bit_identical(settings, tmp_path, capsys):
     dropout = {**settings, "dropout": 0.2}  # its noise must continue too
     main(argv(dropout))
-    other = str(tmp_path / "other")
-    main(argv(dropout, checkpoint_dir=other, max_steps=8, save_every=5))
-    shutil.copy(tmp_path / "other" / "last.pt", tmp_path / "kept.pt")
-
     # stop in the middle by a signal, at a step that is no save and no validation
-    third = tmp_path / "third"
-    trainer = Trainer(TrainConfig(**{**dropout, "checkpoint_dir": str(third), "save_every": 100}))
+    stopped = tmp_path / "stopped"
+    trainer = Trainer(TrainConfig(**{**dropout, "checkpoint_dir": str(stopped), "save_every": 100}))
     step = trainer.train_step
 
     def and_stop():
@@ -160,16 +162,18 @@ def test_resume_is_bit_identical(settings, tmp_path, capsys):
         trainer.run()
     assert stop.value.status == 130
     # lines of steps that a killed run did after its last save are dropped
-    with open(third / "metrics.jsonl", "a") as file:
+    with open(stopped / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
-    main(["--resume", "--checkpoint_dir", str(third)])
+    main(["--resume", "--checkpoint_dir", str(stopped)])
     whole, resumed = (load_checkpoint(Path(folder) / "last.pt")
-                      for folder in (settings["checkpoint_dir"], third))
+                      for folder in (settings["checkpoint_dir"], stopped))
     for key in STATE:
         assert same(whole[key], resumed[key]), key
-    a, b = ([{k: v for k, v in line.items() if k != "seconds"} for line in lines(folder)]
-            for folder in (settings["checkpoint_dir"], third))
-    assert a == [line for line in b if line["step"] != 6 or line in a]
+    first, second = (
+        {(line["step"], "valid_nelbo" in line): {k: line[k] for k in line if k != "seconds"}
+         for line in lines(folder)} for folder in (settings["checkpoint_dir"], stopped))
+    # (a resumed run logs its first step too)
+    assert first == second and len(lines(stopped)) == len(second)
 
 
 def test_two_signals_do_not_wait(settings):
@@ -177,6 +181,16 @@ def test_two_signals_do_not_wait(settings):
     trainer._on_signal(signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
         trainer._on_signal(signal.SIGINT, None)
+
+
+def kill_when(command: list, condition) -> None:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not condition():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
 
 
 @posix
@@ -188,23 +202,17 @@ def test_sigkill_at_a_random_step_and_resume(data_dir, tmp_path):
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     whole = subprocess.run([*command, "--checkpoint_dir", tmp_path / "whole"], **quiet)
     assert whole.returncode == 0, whole.stderr
-    kill_at = random.SystemRandom().randint(1, 20)
-    print(f"killed once step {kill_at} was logged")
-    process = subprocess.Popen([*command, "--checkpoint_dir", tmp_path / "killed"], **quiet)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        path = tmp_path / "killed" / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= kill_at:
-            break
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "final.pt").exists()
-    resumed = subprocess.run([*command, "--checkpoint_dir", tmp_path / "killed", "--resume"],
-                             **quiet)
+    kill_at = random.SystemRandom().randint(1, 18)
+    print(f"killed when last.pt appeared, and once step {kill_at} was logged")
+    folder = tmp_path / "killed"
+    command += ["--checkpoint_dir", folder]
+    kill_when(command, lambda: (folder / "last.pt").exists())
+    kill_when([*command, "--resume"], lambda: (folder / "metrics.jsonl").exists() and (
+        len((folder / "metrics.jsonl").read_text().splitlines()) >= kill_at))
+    assert not (folder / "final.pt").exists()
+    resumed = subprocess.run([*command, "--resume"], **quiet)
     assert resumed.returncode == 0, resumed.stderr
-    a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    a, b = (load_checkpoint(path / "last.pt") for path in (tmp_path / "whole", folder))
     for key in STATE:
         assert same(a[key], b[key]), key
 
@@ -212,13 +220,22 @@ def test_sigkill_at_a_random_step_and_resume(data_dir, tmp_path):
 def test_resume_keeps_stored_settings_and_says_what_changes(settings, capsys, fails):
     main(argv(settings, lr=0.003))
     folder = settings["checkpoint_dir"]
-    main(["--resume", "--checkpoint_dir", folder, "--max_steps", "10"])
-    assert "--max_steps changes from 8 to 10" in capsys.readouterr().out
+    main(["--resume", "--checkpoint_dir", folder, "--max_steps", "10", "--weight_decay", "0.5"])
+    text = capsys.readouterr().out
+    assert "--max_steps changes from 8 to 10" in text and "--weight_decay changes" in text
     checkpoint = load_checkpoint(Path(folder) / "last.pt")
     assert checkpoint["step"] == 10 and checkpoint["train_config"]["lr"] == 0.003
+    assert checkpoint["optimizer"][0]["param_groups"][0]["weight_decay"] == 0.5
     assert "cannot change" in fails(main, "--resume", "--checkpoint_dir", folder, "--seed", "5")
     assert "--model_config" in fails(main, "--resume", "--checkpoint_dir", folder,
                                      "--model_config", "small")
+
+
+def test_only_last_pt_can_be_resumed(settings, fails):
+    main(argv(settings))
+    folder = Path(settings["checkpoint_dir"])
+    shutil.copy(folder / "best.pt", folder / "last.pt")
+    assert "no optimizer state" in fails(main, "--resume", "--checkpoint_dir", folder)
 
 
 # ---- what can go wrong ---------------------------------------------------------------------------
@@ -240,6 +257,21 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(settings, fails, 
     assert load_checkpoint(Path(settings["checkpoint_dir"]) / "final.pt")["step"] == 8
 
 
+def test_broken_weights_never_replace_a_good_file(settings, fails, monkeypatch):
+    real = Trainer.update_average
+
+    def update(self):
+        real(self)
+        if self.step == 5:  # as if this very update had overflowed; step 6 would be saved
+            self.model.embedding.weight.data[5, 5] = math.inf
+    monkeypatch.setattr(Trainer, "update_average", update)
+    error = fails(main, *argv(settings, save_every=3), status=1)
+    assert "weights are not finite after step 6" in error
+    good = load_checkpoint(Path(settings["checkpoint_dir"]) / "last.pt")
+    assert good["step"] == 3
+    assert all(torch.isfinite(value).all() for value in good["weights"].values())
+
+
 def test_fp16_overflow_skips_the_step(settings):
     trainer = Trainer(TrainConfig(**{**settings, "precision": "fp16"}))
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0 ** 40})
@@ -256,6 +288,10 @@ def test_a_run_in_the_folder_is_kept(settings, fails):
     before = path.read_bytes()
     error = fails(main, *argv(settings))
     assert "--resume" in error and "--overwrite" in error and path.read_bytes() == before
+    # --overwrite takes nothing away before the new run can start
+    for changes in ({"device": "toaster"}, {"batch_tokens": 32}, {"data_dir": path}):
+        fails(main, *argv(settings, overwrite=True, **changes))
+        assert path.read_bytes() == before
     main(argv(settings, overwrite=True, seed=1))
     assert load_checkpoint(path)["train_config"]["seed"] == 1
 
@@ -265,7 +301,9 @@ def test_a_run_in_the_folder_is_kept(settings, fails):
     ({"batch_tokens": 32}, "--batch_tokens"), ({"dropout": 1.0}, "--dropout"),
     ({"lr": -1}, "--lr"), ({"resume": True}, "no .*last.pt"), ({"ema_decay": 1}, "--ema_decay"),
     ({"resume": True, "overwrite": True}, "exclude"), ({"device": "toaster"}, "--device"),
-    ({"weight_decay": -1}, "--weight_decay")])
+    ({"weight_decay": -1}, "--weight_decay"), ({"seed": 2**64}, "--seed"),
+    ({"warmup_steps": -5}, "--warmup_steps"), ({"lr": "inf"}, "--lr"),
+    ({"data_source": ["tinystories"]}, "was prepared from sample")])
 def test_bad_settings(settings, changes, message, fails):
     import re
     assert re.search(message, fails(main, *argv(settings, **changes)))
@@ -355,6 +393,11 @@ def test_compile_is_asked_for_once(settings, monkeypatch):
     trainer = Trainer(TrainConfig(**settings, compile=True))
     trainer.train_step()
     assert compiled == [True]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="C\\+\\+ compiler"):
+        Trainer(TrainConfig(**settings, compile=True))
+    with pytest.raises(UserError, match="Windows or MPS"):
+        train.check_compiler(torch.device("mps"))
 
 
 @pytest.mark.parametrize("online", [True, False])
@@ -375,6 +418,13 @@ def test_wandb_gets_the_metrics(settings, monkeypatch, online, capsys):
     assert modes == ["online" if online else "offline"] and finished == [True]
     assert {step for step, metrics in logged if "valid_nelbo" in metrics} == {4, 8}
     assert ("offline" in capsys.readouterr().out) is not online
+
+
+def test_wandb_without_a_login_is_one_line(settings, monkeypatch, fails):
+    def init(**kwargs):
+        raise RuntimeError("api_key not configured")
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    assert "wandb login" in fails(main, *argv(settings, wandb=True))
 
 
 def test_every_option_lands_in_the_checkpoint(settings):
