@@ -57,7 +57,7 @@ class DataConfig:
     vocab_size: int = flag(8192, "size of the vocabulary, 260 to 65536")
     seq_len: int = flag(256, "longest row in tokens, a multiple of 16")
     valid_fraction: float = flag(0.05, "share held out where the source has no validation split")
-    tokenizer_stories: int = flag(200_000, "training stories from which the vocabulary is learned")
+    tokenizer_stories: int = flag(50_000, "training stories from which the vocabulary is learned")
     num_workers: int = flag(0, "threads for tokenizing; 0 uses every core")
     overwrite: bool = flag(False, "replace a data folder that is already there")
     verify: bool = flag(False, "only check the checksums of an existing data folder")

@@ -57,7 +57,7 @@ from model import (
     pick_precision,
     save_checkpoint,
 )
-from sampler import Sampler, blank_story, draw_length, fill
+from sampler import ORDERS, Sampler, blank_story, draw_length, fill
 from sources import describe_source
 
 OPTIMIZERS = ("muon", "adamw")
@@ -103,17 +103,19 @@ class TrainConfig:
     # reports
     log_every: int = flag(10, "steps between lines of metrics.jsonl")
     valid_every: int = flag(250, "steps between validations")
-    valid_rows: int = flag(512, "validation rows, the first of the split")
+    valid_rows: int = flag(512, "validation rows, evenly spread over the split")
     save_every: int = flag(250, "steps between writes of last.pt")
-    sample_steps: int = flag(64, "unmasking steps of the stories shown")
     num_samples: int = flag(2, "stories shown at every validation")
+    sample_steps: int = flag(64, "their unmasking steps")
+    sample_temperature: float = flag(0.8, "their temperature")
+    sample_order: str = flag("random", "their order", ORDERS)
     wandb: bool = flag(False, "log to Weights & Biases too; offline where there is no network")
 
     def check(self) -> None:
         require(self.model_config in MODEL_CONFIGS, f"--model_config {self.model_config}: unknown "
                 f"size, choose from {', '.join(MODEL_CONFIGS)}")
         for name in ("max_steps", "batch_tokens", "grad_accum_steps", "log_every", "valid_every",
-                     "valid_rows", "save_every", "sample_steps"):
+                     "valid_rows", "save_every"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("weight_decay", "grad_clip", "num_samples", "seed", "min_lr_ratio"):
             require(0 <= getattr(self, name) < 2**63,
@@ -123,14 +125,20 @@ class TrainConfig:
         for name in ("dropout", "ema_decay"):
             require(0 <= getattr(self, name) < 1,
                     f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
+        self.sampler().check()
         require(self.lr is None or 0 < self.lr < math.inf, f"--lr {self.lr}: must be positive")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
 
+    def sampler(self) -> Sampler:
+        return Sampler(steps=self.sample_steps, temperature=self.sample_temperature,
+                       order=self.sample_order)
+
 
 QUICK = dict(data_dir="quick_run/data", data_source=["sample"], checkpoint_dir="quick_run",
-             model_config="tiny", max_steps=400, batch_tokens=4096, lr=0.01, valid_every=200,
-             valid_rows=128, num_samples=3)
-QUICK_DATA = dict(vocab_size=1024, seq_len=128)
+             model_config="tiny", max_steps=480, batch_tokens=2048, lr=0.01, valid_every=240,
+             valid_rows=128, num_samples=3, sample_steps=128, sample_temperature=0.5,
+             sample_order="confidence")
+QUICK_DATA = dict(vocab_size=2048, seq_len=128)
 # A run cannot go on with another value of these: the weights, the optimizers' state or the place in
 # the data would not fit.
 FIXED = ("model_config", "qk_norm", "time_conditioning", "tied_head", "optimizer", "seed",
@@ -159,9 +167,11 @@ class Trainer:
                 f"{config.batch_tokens}: a row of the data has up to {self.meta['seq_len']} tokens")
         self.tokenizer_text = read_tokenizer_file(config.data_dir, self.meta)
         self.tokenizer = load_tokenizer(self.tokenizer_text)
-        lengths = self.valid.lengths[:config.valid_rows]
-        self.valid_batches = bucket_batches(lengths, 8192, merge=False)
-        valid_rows = [self.valid[i] for i in range(len(lengths))]
+        # Spread over the split: its beginning may be of another kind than its end.
+        count = min(config.valid_rows, len(self.valid))
+        chosen = np.arange(count) * len(self.valid) // count
+        self.valid_batches = bucket_batches(self.valid.lengths, 8192, chosen, merge=False)
+        valid_rows = [self.valid[i] for i in chosen]
         self.valid_length_nats = length_nats(self.meta, valid_rows)
         self.valid_bytes = int(token_bytes(self.tokenizer)[np.concatenate(valid_rows)].sum())
         self.stream = BatchStream(self.rows, config.batch_tokens, config.seed)
@@ -329,7 +339,7 @@ class Trainer:
 
     def stories(self) -> list[str]:
         """`num_samples` stories, the same noise every time, so that progress shows."""
-        sampler = Sampler(steps=self.config.sample_steps, temperature=0.8)
+        sampler = self.config.sampler()
         histogram, longest = self.meta["length_histogram"], self.meta["seq_len"] - 2
         rows = [blank_story(draw_length(histogram, self.config.seed, i) or longest)
                 for i in range(self.config.num_samples)]
