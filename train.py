@@ -1,6 +1,6 @@
 """Stage 2: token shards -> checkpoints.
 
-    python train.py --quick                         # tiny model, made-up stories, 3 minutes at most
+    python train.py --quick                         # tiny model, made-up stories, about 2.5 minutes
     python train.py --model_config small            # TinyStories, prepared first if it is missing
     python train.py --model_config small --resume   # go on after a stop or a kill
 
@@ -135,8 +135,8 @@ class TrainConfig:
 
 
 QUICK = dict(data_dir="quick_run/data", data_source=["sample"], checkpoint_dir="quick_run",
-             model_config="tiny", max_steps=480, batch_tokens=2048, lr=0.01, valid_every=240,
-             valid_rows=128, num_samples=3, sample_steps=128, sample_temperature=0.5,
+             model_config="tiny", max_steps=500, batch_tokens=2048, lr=0.01, valid_every=250,
+             valid_rows=128, num_samples=3, sample_steps=256, sample_temperature=0.3,
              sample_order="confidence")
 QUICK_DATA = dict(vocab_size=2048, seq_len=128)
 # A run cannot go on with another value of these: the weights, the optimizers' state or the place in
