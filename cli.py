@@ -127,18 +127,18 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
-def writable_folder(path: str | Path, flag_name: str) -> Path:
-    """Creates the folder if it is missing and makes sure, before any work, that it takes files."""
-    path = Path(path)
+def check_writable(folder: str | Path, flag_name: str) -> None:
+    """Makes sure, before any work, that files can be written into the folder or that it can be
+    created; creates nothing itself."""
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write_test_{os.getpid()}"
+        probe = existing / f".write_test_{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write into {path} ({error.strerror}): choose another folder with "
-                        f"{flag_name}") from error
-    return path
+        raise UserError(f"cannot write into {folder} ({error.strerror}): choose another folder "
+                        f"with {flag_name}") from error
 
 
 def require(condition: object, message: str) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from cli import UserError, atomic_file, flag, parse, require, run, writable_folder
+from cli import UserError, atomic_file, check_writable, flag, parse, require, run
 from sources import check_source, describe_source, read_stories, source_bytes
 
 PAD, MASK, BOS, EOS = range(4)
@@ -188,10 +188,10 @@ def prepare(config: DataConfig) -> dict:
             # Only what this script wrote is ever replaced, never somebody's folder of that name.
             require((target / "meta.json").exists(), f"{config.data_dir} holds other files: choose "
                                                      "another --data_dir")
-    writable_folder(target.parent, "--data_dir")
+    check_writable(target.parent, "--data_dir")
     for leftover in (partial, old):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
         meta = write_folder(config, partial)
         replace_folder(partial, target, old)

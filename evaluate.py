@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import atomic_file, flag, parse, require, run, writable_folder
+from cli import atomic_file, check_writable, flag, parse, require, run
 from data_prep import EOS, TokenRows, bucket_batches, decode, length_nats, row_kind, token_bytes
 from diffusion import DiscreteDiffusion, Nelbo, numpy_step
 from model import (
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(config.output) if config.output else path.parent / "evaluation.json"
     require(target.parent.is_dir() and not target.is_dir(),
             f"--output {target}: name a file in a folder that exists")
-    writable_folder(target.parent, "--output")
+    check_writable(target.parent, "--output")
     result = evaluate(config, path)
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)

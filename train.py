@@ -17,12 +17,10 @@ tokens.
 
 import copy
 import dataclasses
-import json
 import math
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import Stopped, UserError, atomic_file, flag, parse, require, run, writable_folder
+from cli import Stopped, check_writable, flag, parse, require, run
 from data_prep import (
     BatchStream,
     DataConfig,
@@ -47,6 +45,7 @@ from data_prep import (
     token_bytes,
 )
 from diffusion import OBJECTIVES, SCHEDULES, DiscreteDiffusion, numpy_step
+from metrics import MetricsLog, start_wandb
 from model import (
     MODEL_CONFIGS,
     PRECISIONS,
@@ -156,8 +155,9 @@ class Trainer:
         config.check()
         self.config, self.step, self.tokens_seen, self.seconds = config, 0, 0, 0.0
         self.best, self.validation, self.resumed = math.inf, {}, checkpoint is not None
-        self.folder = writable_folder(config.checkpoint_dir, "--checkpoint_dir")
-        self.metrics_path = self.folder / "metrics.jsonl"
+        self.folder = Path(config.checkpoint_dir)
+        check_writable(self.folder, "--checkpoint_dir")
+        self.log = MetricsLog(self.folder)
         # 1. Data.
         self.rows, self.valid = (TokenRows(config.data_dir, split) for split in ("train", "val"))
         self.meta = self.rows.meta
@@ -198,7 +198,9 @@ class Trainer:
             check_compiler(self.device)
             self.model.hidden = torch.compile(self.model.hidden, dynamic=True)
         self.stop_signal: int | None = None
-        self.wandb = start_wandb(config) if config.wandb else None
+        self.folder.mkdir(parents=True, exist_ok=True)  # now that nothing is wrong
+        if config.wandb:
+            self.log.wandb_run = start_wandb(dataclasses.asdict(config), self.folder)
 
     # ---- one step --------------------------------------------------------------------------------
 
@@ -277,8 +279,7 @@ class Trainer:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            if self.wandb:
-                self.wandb.finish()
+            self.log.close()
 
     def _loop(self) -> None:
         config = self.config
@@ -293,9 +294,7 @@ class Trainer:
                 self.seconds = before + time.perf_counter() - started
                 last = self.step == config.max_steps
                 if self.step % config.log_every == 0 or last or self.step == first + 1:
-                    self.log({**metrics, "tokens": self.tokens_seen,
-                              "epoch": round(self.stream.epochs, 4),
-                              "seconds": round(self.seconds, 2)})
+                    self.write_metrics(metrics)
                 if self.step % config.valid_every == 0 or last:
                     self.validate()
                 if self.step % config.save_every == 0 or last or self.stop_signal:
@@ -304,7 +303,7 @@ class Trainer:
                     raise Stopped(f"stopped after step {self.step}; the same command with --resume "
                                   "goes on from there", 128 + self.stop_signal)
         self.save("final.pt")
-        plot_curves(self.metrics_path, self.folder / "training_curves.png")
+        self.log.plot()
         print(f"trained {self.step:,} steps, {self.tokens_seen:,} tokens, "
               f"{self.stream.epochs:.1f} epochs in {self.seconds / 60:.1f} minutes; "
               f"best validation NELBO {self.best:.3f} nats/token; wrote {self.folder}")
@@ -322,8 +321,7 @@ class Trainer:
             "valid_nelbo": bound.nats_per_token, "valid_nelbo_se": bound.standard_error,
             "valid_bits_per_byte": bound.bits_per_byte(self.valid_length_nats, self.valid_bytes),
             "valid_masked_ce": bound.masked_ce, "valid_masked_accuracy": bound.masked_accuracy}
-        self.log({**metrics, "tokens": self.tokens_seen, "epoch": round(self.stream.epochs, 4),
-                  "seconds": round(self.seconds, 2)})
+        self.write_metrics(metrics)
         tqdm.write(
             f"step {self.step}: {metrics['valid_bits_per_byte']:.3f} bits/byte, NELBO "
             f"{metrics['valid_nelbo']:.3f} ± {metrics['valid_nelbo_se']:.3f} nats/token, masked "
@@ -334,7 +332,7 @@ class Trainer:
         if metrics["valid_nelbo"] < self.best:
             self.best = metrics["valid_nelbo"]
             self.save("best.pt")
-        plot_curves(self.metrics_path, self.folder / "training_curves.png")
+        self.log.plot()
         return metrics
 
     def stories(self) -> list[str]:
@@ -348,12 +346,10 @@ class Trainer:
 
     # ---- state -----------------------------------------------------------------------------------
 
-    def log(self, metrics: dict) -> None:
-        line = {"step": self.step, **metrics}
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.wandb:
-            self.wandb.log(metrics, step=self.step)
+    def write_metrics(self, metrics: dict) -> None:
+        self.log.write(self.step, {**metrics, "tokens": self.tokens_seen,
+                                   "epoch": round(self.stream.epochs, 4),
+                                   "seconds": round(self.seconds, 2)})
 
     def save(self, name: str, resumable: bool = False) -> None:
         """Writes a checkpoint; last.pt has the optimizers' state too, and only it can be resumed.
@@ -391,13 +387,7 @@ class Trainer:
         self.validation = checkpoint["metrics"]
         self.stream = BatchStream(self.rows, self.config.batch_tokens, self.config.seed,
                                   **checkpoint["cursor"])
-        if not self.metrics_path.exists():  # killed before its first line
-            return
-        # Lines of steps that the killed run did after its last save will be written again.
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        with atomic_file(self.metrics_path, "w") as file:
-            file.writelines(line for line in lines
-                            if line.endswith("\n") and json.loads(line)["step"] <= self.step)
+        self.log.rewind(self.step)
 
 
 def make_optimizers(model: torch.nn.Module, config: TrainConfig, lr: float) -> list:
@@ -421,44 +411,6 @@ def check_compiler(device: torch.device) -> None:
             "--compile: torch.compile does not work on Windows or MPS; leave it out")
     require(device.type != "cpu" or any(map(shutil.which, ("g++", "clang++", "c++"))),
             "--compile: torch.compile needs a C++ compiler on a CPU; install g++ or leave it out")
-
-
-def start_wandb(config: TrainConfig):
-    try:
-        socket.create_connection(("api.wandb.ai", 443), timeout=3).close()
-        mode = "online"
-    except OSError:
-        mode = "offline"
-        print("no connection to Weights & Biases: logging offline (`wandb sync` uploads it later)")
-    try:
-        import wandb
-        return wandb.init(project="diffusion-llm", dir=config.checkpoint_dir, mode=mode,
-                          config=dataclasses.asdict(config))
-    except Exception as error:  # not installed, not logged in, refused by the server, ...
-        raise UserError(f"--wandb: {error}; run `wandb login`, or leave --wandb out") from error
-
-
-def plot_curves(metrics_path: Path, target: Path) -> None:
-    """Draws metrics.jsonl: training loss and validation NELBO, accuracy, learning rate."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
-    panels = [("nats/token", ("loss", "valid_nelbo")), ("bits/byte", ("valid_bits_per_byte",)),
-              ("masked accuracy", ("valid_masked_accuracy",)), ("learning rate", ("lr",))]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, panels, strict=True):
-        for key in keys:
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            style = {"alpha": 0.4} if key == "loss" else {"marker": "."}
-            axis.plot(*zip(*points, strict=True) if points else ([], []), label=key, **style)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    with atomic_file(target) as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -509,7 +461,8 @@ def make_trainer(config: TrainConfig, given: set[str]) -> Trainer:
     """A trainer at its start or where last.pt stopped; nothing of an older run is touched yet."""
     if config.resume:
         return Trainer(*resumed_config(config, given))
-    folder = writable_folder(config.checkpoint_dir, "--checkpoint_dir")
+    folder = Path(config.checkpoint_dir)
+    check_writable(folder, "--checkpoint_dir")
     if not config.overwrite:
         clear_folder(folder, overwrite=False)
     find_data(config, given)

@@ -24,22 +24,23 @@ def quiet_bars(monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
+def made_up_data(path: Path, **settings) -> Path:
+    prepare(DataConfig(source=["sample"], data_dir=str(path), **settings))
+    return path
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """Made-up stories, 300 tokens of vocabulary, rows of 64: most stories take two or three."""
-    path = tmp_path_factory.mktemp("shared") / "data"
-    prepare(DataConfig(source=["sample"], data_dir=str(path), max_stories=300, vocab_size=300,
-                       seq_len=64, valid_fraction=0.1))
-    return path
+    return made_up_data(tmp_path_factory.mktemp("shared") / "data", max_stories=300,
+                        vocab_size=300, seq_len=64, valid_fraction=0.1)
 
 
 @pytest.fixture(scope="session")
 def long_data_dir(tmp_path_factory) -> Path:
     """The same with rows long enough for whole stories."""
-    path = tmp_path_factory.mktemp("shared") / "data"
-    prepare(DataConfig(source=["sample"], data_dir=str(path), max_stories=120, vocab_size=400,
-                       seq_len=256, valid_fraction=0.2))
-    return path
+    return made_up_data(tmp_path_factory.mktemp("shared") / "data", max_stories=120,
+                        vocab_size=400, seq_len=256, valid_fraction=0.2)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import cli
-from cli import Stopped, UserError, atomic_file, flag, parse, writable_folder
+from cli import Stopped, UserError, atomic_file, check_writable, flag, parse
 
 
 @dataclass
@@ -93,12 +93,12 @@ def test_text_files_have_the_same_bytes_everywhere(tmp_path: Path):
     assert (tmp_path / "file").read_bytes() == b"\xc3\xa9\n"
 
 
-def test_writable_folder_names_the_flag(tmp_path: Path):
+def test_an_unwritable_folder_names_the_flag(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--out"):
-        writable_folder(tmp_path / "file" / "below", "--out")
-    assert writable_folder(tmp_path / "a" / "b", "--out").is_dir()
-    assert os.listdir(tmp_path / "a" / "b") == []
+        check_writable(tmp_path / "file" / "below", "--out")
+    check_writable(tmp_path / "a" / "b", "--out")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_console_of_another_encoding_does_not_stop_the_work():

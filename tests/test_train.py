@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, python
 
 import data_prep
+import metrics
 import train
 from cli import Stopped, UserError
 from model import load_checkpoint
@@ -307,7 +308,7 @@ def test_a_run_in_the_folder_is_kept(settings, fails):
 def test_bad_settings(settings, changes, message, fails):
     import re
     assert re.search(message, fails(main, *argv(settings, **changes)))
-    assert not list(Path(settings["checkpoint_dir"]).glob("*.pt"))
+    assert not Path(settings["checkpoint_dir"]).exists()
 
 
 def test_missing_data_is_prepared_from_its_source(settings, tmp_path, monkeypatch, capsys, fails):
@@ -413,7 +414,7 @@ def test_wandb_gets_the_metrics(settings, monkeypatch, online, capsys):
         if not online:
             raise OSError
         return types.SimpleNamespace(close=lambda: None)
-    monkeypatch.setattr(train.socket, "create_connection", connect)
+    monkeypatch.setattr(metrics.socket, "create_connection", connect)
     main(argv(settings, wandb=True))
     assert modes == ["online" if online else "offline"] and finished == [True]
     assert {step for step, metrics in logged if "valid_nelbo" in metrics} == {4, 8}

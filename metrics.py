@@ -1,0 +1,98 @@
+"""The log of a training run: metrics.jsonl, Weights & Biases, and the curves drawn from it.
+
+    python metrics.py --checkpoint_dir checkpoints    # draws training_curves.png again
+
+metrics.jsonl has one JSON object a line with `step` and whatever was measured then: training lines
+every `log_every` steps (loss, lr, grad_norm), validation lines (valid_*), both with tokens, epoch
+and seconds.
+"""
+
+import json
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli import UserError, atomic_file, flag, parse, require, run
+
+# title of a panel, and the metrics that it shows
+PANELS = [("nats/token", ("loss", "valid_nelbo")), ("bits/byte", ("valid_bits_per_byte",)),
+          ("masked accuracy", ("valid_masked_accuracy",)), ("learning rate", ("lr",))]
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl in `folder`, and to a Weights & Biases run if there is one."""
+
+    def __init__(self, folder: Path, wandb_run=None):
+        self.path, self.curves = folder / "metrics.jsonl", folder / "training_curves.png"
+        self.wandb_run = wandb_run
+
+    def write(self, step: int, metrics: dict) -> None:
+        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.wandb_run:
+            self.wandb_run.log(metrics, step=step)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after `step`, which a killed run wrote after its last checkpoint."""
+        if not self.path.exists():  # killed before its first line
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with atomic_file(self.path, "w") as file:
+            file.writelines(line for line in lines
+                            if line.endswith("\n") and json.loads(line)["step"] <= step)
+
+    def plot(self) -> None:
+        """Draws training_curves.png."""
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
+        for axis, (title, keys) in zip(axes.flat, PANELS, strict=True):
+            for key in keys:
+                points = [(line["step"], line[key]) for line in lines if key in line]
+                style = {"alpha": 0.4} if key == "loss" else {"marker": "."}
+                axis.plot(*zip(*points, strict=True) if points else ([], []), label=key, **style)
+            axis.set_title(title)
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.3)
+            axis.legend()
+        with atomic_file(self.curves) as file:
+            figure.savefig(file, format="png", dpi=110)
+        plt.close(figure)
+
+    def close(self) -> None:
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+def start_wandb(config: dict, folder: Path):
+    """A Weights & Biases run in `folder`; offline where there is no network."""
+    try:
+        socket.create_connection(("api.wandb.ai", 443), timeout=3).close()
+        mode = "online"
+    except OSError:
+        mode = "offline"
+        print("no connection to Weights & Biases: logging offline (`wandb sync` uploads it later)")
+    try:
+        import wandb
+        return wandb.init(project="diffusion-llm", dir=str(folder), mode=mode, config=config)
+    except Exception as error:  # not installed, not logged in, refused by the server, ...
+        raise UserError(f"--wandb: {error}; run `wandb login`, or leave --wandb out") from error
+
+
+@dataclass
+class PlotConfig:
+    checkpoint_dir: str = flag("checkpoints", "folder of the run")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, _ = parse(PlotConfig, __doc__, argv)
+    log = MetricsLog(Path(config.checkpoint_dir))
+    require(log.path.is_file(), f"no {log.path}: name the folder of a run with --checkpoint_dir")
+    log.plot()
+    print(f"wrote {log.curves}")
+
+
+if __name__ == "__main__":
+    run(main)
