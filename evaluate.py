@@ -124,15 +124,16 @@ def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenR
 
 def choose_stories(config: EvaluateConfig, rows: TokenRows) -> np.ndarray:
     """Numbers of the rows to compare samples with: whole stories, at most `num_samples`."""
+    if not config.num_samples:
+        return np.zeros(0, np.int64)  # and the split need not be read through
     whole = [i for i in range(len(rows)) if row_kind(rows[i]) == "story"]
     if len(whole) < config.num_samples:
         print(f"only {len(whole)} stories of {config.split} fit into one row: comparing with those")
     return np.random.default_rng(config.seed).permutation(whole)[:config.num_samples]
 
 
-def evaluate(config: EvaluateConfig, path: Path) -> dict:
-    """Everything that evaluation.json holds."""
-    checkpoint = load_checkpoint(path)
+def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
+    """Everything that evaluation.json holds, for the checkpoint that was read from `path`."""
     data_dir = config.data_dir or checkpoint.get("train_config", {}).get("data_dir", "data")
     rows = TokenRows(data_dir, config.split)
     check_tokenizer(path, checkpoint, data_dir, rows.meta)
@@ -198,12 +199,12 @@ def main(argv: list[str] | None = None) -> None:
     config, _ = parse(EvaluateConfig, __doc__, argv)
     config.check()
     path = find_checkpoint(config.checkpoint)
-    require(path.is_file(), f"no checkpoint {path}: train one first, `python train.py`")
+    checkpoint = load_checkpoint(path)
     target = Path(config.output) if config.output else path.parent / "evaluation.json"
     require(target.parent.is_dir() and not target.is_dir(),
             f"--output {target}: name a file in a folder that exists")
     check_writable(target.parent, "--output")
-    result = evaluate(config, path)
+    result = evaluate(config, path, checkpoint)
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
     report(result)

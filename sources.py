@@ -100,13 +100,14 @@ def check_source(source: list[str], valid_source: str | None) -> None:
         require(not valid_source, f"--valid_source goes with local files; {source[0]} brings its "
                                   "own validation stories")
         return
-    for flag, names in (("--source", source), ("--valid_source", [valid_source or source[0]])):
-        for name in names:
-            hint = "name a file, or use tinystories or sample" if flag == "--source" else (
-                "name a file")
-            require(Path(name).is_file(), f"{flag} {name}: no such file; {hint}")
-            require(Path(name).suffix.lower() in READERS,
-                    f"{name}: unknown kind of file; use {', '.join(READERS)}")
+    named = [("--source", name) for name in source]
+    if valid_source:
+        named.append(("--valid_source", valid_source))
+    for flag, name in named:
+        require(Path(name).is_file(), f"{flag} {name}: no such file; name a file, or use --source "
+                                      "tinystories or --source sample")
+        require(Path(name).suffix.lower() in READERS,
+                f"{name}: unknown kind of file; use {', '.join(READERS)}")
 
 
 def describe_source(source: list[str], valid_source: str | None = None) -> dict[str, str]:

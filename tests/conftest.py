@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import cli
-import data_prep
 import model as model_module
 import train
 from data_prep import BOS, EOS, MASK, DataConfig, prepare
@@ -136,6 +135,3 @@ def chi_squared_p(observed: np.ndarray, expected: np.ndarray) -> float:
 
 def python(*argv: object) -> list[str]:
     return [sys.executable, *map(str, argv)]
-
-
-__all__ = ["ROOT", "TableModel", "all_rows", "chi_squared_p", "data_prep", "python"]

@@ -101,3 +101,4 @@ def test_foreign_data(checkpoint, data_dir, tmp_path, fails):
     assert "another tokenizer" in fails(main, "--checkpoint", checkpoint, "--data_dir", data_dir)
     assert "no data in" in fails(main, "--checkpoint", checkpoint, "--data_dir", tmp_path)
     assert "no checkpoint" in fails(main, "--checkpoint", "nowhere/x.pt")
+    assert "is a folder" in fails(main, "--checkpoint", tmp_path)
