@@ -142,8 +142,9 @@ class DiscreteDiffusion:
         """
         if isinstance(tokens, Tensor):
             tokens = self.corrupt(tokens, self.times(len(tokens), generator), generator)
-        nats, _ = masked_cross_entropy(model, tokens.noisy, tokens.tokens, tokens.masked,
-                                       tokens.mask_ratio)
+        logits, targets = masked_logits(model, tokens.noisy, tokens.tokens, tokens.masked,
+                                        tokens.mask_ratio)
+        nats = F.cross_entropy(logits, targets, reduction="none")  # (M,)
         return (nats * tokens.weight[tokens.masked]).sum()
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,
@@ -182,26 +183,23 @@ class DiscreteDiffusion:
         return unmask(numpy_step(model, sampler), tokens, sampler, seed, rows)
 
 
-def masked_cross_entropy(model: nn.Module, noisy: Tensor, clean: Tensor, masked: Tensor,
-                         mask_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """(-log p of the true token, whether it was the likeliest), each (M,), masked positions only.
+def masked_logits(model: nn.Module, noisy: Tensor, clean: Tensor, masked: Tensor,
+                  mask_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """FP32 logits (M, V) and true tokens (M,) of the masked positions.
 
     The vocabulary head runs on these M positions and nowhere else.
     """
     hidden = model.hidden(noisy, mask_ratio)[masked]  # (M, D)
-    logits = model.head(hidden).float()  # (M, V)
-    targets = clean[masked]
-    with torch.no_grad():
-        correct = logits.argmax(-1) == targets
-    return F.cross_entropy(logits, targets, reduction="none"), correct
+    return model.head(hidden).float(), clean[masked]
 
 
 def row_sums(model: nn.Module, clean: Tensor, masked: Tensor, ratio: Tensor,
              device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """For each row (B,): the sum of -log p over its hidden tokens, and how many were likeliest."""
     noisy = clean.masked_fill(masked, MASK)
-    values = masked_cross_entropy(model, *(x.to(device) for x in (noisy, clean, masked,
-                                                                  ratio.float())))
+    logits, targets = masked_logits(model, *(x.to(device) for x in (noisy, clean, masked,
+                                                                    ratio.float())))
+    values = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
     owner = masked.nonzero()[:, 0].numpy()  # (M,) the row of each hidden token
     nats, correct = (np.bincount(owner, weights=x.cpu().double().numpy(), minlength=len(clean))
                      for x in values)
