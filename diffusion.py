@@ -18,11 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import require
-from data_prep import EOS, MASK
+from data_prep import EOS, MASK, length_nats
 from model import device_of
 from sampler import Sampler, State, Step, unmask
 
@@ -85,6 +84,8 @@ class Corrupted:
 class DiscreteDiffusion:
     """Corruption, training loss, likelihood bound and sampling for one schedule and objective."""
 
+    kind = "diffusion"
+
     def __init__(self, schedule: str = "linear", objective: str = "masked_ce"):
         require(schedule in SCHEDULES, f"schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
         require(objective in OBJECTIVES, f"objective {objective!r}: choose "
@@ -133,6 +134,10 @@ class DiscreteDiffusion:
         return Corrupted(tokens, tokens.masked_fill(masked, MASK), masked,
                          (row_weight[:, None] * masked).float(), m.float())
 
+    def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Corrupted:
+        """`corrupt` at stratified `times`."""
+        return self.corrupt(tokens, self.times(len(tokens), generator), generator)
+
     def loss(self, model: nn.Module, tokens: Tensor | Corrupted,
              generator: torch.Generator | None = None) -> Tensor:
         """The training loss, a differentiable scalar in nats/token.
@@ -141,11 +146,8 @@ class DiscreteDiffusion:
         torch's global one); a part of an already corrupted batch gives its share of the loss.
         """
         if isinstance(tokens, Tensor):
-            tokens = self.corrupt(tokens, self.times(len(tokens), generator), generator)
-        logits, targets = masked_logits(model, tokens.noisy, tokens.tokens, tokens.masked,
-                                        tokens.mask_ratio)
-        nats = F.cross_entropy(logits, targets, reduction="none")  # (M,)
-        return (nats * tokens.weight[tokens.masked]).sum()
+            tokens = self.corrupt_batch(tokens, generator)
+        return weighted_loss(model, tokens)
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,
               draws: int = 1, numbers: Iterable[np.ndarray] | None = None) -> "Nelbo":
@@ -165,17 +167,22 @@ class DiscreteDiffusion:
         model.eval()
         numbers = iter(numbers) if numbers is not None else None
         seen = 0
-        with torch.inference_mode():
+        with torch.no_grad():
             for batch in batches:
                 clean = torch.as_tensor(batch)
                 rows = next(numbers) if numbers else seen + np.arange(len(clean))
                 seen += len(clean)
                 for draw in range(draws):
                     masked, k, n = stratified_masks(clean, rows, draw, draws, seed)
-                    columns.append((rows, n.numpy(), k.numpy(),
-                                    *row_sums(model, clean, masked, k / n, device)))
+                    hidden = Corrupted(clean, clean.masked_fill(masked, MASK), masked,
+                                       masked.float(), (k / n).float())
+                    columns.append((rows, n.numpy(), k.numpy(), *row_sums(model, hidden, device)))
         model.train(training)
         return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
+
+    def extra_nats(self, meta: dict, rows: Iterable[np.ndarray]) -> float:
+        """What a text's code needs besides the tokens: the kind and length of every row."""
+        return length_nats(meta, rows)
 
     def unmask(self, model: nn.Module, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
                rows: Sequence[int] | None = None) -> Iterator[State]:
@@ -183,25 +190,23 @@ class DiscreteDiffusion:
         return unmask(numpy_step(model, sampler), tokens, sampler, seed, rows)
 
 
-def masked_logits(model: nn.Module, noisy: Tensor, clean: Tensor, masked: Tensor,
-                  mask_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """FP32 logits (M, V) and true tokens (M,) of the masked positions.
+def weighted_loss(model: nn.Module, batch: Corrupted) -> Tensor:
+    """The sum over masked positions of weight * -log p, a differentiable scalar.
 
     The vocabulary head runs on these M positions and nowhere else.
     """
-    hidden = model.hidden(noisy, mask_ratio)[masked]  # (M, D)
-    return model.head(hidden).float(), clean[masked]
+    hidden = model.hidden(batch.noisy, batch.mask_ratio)[batch.masked]  # (M, D)
+    return model.loss(hidden, batch.tokens[batch.masked], batch.weight[batch.masked])
 
 
-def row_sums(model: nn.Module, clean: Tensor, masked: Tensor, ratio: Tensor,
-             device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def row_sums(model: nn.Module, batch: Corrupted, device: torch.device,
+             ) -> tuple[np.ndarray, np.ndarray]:
     """For each row (B,): the sum of -log p over its hidden tokens, and how many were likeliest."""
-    noisy = clean.masked_fill(masked, MASK)
-    logits, targets = masked_logits(model, *(x.to(device) for x in (noisy, clean, masked,
-                                                                    ratio.float())))
-    values = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-    owner = masked.nonzero()[:, 0].numpy()  # (M,) the row of each hidden token
-    nats, correct = (np.bincount(owner, weights=x.cpu().double().numpy(), minlength=len(clean))
+    there = batch.to(device)
+    hidden = model.hidden(there.noisy, there.mask_ratio)[there.masked]  # (M, D)
+    values = model.scores(hidden, there.tokens[there.masked])
+    owner = batch.masked.nonzero()[:, 0].numpy()  # (M,) the row of each hidden token
+    nats, correct = (np.bincount(owner, x.cpu().double().numpy(), minlength=len(batch.tokens))
                      for x in values)
     return nats, correct
 
@@ -423,7 +428,7 @@ def numpy_step(model: nn.Module, sampler: Sampler) -> Step:
     # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.
     precision = torch.float32 if device.type == "mps" else torch.float64
 
-    @torch.inference_mode()
+    @torch.no_grad()  # (FSDP does not know inference mode)
     def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray):
         most_hidden = int((tokens == MASK).sum(1).max())
         new, confidence = step(

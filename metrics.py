@@ -8,6 +8,8 @@ and seconds.
 """
 
 import json
+import os
+import platform
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +81,19 @@ def start_wandb(config: dict, folder: Path):
         return wandb.init(project="diffusion-llm", dir=str(folder), mode=mode, config=config)
     except Exception as error:  # not installed, not logged in, refused by the server, ...
         raise UserError(f"--wandb: {error}; run `wandb login`, or leave --wandb out") from error
+
+
+def machine(device) -> str:
+    """This machine in some words; `device` is a torch.device."""
+    if device.type == "cuda":
+        import torch
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.split(":")[1].strip() for line in file
+                         if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
 
 
 @dataclass

@@ -10,6 +10,9 @@ Notable features of the DiffusionTransformer
   `causal=True` the same network is an autoregressive model, for comparisons of equal size
 - pre-norm with RMSNorm without gains (arXiv 1910.07467), rotary positions (arXiv 2104.09864)
 - queries and keys normalised (QK-norm, arXiv 2010.04245), MLP with squared ReLU (arXiv 2109.08668)
+- heads that look at neighbours from the first step on: queries and keys have a bias, set so that
+  under rotary positions head 1 attends to the token before, head 2 to the one after, and so on. It
+  costs nothing, any attention kernel works with it, and training may unlearn it (`neighbour_init`)
 - zero-initialised output projections: a new block is the identity
 - untied vocabulary head; the ids that can never be predicted have probability 0 (SUBS, arXiv
   2406.07524 section 3.2)
@@ -31,8 +34,9 @@ from torch import Tensor, nn
 
 from cli import UserError, atomic_file, require
 from data_prep import EOS, load_tokenizer, sha256
+from head_loss import head_loss, head_scores
 
-CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 1
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 2
 CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
                    "length_histogram")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +51,7 @@ class ModelConfig:
     max_len: int = 256  # longest row, in tokens
     mlp_ratio: int = 4  # hidden width of the MLP, in units of D
     qk_norm: bool = True
+    neighbour_init: float = 4.0  # how strongly heads look at neighbours at first; 0: no biases
     causal: bool = False  # the autoregressive twin
     time_conditioning: str = "none"  # or "sinusoidal"
     tied_head: bool = False  # one matrix for the embedding and the vocabulary head
@@ -94,6 +99,12 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6).to(x.dtype)
 
 
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """(D/H/2,) radians a position, from 1 down to nearly 1 / rope_base (arXiv 2104.09864)."""
+    half = config.width // config.heads // 2
+    return config.rope_base ** (-torch.arange(half).float() / half)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: turns the pairs (x_i, x_{i + d/2}) of (B, H, L, d) by their angles."""
     a, b = x.chunk(2, dim=-1)
@@ -110,6 +121,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
+def neighbour_biases(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Biases of queries and keys, (H, 1, D/H) each, with which each head looks at one neighbour.
+
+    Rotary positions turn the pair with frequency f of the query at i by f i and of the key at j by
+    f j. A constant key a and a query a turned by f o add a^2 sum_f cos(f (j - i - o)) to the
+    score, which is largest at j = i + o. The slow frequencies would only widen that peak.
+    """
+    half = config.width // config.heads // 2
+    frequency = rope_frequencies(config)
+    size = config.neighbour_init * (frequency > 0.1)  # (D/H/2,)
+    heads = torch.arange(config.heads)
+    # -1, 1, -2, 2, ...; a causal head can only look back: -1, -2, ...
+    offset = -1 - heads if config.causal else (heads // 2 + 1) * (2 * (heads % 2) - 1)
+    angle = offset[:, None] * frequency  # (H, D/H/2)
+    query = torch.cat([size * angle.cos(), size * angle.sin()], dim=-1)
+    key = torch.cat([size, torch.zeros(half)]).expand_as(query)
+    return query[:, None], key[:, None].clone()
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -118,10 +148,15 @@ class Attention(nn.Module):
         # Three matrices, not one: Muon orthogonalises each map on its own.
         self.query, self.key, self.value = (Linear(width, width) for _ in range(3))
         self.out = Linear(width, width, std=0.0)
+        self.query_bias = self.key_bias = None
+        if config.neighbour_init:
+            self.query_bias, self.key_bias = map(nn.Parameter, neighbour_biases(config))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L, D/H)
                    for part in (self.query, self.key, self.value))
+        if self.query_bias is not None:
+            q, k = q + self.query_bias.to(q.dtype), k + self.key_bias.to(k.dtype)
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -162,10 +197,8 @@ class DiffusionTransformer(nn.Module):
         if config.time_conditioning == "sinusoidal":
             self.time = nn.Sequential(Linear(config.width, config.width), nn.SiLU(),
                                       Linear(config.width, config.width, std=0.0))
-        half = config.width // config.heads // 2
-        angles = torch.arange(config.max_len).float()[:, None] * (
-            config.rope_base ** (-torch.arange(half).float() / half))  # (max_len, d/2)
-        self.register_buffer("cos", angles.cos(), persistent=False)
+        angles = torch.arange(config.max_len).float()[:, None] * rope_frequencies(config)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (max_len, D/H/2)
         self.register_buffer("sin", angles.sin(), persistent=False)
         # In the twin the end of the story has to be predicted; in diffusion it is always visible.
         never = torch.zeros(config.vocab_size)
@@ -206,10 +239,22 @@ class DiffusionTransformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) logits; ids that can never be predicted get -inf."""
+        return F.linear(hidden, self.vocabulary.weight.to(hidden.dtype), self._head_bias(hidden))
+
+    def loss(self, hidden: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
+        """Weighted sum of -log p of the targets (M,) behind hidden states (M, D): a scalar."""
+        return head_loss(hidden, self.vocabulary.weight, self._head_bias(hidden), targets,
+                         row_weights)
+
+    def scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p of the targets (M,), and whether each was the likeliest token; no gradient."""
+        return head_scores(hidden, self.vocabulary.weight, self._head_bias(hidden), targets)
+
+    def _head_bias(self, hidden: Tensor) -> Tensor:
         never = self.never
         if hidden.dtype == torch.float16:  # an infinity there soon becomes NaN; e^-1e4 is 0 too
             never = never.clamp(min=-1e4)
-        return F.linear(hidden, self.vocabulary.weight.to(hidden.dtype), never.to(hidden.dtype))
+        return never.to(hidden.dtype)
 
     def forward(self, tokens: Tensor, t: Tensor | None = None, context: Tensor | None = None,
                 ) -> Tensor:
@@ -273,23 +318,25 @@ def save_checkpoint(path: str | Path, model: DiffusionTransformer, tokenizer: st
 
     It carries the tokenizer (text of tokenizer.json) and the length histogram, so that generation
     needs this one file. `state` is whatever the writer needs to continue (`ema`, `optimizer`,
-    `step`, `cursor`, ...): plain containers, numbers, strings and tensors only.
+    `step`, `cursor`, ...): plain containers, numbers, strings and tensors only; `weights` in it
+    replaces the model's state dict where that one is spread over several processes.
     """
     contents = {
         "format": CHECKPOINT_FORMAT, "format_version": CHECKPOINT_VERSION,
         "kind": "autoregressive" if model.config.causal else "diffusion",
-        "model_config": dataclasses.asdict(model.config), "weights": model.state_dict(),
-        "tokenizer": tokenizer, "tokenizer_sha256": sha256(tokenizer.encode()),
-        "length_histogram": length_histogram, **state}
+        "model_config": dataclasses.asdict(model.config), "tokenizer": tokenizer,
+        "tokenizer_sha256": sha256(tokenizer.encode()), "length_histogram": length_histogram,
+        **({} if "weights" in state else {"weights": model.state_dict()}), **state}
     with atomic_file(path) as file:
         torch.save(contents, file)
 
 
-def load_checkpoint(path: str | Path, map_location: Any = "cpu", kind: str = "diffusion") -> dict:
+def load_checkpoint(path: str | Path, map_location: Any = "cpu", kind: str | None = "diffusion",
+                    ) -> dict:
     """Reads a checkpoint without running code from it (`weights_only`).
 
     Raises UserError if the file is missing, damaged, foreign, of another format version, or not of
-    this `kind` ("diffusion" or "autoregressive").
+    this `kind` ("diffusion" or "autoregressive"; None takes both).
     """
     path = Path(path)
     require(not path.is_dir(), f"{path} is a folder; name a .pt file in it")
@@ -311,8 +358,8 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", kind: str = "di
             f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
     missing = [key for key in CHECKPOINT_KEYS if key not in contents]
     require(not missing, f"{path} lacks {', '.join(missing)}: it was not written by train.py")
-    require(contents["kind"] == kind, f"{path} is an {contents['kind']} model; a {kind} model is "
-                                      "needed here")
+    require(kind in (None, contents["kind"]), f"{path} is an {contents['kind']} model; a {kind} "
+                                              "model is needed here")
     return contents
 
 

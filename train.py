@@ -3,6 +3,9 @@
     python train.py --quick                         # tiny model, made-up stories, about 2.5 minutes
     python train.py --model_config small            # TinyStories, prepared first if it is missing
     python train.py --model_config small --resume   # go on after a stop or a kill
+    python train.py --objective autoregressive      # the causal twin, for comparison
+    torchrun --nproc_per_node 2 train.py --model_config small    # several processes (DDP)
+    torchrun --nproc_per_node 8 train.py --model_config xxlarge --fsdp    # weights spread (FSDP2)
 
 Writes into `--checkpoint_dir`: last.pt (everything needed to resume), best.pt (lowest validation
 NELBO), final.pt, metrics.jsonl and training_curves.png. Prints the validation figures and two
@@ -19,7 +22,6 @@ import copy
 import dataclasses
 import math
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -30,21 +32,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from autoregressive import Autoregressive, write_stories
 from cli import Stopped, check_writable, flag, parse, require, run
 from data_prep import (
-    BatchStream,
     DataConfig,
     TokenRows,
     bucket_batches,
     decode,
-    length_nats,
     load_meta,
     load_tokenizer,
     prepare,
     read_tokenizer_file,
     token_bytes,
 )
-from diffusion import OBJECTIVES, SCHEDULES, DiscreteDiffusion, numpy_step
+from diffusion import OBJECTIVES, SCHEDULES, DiscreteDiffusion, Nelbo, numpy_step
+from loader import BatchLoader, step_seed
 from metrics import MetricsLog, start_wandb
 from model import (
     MODEL_CONFIGS,
@@ -52,14 +54,15 @@ from model import (
     check_tokenizer,
     create_model,
     load_checkpoint,
-    pick_device,
     pick_precision,
     save_checkpoint,
 )
+from optimizers import DEFAULT_LR, OPTIMIZERS, local, make_optimizers, whole
+from parallel import LossOf, Processes, joined, shard, spread_state, start_processes, whole_state
 from sampler import ORDERS, Sampler, blank_story, draw_length, fill
 from sources import describe_source
+from throughput import compile_blocks, peak_flops, train_flops
 
-OPTIMIZERS = ("muon", "adamw")
 OUTPUTS = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.png")
 
 
@@ -77,10 +80,13 @@ class TrainConfig:
     model_config: str = flag("small", "size: " + ", ".join(MODEL_CONFIGS))
     dropout: float = flag(0.0, "dropout after attention and MLP")
     qk_norm: bool = flag(True, "normalise queries and keys")
+    neighbour_init: float = flag(4.0, "how strongly heads look at their neighbours at first; 0 is "
+                                      "the usual initialisation")
     time_conditioning: str = flag("none", "input of the mask ratio", ("none", "sinusoidal"))
     tied_head: bool = flag(False, "one matrix for embedding and vocabulary head")
     # diffusion
-    objective: str = flag("masked_ce", "training loss", OBJECTIVES)
+    objective: str = flag("masked_ce", "training loss; autoregressive trains the causal twin",
+                          (*OBJECTIVES, "autoregressive"))
     schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
     # optimisation
     max_steps: int = flag(10_000, "optimizer steps")
@@ -88,7 +94,8 @@ class TrainConfig:
     grad_accum_steps: int = flag(1, "micro-batches of a step")
     optimizer: str = flag("muon", "muon: the blocks' matrices by Muon, the rest by AdamW",
                           OPTIMIZERS)
-    lr: float | None = flag(None, "peak learning rate (default: 0.006 for muon, 0.001 for adamw)")
+    lr: float | None = flag(None, "peak learning rate (default: " + ", ".join(
+        f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + ")")
     warmup_steps: int | None = flag(None, "steps of linear warm-up (default: 5 % of max_steps)")
     min_lr_ratio: float = flag(0.0, "the cosine decay ends at this share of the peak")
     weight_decay: float = flag(0.0, "decoupled weight decay of the blocks' matrices")
@@ -98,7 +105,10 @@ class TrainConfig:
     # machine
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("auto", "auto, fp32, bf16 or fp16", ("auto", *PRECISIONS))
-    compile: bool = flag(False, "torch.compile the network (needs a C++ compiler on a CPU)")
+    compile: bool | None = flag(None, "torch.compile the blocks; needs a C++ compiler on a CPU "
+                                      "(default: in runs of 1,000 steps or more, where it works)")
+    fsdp: bool = flag(False, "under torchrun: spread weights and optimizer over the processes, for "
+                             "models that do not fit into one (default: every process has all)")
     # reports
     log_every: int = flag(10, "steps between lines of metrics.jsonl")
     valid_every: int = flag(250, "steps between validations")
@@ -116,7 +126,8 @@ class TrainConfig:
         for name in ("max_steps", "batch_tokens", "grad_accum_steps", "log_every", "valid_every",
                      "valid_rows", "save_every"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("weight_decay", "grad_clip", "num_samples", "seed", "min_lr_ratio"):
+        for name in ("weight_decay", "grad_clip", "num_samples", "seed", "min_lr_ratio",
+                     "neighbour_init"):
             require(0 <= getattr(self, name) < 2**63,
                     f"--{name} {getattr(self, name)}: must be 0 or more")
         require(self.warmup_steps is None or self.warmup_steps >= 0,
@@ -138,21 +149,20 @@ QUICK = dict(data_dir="quick_run/data", data_source=["sample"], checkpoint_dir="
              valid_rows=128, num_samples=3, sample_steps=256, sample_temperature=0.3,
              sample_order="confidence")
 QUICK_DATA = dict(vocab_size=2048, seq_len=128)
+COMPILE_FROM = 1000  # steps; compiling takes about as long as it saves in 100 to 400 of them
 # A run cannot go on with another value of these: the weights, the optimizers' state or the place in
 # the data would not fit.
-FIXED = ("model_config", "qk_norm", "time_conditioning", "tied_head", "optimizer", "seed",
-         "batch_tokens")
-
-
-def step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+FIXED = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head",
+         "optimizer", "seed", "batch_tokens")
 
 
 class Trainer:
     """Trains one model on one data folder, from the start or from the content of a last.pt."""
 
-    def __init__(self, config: TrainConfig, checkpoint: dict | None = None):
+    def __init__(self, config: TrainConfig, checkpoint: dict | None = None,
+                 processes: Processes | None = None):
         config.check()
+        self.processes = processes or start_processes(config.device)
         self.config, self.step, self.tokens_seen, self.seconds = config, 0, 0, 0.0
         self.best, self.validation, self.resumed = math.inf, {}, checkpoint is not None
         self.folder = Path(config.checkpoint_dir)
@@ -171,36 +181,74 @@ class Trainer:
         count = min(config.valid_rows, len(self.valid))
         chosen = np.arange(count) * len(self.valid) // count
         self.valid_batches = bucket_batches(self.valid.lengths, 8192, chosen, merge=False)
-        valid_rows = [self.valid[i] for i in chosen]
-        self.valid_length_nats = length_nats(self.meta, valid_rows)
-        self.valid_bytes = int(token_bytes(self.tokenizer)[np.concatenate(valid_rows)].sum())
-        self.stream = BatchStream(self.rows, config.batch_tokens, config.seed)
         # 2. Network, on its device and in its precision.
         torch.manual_seed(config.seed)
-        self.device = pick_device(config.device)
+        self.device = self.processes.device
         self.precision = pick_precision(self.device, config.precision)
+        twin = config.objective == "autoregressive"
+        self.process = (Autoregressive() if twin
+                        else DiscreteDiffusion(config.schedule, config.objective))
         self.model = create_model(
             config.model_config, self.meta["vocab_size"], max_len=self.meta["seq_len"],
-            dropout=config.dropout, qk_norm=config.qk_norm, tied_head=config.tied_head,
-            time_conditioning=config.time_conditioning)
-        self.model.to(self.device).set_precision(self.precision)
+            causal=twin, **{name: getattr(config, name) for name in (
+                "dropout", "qk_norm", "neighbour_init", "tied_head", "time_conditioning")})
+        self.model.set_precision(self.precision)
+        valid_rows = [self.valid[i] for i in chosen]
+        self.valid_extra_nats = self.process.extra_nats(self.meta, valid_rows)
+        self.valid_bytes = int(token_bytes(self.tokenizer)[np.concatenate(valid_rows)].sum())
+        if checkpoint:
+            self.model.load_state_dict(checkpoint["weights"])
         self.average = copy.deepcopy(self.model).eval() if config.ema_decay else self.model
-        self.diffusion = DiscreteDiffusion(config.schedule, config.objective)
+        if checkpoint and self.average is not self.model:
+            self.average.load_state_dict(checkpoint["ema"] or checkpoint["weights"])
+        self.distribute()
         # 3. Optimizers.
-        self.peak_lr = config.lr or (0.006 if config.optimizer == "muon" else 0.001)
+        self.peak_lr = config.lr or DEFAULT_LR[config.optimizer]
         self.warmup = (config.warmup_steps if config.warmup_steps is not None
                        else math.ceil(0.05 * config.max_steps))
-        self.optimizers = make_optimizers(self.model, config, self.peak_lr)
+        self.optimizers = make_optimizers(self.model, config.optimizer, self.peak_lr,
+                                          config.weight_decay, self.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         if checkpoint:
             self.restore(checkpoint)
-        if config.compile:
-            check_compiler(self.device)
-            self.model.hidden = torch.compile(self.model.hidden, dynamic=True)
+        self.loader = BatchLoader(self.rows, config.batch_tokens, config.seed,
+                                  self.process.corrupt_batch, self.step,
+                                  checkpoint["cursor"] if checkpoint else None)
+        self.compiled = self.compile()
+        self.flops, self.since, self.peak = 0, (time.perf_counter(), 0), math.inf
         self.stop_signal: int | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)  # now that nothing is wrong
-        if config.wandb:
-            self.log.wandb_run = start_wandb(dataclasses.asdict(config), self.folder)
+        if self.processes.main:
+            self.folder.mkdir(parents=True, exist_ok=True)  # now that nothing is wrong
+            if config.wandb:
+                self.log.wandb_run = start_wandb(dataclasses.asdict(config), self.folder)
+
+    def distribute(self) -> None:
+        """Puts the model on its device and, of several processes, into their common work."""
+        config, several = self.config, self.processes.world > 1
+        require(several or not config.fsdp, "--fsdp spreads a model over several processes: start "
+                                            "them with torchrun --nproc_per_node N train.py ...")
+        require(not config.fsdp or self.precision != "fp16",
+                "--fsdp works with --precision bf16 or fp32, not fp16")
+        for model in {id(m): m for m in (self.model, self.average)}.values():
+            if config.fsdp:
+                shard(model, self.device)
+            model.to(self.device)
+        self.loss_of = LossOf(self.process, self.model)
+        if several and not config.fsdp:
+            self.loss_of = torch.nn.parallel.DistributedDataParallel(
+                self.loss_of, gradient_as_bucket_view=True)
+
+    def compile(self) -> bool:
+        """Compiles the blocks where that is asked for or pays; says why where it cannot."""
+        config = self.config
+        if config.compile is False or (config.compile is None
+                                       and config.max_steps < COMPILE_FROM):
+            return False
+        reason = compile_blocks(self.model, self.device, self.meta["seq_len"])
+        require(reason is None or config.compile is None, f"--compile: {reason}; leave it out")
+        if reason and self.processes.main:
+            print(f"not compiled, the steps will be slower: {reason}", flush=True)
+        return reason is None
 
     # ---- one step --------------------------------------------------------------------------------
 
@@ -215,26 +263,27 @@ class Trainer:
     def train_step(self) -> dict:
         """One optimizer step; returns its metrics. A non-finite loss changes no weight."""
         config = self.config
-        # 1. All randomness of a step comes from (seed, step): nothing to store for resuming.
-        seed = step_seed(config.seed, self.step)
-        torch.manual_seed(seed)  # dropout
-        generator = torch.Generator().manual_seed(seed)
-        # 2. Corrupt the whole batch at once, so that t is stratified over all of it.
-        tokens = torch.from_numpy(next(self.stream))  # (B, L)
-        times = self.diffusion.times(len(tokens), generator)
-        corrupted = self.diffusion.corrupt(tokens, times, generator)
-        # 3. Gradients, micro-batch by micro-batch; the weights already add up to the mean.
+        # 1. The global batch, its tokens hidden already. Dropout's noise comes from (seed, step)
+        #    too: nothing random has to be stored for resuming.
+        batch = self.loader.next()
+        torch.manual_seed(step_seed(config.seed, self.step, self.processes.rank))
+        # 2. Gradients, micro-batch by micro-batch; the weights already add up to the mean.
         self.model.train()
         loss = 0.0
-        for part in torch.arange(len(tokens)).chunk(config.grad_accum_steps):
-            share = self.diffusion.loss(self.model, corrupted[part].to(self.device))
+        parts = list(self.processes.own_rows(len(batch.corrupted.tokens), config.grad_accum_steps))
+        for i, (part, factor) in enumerate(parts):
+            self.synchronise_gradients(i == len(parts) - 1)
+            share = self.loss_of(batch.corrupted[part].to(self.device)) * factor
             self.scaler.scale(share).backward()
-            loss += share.item()
-        # 4. Update.
+            loss += share.item() / self.processes.world
+        # 3. Update.
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
-                                              config.grad_clip or math.inf).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(),
+                                                    config.grad_clip or math.inf)).item()
+        loss, told = self.processes.sum([loss, float(self.stop_signal is not None)])
+        if told and not self.stop_signal:  # another process was told to stop
+            self.stop_signal = signal.SIGTERM
         overflow = self.scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips the step
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             raise Stopped(f"the loss is not finite at step {self.step} (loss {loss}, gradient norm "
@@ -249,8 +298,16 @@ class Trainer:
         self.scaler.update()
         self.update_average()
         self.step += 1
-        self.tokens_seen += int((tokens > 0).sum())
+        self.tokens_seen += batch.tokens
+        self.flops += train_flops(self.model, *batch.corrupted.tokens.shape, batch.predicted)
         return {"loss": loss, "lr": lr, "grad_norm": norm}
+
+    def synchronise_gradients(self, wanted: bool) -> None:
+        """Gradients are averaged over the processes with the last micro-batch only."""
+        if self.config.fsdp:
+            self.model.set_requires_gradient_sync(wanted)
+        elif self.processes.world > 1:
+            self.loss_of.require_backward_grad_sync = wanted
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -259,34 +316,45 @@ class Trainer:
         # Early on a long memory would only remember the initialisation.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         for mean, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            mean.lerp_(weight, 1 - decay)
+            local(mean).lerp_(local(weight), 1 - decay)
 
     # ---- the run ---------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Trains up to max_steps. Ctrl-C and SIGTERM save the state and stop between two steps."""
-        config = self.config
-        if not self.resumed:
+        config, processes = self.config, self.processes
+        processes.barrier()  # every process has made its checks before anything is removed
+        if not self.resumed and processes.main:
             clear_folder(self.folder, config.overwrite)
-        total, blocks = self.model.count_parameters()
-        print(f"{config.model_config}: {total / 1e6:.1f}M parameters ({blocks / 1e6:.1f}M without "
-              f"the vocabulary matrices), {self.precision} on {self.device}; {len(self.rows):,} "
-              f"training rows, {len(self.valid):,} for validation", flush=True)
+        self.peak = peak_flops(self.device, self.precision) * processes.world
+        if processes.main:
+            total, blocks = self.model.count_parameters()
+            print(f"{config.model_config}: {total / 1e6:.1f}M parameters ({blocks / 1e6:.1f}M "
+                  f"without the vocabulary matrices), {self.precision} on {self.device}"
+                  + f" in {processes.world} processes" * (processes.world > 1)
+                  + ", compiled" * self.compiled + f"; {len(self.rows):,} training rows, "
+                  f"{len(self.valid):,} for validation; matrix products reach "
+                  f"{self.peak / 1e12:.2f} TFLOP/s here", flush=True)
         handlers = {number: signal.signal(number, self._on_signal)
                     for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._loop()
+            with processes.losing_one_is_no_bug(lambda: f"{self.folder / 'last.pt'} holds the last "
+                                                "state saved: start all processes again, with "
+                                                "--resume"):
+                self._loop()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.log.close()
 
     def _loop(self) -> None:
-        config = self.config
+        config, main = self.config, self.processes.main
         started, before, first = time.perf_counter(), self.seconds, self.step
-        if not (self.folder / "last.pt").exists():
+        self.reset_speed()
+        if not self.resumed:
             self.save("last.pt", resumable=True)  # there is a good state from the first step on
-        with tqdm(total=config.max_steps, initial=self.step, unit="step", disable=None) as bar:
+        with tqdm(total=config.max_steps, initial=self.step, unit="step",
+                  disable=None if main else True) as bar:
             while self.step < config.max_steps:
                 metrics = self.train_step()
                 bar.update()
@@ -294,7 +362,7 @@ class Trainer:
                 self.seconds = before + time.perf_counter() - started
                 last = self.step == config.max_steps
                 if self.step % config.log_every == 0 or last or self.step == first + 1:
-                    self.write_metrics(metrics)
+                    self.write_metrics({**metrics, **self.speed()})
                 if self.step % config.valid_every == 0 or last:
                     self.validate()
                 if self.step % config.save_every == 0 or last or self.stop_signal:
@@ -303,114 +371,132 @@ class Trainer:
                     raise Stopped(f"stopped after step {self.step}; the same command with --resume "
                                   "goes on from there", 128 + self.stop_signal)
         self.save("final.pt")
-        self.log.plot()
-        print(f"trained {self.step:,} steps, {self.tokens_seen:,} tokens, "
-              f"{self.stream.epochs:.1f} epochs in {self.seconds / 60:.1f} minutes; "
-              f"best validation NELBO {self.best:.3f} nats/token; wrote {self.folder}")
+        if main:
+            self.log.plot()
+            print(f"trained {self.step:,} steps, {self.tokens_seen:,} tokens, "
+                  f"{self.loader.epochs:.1f} epochs in {self.seconds / 60:.1f} minutes; "
+                  f"best validation {self.likelihood_name} {self.best:.3f} nats/token; wrote "
+                  f"{self.folder}")
+        self.processes.barrier()
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.stop_signal:  # asked twice: do not wait for the step to end
             raise KeyboardInterrupt
         self.stop_signal = number
 
+    def reset_speed(self) -> None:
+        self.flops, self.since = 0, (time.perf_counter(), self.tokens_seen)
+
+    def speed(self) -> dict:
+        """Tokens/s and the share of the measured peak since the last call."""
+        seconds = time.perf_counter() - self.since[0]
+        result = {"tokens_per_second": round((self.tokens_seen - self.since[1]) / seconds, 1),
+                  "mfu": round(self.flops / seconds / self.peak, 4)}
+        self.reset_speed()
+        return result
+
+    @property
+    def likelihood_name(self) -> str:
+        """The twin's likelihood is exact, that of diffusion a bound."""
+        return "NLL" if self.process.kind == "autoregressive" else "NELBO"
+
     def validate(self) -> dict:
         """Bound, masked cross-entropy and accuracy of the averaged weights, and some stories."""
-        bound = self.diffusion.nelbo(self.average, map(self.valid.batch, self.valid_batches),
-                                     numbers=self.valid_batches)
+        bound = self.valid_bound()
         metrics = self.validation = {
             "valid_nelbo": bound.nats_per_token, "valid_nelbo_se": bound.standard_error,
-            "valid_bits_per_byte": bound.bits_per_byte(self.valid_length_nats, self.valid_bytes),
+            "valid_bits_per_byte": bound.bits_per_byte(self.valid_extra_nats, self.valid_bytes),
             "valid_masked_ce": bound.masked_ce, "valid_masked_accuracy": bound.masked_accuracy}
         self.write_metrics(metrics)
-        tqdm.write(
-            f"step {self.step}: {metrics['valid_bits_per_byte']:.3f} bits/byte, NELBO "
-            f"{metrics['valid_nelbo']:.3f} ± {metrics['valid_nelbo_se']:.3f} nats/token, masked "
-            f"cross-entropy {bound.masked_ce:.3f}, accuracy {bound.masked_accuracy:.1%}")
-        for story in self.stories():
-            tqdm.write(f"  | {' '.join(story.split())}")
-        sys.stdout.flush()
+        stories = self.stories() if self.processes.main or self.config.fsdp else []
+        if self.processes.main:
+            tqdm.write(
+                f"step {self.step}: {metrics['valid_bits_per_byte']:.3f} bits/byte, "
+                f"{self.likelihood_name} {metrics['valid_nelbo']:.3f} ± "
+                f"{metrics['valid_nelbo_se']:.3f} nats/token, masked cross-entropy "
+                f"{bound.masked_ce:.3f}, accuracy {bound.masked_accuracy:.1%}")
+            for story in stories:
+                tqdm.write(f"  | {' '.join(story.split())}")
+            sys.stdout.flush()
+            self.log.plot()
+        if self.config.fsdp:
+            self.average.reshard()  # or its next forward pass would find the old weights in place
         if metrics["valid_nelbo"] < self.best:
             self.best = metrics["valid_nelbo"]
             self.save("best.pt")
-        self.log.plot()
+        self.reset_speed()
         return metrics
+
+    def valid_bound(self) -> Nelbo:
+        """The bound of the averaged weights on the validation rows, worked out together."""
+        batches = self.processes.own(self.valid_batches)
+        bound = self.process.nelbo(self.average, map(self.valid.batch, batches), numbers=batches)
+        columns = [getattr(bound, field.name) for field in dataclasses.fields(bound)]
+        return Nelbo(*joined(self.processes.gather(columns)))
 
     def stories(self) -> list[str]:
         """`num_samples` stories, the same noise every time, so that progress shows."""
-        sampler = self.config.sampler()
+        config, sampler = self.config, self.config.sampler()
         histogram, longest = self.meta["length_histogram"], self.meta["seq_len"] - 2
-        rows = [blank_story(draw_length(histogram, self.config.seed, i) or longest)
-                for i in range(self.config.num_samples)]
-        filled = fill(numpy_step(self.average, sampler), rows, sampler, self.config.seed)
+        if not config.num_samples:
+            return []
+        if self.process.kind == "autoregressive":
+            filled = write_stories(self.average, config.num_samples, longest + 2,
+                                   config.sample_temperature, config.seed)
+        else:
+            rows = [blank_story(draw_length(histogram, config.seed, i) or longest)
+                    for i in range(config.num_samples)]
+            filled = fill(numpy_step(self.average, sampler), rows, sampler, config.seed)
         return [decode(self.tokenizer, row) for row in filled]
 
     # ---- state -----------------------------------------------------------------------------------
 
     def write_metrics(self, metrics: dict) -> None:
-        self.log.write(self.step, {**metrics, "tokens": self.tokens_seen,
-                                   "epoch": round(self.stream.epochs, 4),
-                                   "seconds": round(self.seconds, 2)})
+        if self.processes.main:
+            self.log.write(self.step, {**metrics, "tokens": self.tokens_seen,
+                                       "epoch": round(self.loader.epochs, 4),
+                                       "seconds": round(self.seconds, 2)})
 
     def save(self, name: str, resumable: bool = False) -> None:
         """Writes a checkpoint; last.pt has the optimizers' state too, and only it can be resumed.
 
-        The last step may have broken the weights, which the loss would show one step later: such a
-        state never replaces a good file.
+        It holds whole tensors, so that any number of processes can go on from it. The last step may
+        have broken the weights, which the loss would show one step later: such a state never
+        replaces a good file.
         """
-        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+        broken = not all(torch.isfinite(local(p)).all() for p in self.model.parameters())
+        if self.processes.sum([float(broken)])[0]:
             raise Stopped(f"the weights are not finite after step {self.step}; {self.folder} holds "
                           "the last good state: lower --lr and --resume")
-        state = {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+        weights = whole_state(self.model.state_dict())
+        average = None if self.average is self.model else whole_state(self.average.state_dict())
+        state = {"optimizer": [whole_state(optimizer.state_dict())
+                               for optimizer in self.optimizers],
                  "scaler": self.scaler.state_dict()} if resumable else {}
-        save_checkpoint(
-            self.folder / name, self.model, self.tokenizer_text, self.meta["length_histogram"],
-            ema=None if self.average is self.model else self.average.state_dict(),
-            step=self.step, tokens_seen=self.tokens_seen, seconds=self.seconds, best=self.best,
-            metrics=self.validation,
-            cursor={"epoch": self.stream.epoch, "position": self.stream.position},
-            train_config=dataclasses.asdict(self.config), command=shlex.join(sys.argv),
-            torch_version=str(torch.__version__), data_source=self.meta["source"],
-            licence=self.meta["licence"], **state)
+        if self.processes.main:
+            save_checkpoint(
+                self.folder / name, self.model, self.tokenizer_text,
+                self.meta["length_histogram"], weights=weights, ema=average, step=self.step,
+                tokens_seen=self.tokens_seen, seconds=self.seconds, best=self.best,
+                metrics=self.validation, cursor=self.loader.cursor,
+                train_config=dataclasses.asdict(self.config), command=shlex.join(sys.argv),
+                processes=self.processes.world, torch_version=str(torch.__version__),
+                data_source=self.meta["source"], licence=self.meta["licence"], **state)
+        self.processes.barrier()
 
     def restore(self, checkpoint: dict) -> None:
-        self.model.load_state_dict(checkpoint["weights"])
-        if self.average is not self.model:
-            self.average.load_state_dict(checkpoint["ema"] or checkpoint["weights"])
+        """All of the state but the weights, which are there before they are spread."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer"], strict=True):
             decays = [group["weight_decay"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(spread_state(state, optimizer))
             for group, decay in zip(optimizer.param_groups, decays, strict=True):
                 group["weight_decay"] = decay  # this run's, which may differ from the stored one
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         self.seconds, self.best = checkpoint["seconds"], checkpoint["best"]
         self.validation = checkpoint["metrics"]
-        self.stream = BatchStream(self.rows, self.config.batch_tokens, self.config.seed,
-                                  **checkpoint["cursor"])
-        self.log.rewind(self.step)
-
-
-def make_optimizers(model: torch.nn.Module, config: TrainConfig, lr: float) -> list:
-    """Muon (arXiv 2502.16982) for the blocks' matrices and AdamW for the rest, or AdamW for all."""
-    matrices = list(model.blocks.parameters())
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    betas = (0.9, 0.98)
-    if config.optimizer == "adamw":
-        groups = [{"params": matrices, "weight_decay": config.weight_decay},
-                  {"params": rest, "weight_decay": 0.0}]
-        return [torch.optim.AdamW(groups, lr=lr, betas=betas)]
-    # match_rms_adamw scales updates to the size of AdamW's, so both share one learning rate.
-    return [torch.optim.Muon(matrices, lr=lr, weight_decay=config.weight_decay,
-                             adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0)]
-
-
-def check_compiler(device: torch.device) -> None:
-    require(sys.platform != "win32" and device.type != "mps",
-            "--compile: torch.compile does not work on Windows or MPS; leave it out")
-    require(device.type != "cpu" or any(map(shutil.which, ("g++", "clang++", "c++"))),
-            "--compile: torch.compile needs a C++ compiler on a CPU; install g++ or leave it out")
+        if self.processes.main:
+            self.log.rewind(self.step)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -419,16 +505,17 @@ def resumed_config(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, d
     """The stored settings of last.pt with the flags given now on top, and the checkpoint."""
     path = Path(config.checkpoint_dir) / "last.pt"
     require(path.is_file(), f"--resume: no {path} to continue from")
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, kind=None)
     require("optimizer" in checkpoint, f"{path} holds no optimizer state: only a last.pt that "
                                        "train.py wrote can be resumed")
     stored = checkpoint["train_config"]
     for name in sorted(given - {"resume", "checkpoint_dir", "quick"}):
         value = getattr(config, name)
         if value != stored[name]:
-            require(name not in FIXED, f"--{name} {value}: the run in {config.checkpoint_dir} was "
-                    f"started with {stored[name]}, which cannot change; choose another "
-                    "--checkpoint_dir")
+            twin = name == "objective" and "autoregressive" in (value, stored[name])
+            require(name not in FIXED and not twin, f"--{name} {value}: the run in "
+                    f"{config.checkpoint_dir} was started with {stored[name]}, which cannot "
+                    "change; choose another --checkpoint_dir")
             print(f"--{name} changes from {stored[name]} to {value}")
     settings = {**stored, **{name: getattr(config, name) for name in given}}
     settings.update(checkpoint_dir=config.checkpoint_dir, resume=True, overwrite=False)
@@ -457,16 +544,18 @@ def find_data(config: TrainConfig, given: set[str]) -> None:
                        **(QUICK_DATA if config.quick else {})))
 
 
-def make_trainer(config: TrainConfig, given: set[str]) -> Trainer:
+def make_trainer(config: TrainConfig, given: set[str], processes: Processes) -> Trainer:
     """A trainer at its start or where last.pt stopped; nothing of an older run is touched yet."""
     if config.resume:
-        return Trainer(*resumed_config(config, given))
+        return Trainer(*resumed_config(config, given), processes)
     folder = Path(config.checkpoint_dir)
     check_writable(folder, "--checkpoint_dir")
     if not config.overwrite:
         clear_folder(folder, overwrite=False)
-    find_data(config, given)
-    return Trainer(config)
+    if processes.main:
+        find_data(config, given)
+    processes.barrier()
+    return Trainer(config, None, processes)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -476,7 +565,11 @@ def main(argv: list[str] | None = None) -> None:
         config = dataclasses.replace(config, overwrite=config.overwrite or own_folder, **{
             name: value for name, value in QUICK.items() if name not in given})
     config.check()
-    make_trainer(config, given).run()
+    processes = start_processes(config.device)
+    try:
+        make_trainer(config, given, processes).run()
+    finally:
+        processes.close()
 
 
 if __name__ == "__main__":

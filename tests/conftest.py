@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import cli
@@ -104,6 +105,12 @@ class TableModel(nn.Module):
 
     def head(self, hidden):
         return hidden
+
+    def scores(self, hidden, targets):
+        return F.cross_entropy(hidden, targets, reduction="none"), hidden.argmax(-1) == targets
+
+    def loss(self, hidden, targets, row_weights):
+        return (self.scores(hidden, targets)[0] * row_weights).sum()
 
     def probabilities(self, row: tuple) -> np.ndarray:
         """(3, 3): distribution of the letter at each position of `row` (letters or MASK)."""

@@ -1,0 +1,95 @@
+"""The autoregressive twin: the same network with a causal mask, for comparisons of equal size.
+
+    python train.py --objective autoregressive --checkpoint_dir checkpoints_ar
+
+Each token is predicted from those before it. A row without [BOS] (the middle or the end of a long
+story) starts from [PAD]. The twin predicts [EOS] itself, so its code of a text need not be told the
+row's length where the story ends in the row; see `extra_nats`.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_prep import BOS, EOS, PAD, ROW_KINDS, row_kind
+from diffusion import Corrupted, Nelbo, draw, maskable, row_sums, weighted_loss
+from model import device_of
+from sampler import step_noise
+
+
+class Autoregressive:
+    """Loss, likelihood and sampling of a causal model, with the interface of DiscreteDiffusion."""
+
+    kind = "autoregressive"
+
+    def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Corrupted:
+        """Input and targets of next-token prediction for rows (B, L); nothing is random."""
+        before = F.pad(tokens[:, :-1], (1, 0), value=PAD)  # (B, L)
+        wanted = (tokens >= EOS)  # text and [EOS]; never [MASK] in training
+        return Corrupted(tokens, before, wanted, wanted.float() / wanted.sum(),
+                         torch.ones(len(tokens)))
+
+    def loss(self, model: nn.Module, batch: Corrupted) -> Tensor:
+        """The mean of -log p over the targets, or a part's share of it, in nats/token."""
+        return weighted_loss(model, batch)
+
+    def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0, draws: int = 1,
+              numbers: Iterable[np.ndarray] | None = None) -> Nelbo:
+        """The exact -log p of every row, as a `Nelbo` with everything hidden.
+
+        [EOS] counts in the nats and not in the tokens, so that nats/token is per token of text as
+        it is for diffusion. `seed` and `draws` change nothing.
+        """
+        columns, seen = [], 0
+        training, device = model.training, device_of(model)
+        model.eval()
+        numbers = iter(numbers) if numbers is not None else None
+        with torch.no_grad():
+            for tokens in batches:
+                batch = self.corrupt_batch(torch.as_tensor(tokens))
+                rows = next(numbers) if numbers else seen + np.arange(len(tokens))
+                seen += len(tokens)
+                n = maskable(batch.tokens).sum(1).numpy()
+                columns.append((rows, n, n, *row_sums(model, batch, device)))
+        model.train(training)
+        return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
+
+    def extra_nats(self, meta: dict, rows: Iterable[np.ndarray]) -> float:
+        """What a text's code needs besides the tokens: each row's kind, and the length of the rows
+        that end without [EOS], both under the training histogram (with one added to each count)."""
+        histogram, longest = meta["length_histogram"], meta["seq_len"]
+        totals = {kind: sum(histogram[kind].values()) + longest for kind in ROW_KINDS}
+        nats = 0.0
+        for row in rows:
+            kind = row_kind(row)
+            nats += np.log(sum(totals.values()) / totals[kind])
+            if row[-1] != EOS:
+                nats += np.log(totals[kind] / (1 + histogram[kind].get(str(len(row)), 0)))
+        return float(nats)
+
+
+@torch.no_grad()
+def write_stories(model: nn.Module, count: int, max_len: int, temperature: float = 1.0,
+                  seed: int = 0) -> list[np.ndarray]:
+    """`count` rows [BOS] story, with [EOS] where the model ended it, at most `max_len` long.
+
+    The whole row goes through the network for every token: this is for looking at a twin, not for
+    serving it. Draws depend on (seed, row, position) alone.
+    """
+    device = device_of(model)
+    rows = torch.full((count, max_len), PAD)
+    rows[:, 0] = BOS
+    open_rows = torch.arange(count)
+    for i in range(1, max_len):
+        before = F.pad(rows[open_rows, :i], (1, 0), value=PAD).to(device)
+        logits = model.head(model.hidden(before)[:, -1]).float()  # (B, V)
+        uniform = torch.tensor([step_noise(seed, int(row), i, 1)[1, 0] for row in open_rows])
+        drawn = draw(logits, uniform.to(device), torch.tensor(temperature, device=device)).cpu()
+        rows[open_rows, i] = drawn
+        open_rows = open_rows[drawn != EOS]
+        if not len(open_rows):
+            break
+    return [row[row != PAD].numpy() for row in rows]

@@ -1,0 +1,58 @@
+"""Batches with their tokens hidden, the next one prepared while the network computes. A library."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep import PAD, BatchStream, TokenRows
+from diffusion import Corrupted
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for everything random in one step of one process."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass
+class Batch:
+    corrupted: Corrupted  # the whole global batch, on the CPU
+    tokens: int  # without padding
+    predicted: int  # positions in the loss
+    cursor: dict  # where the stream stands after it
+    epochs: float  # passes over the data after it
+
+
+class BatchLoader:
+    """Endless training batches from (seed, step): no state but the cursor of the last batch given.
+
+    `corrupt` makes a Corrupted of tokens (B, L) and a generator. The whole batch is corrupted at
+    once, so that t is stratified over all of it.
+    """
+
+    def __init__(self, rows: TokenRows, batch_tokens: int, seed: int, corrupt: Any, step: int = 0,
+                 cursor: dict | None = None):
+        self.stream = BatchStream(rows, batch_tokens, seed, **(cursor or {}))
+        self.seed, self.corrupt, self.step = seed, corrupt, step
+        self.cursor, self.epochs = self._position()
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._coming = None
+
+    def _position(self) -> tuple[dict, float]:
+        stream = self.stream
+        return {"epoch": stream.epoch, "position": stream.position}, stream.epochs
+
+    def _prepare(self, step: int) -> Batch:
+        tokens = torch.from_numpy(next(self.stream))  # (B, L)
+        corrupted = self.corrupt(tokens, torch.Generator().manual_seed(step_seed(self.seed, step)))
+        return Batch(corrupted, int((tokens != PAD).sum()), int(corrupted.masked.sum()),
+                     *self._position())
+
+    def next(self) -> Batch:
+        batch = self._coming.result() if self._coming else self._prepare(self.step)
+        self.step += 1
+        self._coming = self._pool.submit(self._prepare, self.step)
+        self.cursor, self.epochs = batch.cursor, batch.epochs
+        return batch
