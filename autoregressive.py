@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_prep import BOS, EOS, PAD, ROW_KINDS, row_kind
-from diffusion import Corrupted, Nelbo, draw, maskable, row_sums, weighted_loss
+from diffusion import Corrupted, Nelbo, draw, maskable, numpy_step, row_sums, weighted_loss
 from model import device_of
-from sampler import step_noise
+from sampler import Sampler, blank_story, draw_length, fill, step_noise
 
 
 class Autoregressive:
@@ -93,3 +93,14 @@ def write_stories(model: nn.Module, count: int, max_len: int, temperature: float
         if not len(open_rows):
             break
     return [row[row != PAD].numpy() for row in rows]
+
+
+def tell_stories(model: nn.Module, histogram: dict, sampler: Sampler, count: int, seed: int,
+                 ) -> list[np.ndarray]:
+    """`count` whole rows of a model of either kind. A diffusion model's lengths are drawn from the
+    length histogram of meta.json; the twin ends its stories itself, and knows no order or steps."""
+    longest = model.config.max_len
+    if model.config.causal:
+        return write_stories(model, count, longest, sampler.temperature, seed)
+    rows = [blank_story(draw_length(histogram, seed, i) or longest - 2) for i in range(count)]
+    return fill(numpy_step(model, sampler), rows, sampler, seed)

@@ -6,7 +6,8 @@ Prints a table and writes evaluation.json beside the checkpoint:
 - the likelihood bound (NELBO) of held-out stories in bits/byte, nats/token and perplexity, with
   its standard error, and masked cross-entropy and accuracy by mask ratio
 - distinct-1/2/3, self-BLEU and unigram entropy of samples, beside those of real stories
-It shows its progress; --max_rows and --num_samples make it shorter.
+It shows its progress; --max_rows and --num_samples make it shorter. The autoregressive twin is
+scored on the same bytes, exactly: its "NELBO" is the negative log-likelihood.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from autoregressive import Autoregressive, write_stories
 from cli import atomic_file, check_writable, flag, parse, require, run
-from data_prep import EOS, TokenRows, bucket_batches, decode, length_nats, row_kind, token_bytes
+from data_prep import EOS, TokenRows, bucket_batches, decode, row_kind, token_bytes
 from diffusion import DiscreteDiffusion, Nelbo, numpy_step
 from model import (
     PRECISIONS,
@@ -62,9 +64,9 @@ class EvaluateConfig(Sampler):
         require(self.num_samples != 1, "--num_samples 1: self-BLEU needs at least 2 stories")
 
 
-def likelihood(bound: Nelbo, rows: list[np.ndarray], meta: dict, sizes: np.ndarray) -> dict:
-    """The bound in every unit. `sizes` is (V,), the bytes behind each token."""
-    extra = length_nats(meta, rows)
+def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.ndarray) -> dict:
+    """The bound in every unit. `extra` nats code the rows' lengths; `sizes` is (V,), the bytes
+    behind each token."""
     text_bytes = int(sum(sizes[row].sum() for row in rows))
     factor = bound.bits_per_byte(0, text_bytes) / bound.nats_per_token
     return {
@@ -111,10 +113,15 @@ def entropy(ids: list[int]) -> float:
 
 def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
                     stories: np.ndarray, tokenizer) -> dict:
-    """Diversity of generated stories and of the real `stories` (row numbers), of equal lengths."""
+    """Diversity of generated stories and of the real `stories` (row numbers), of equal lengths
+    (but for the twin's, which end where it ends them)."""
     real = [rows[i] for i in stories]
-    made = fill(numpy_step(model, config), [blank_story(len(row) - 2) for row in real], config,
-                config.seed)
+    if model.config.causal:
+        made = write_stories(model, len(real), model.config.max_len, config.temperature,
+                             config.seed)
+    else:
+        made = fill(numpy_step(model, config), [blank_story(len(row) - 2) for row in real], config,
+                    config.seed)
     result = {}
     for name, group in (("samples", made), ("data", real)):
         ids = [[int(i) for i in row if i > EOS] for row in group]
@@ -148,22 +155,25 @@ def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
     count = min(len(rows), config.max_rows or len(rows))
     batches = bucket_batches(rows.lengths[:count], 8192, merge=False)
     bar = tqdm(batches, desc="scoring", unit=" batches", leave=False, disable=None)
-    bound = DiscreteDiffusion().nelbo(model, map(rows.batch, bar), config.seed, config.draws,
-                                      numbers=batches)
+    process = Autoregressive() if model.config.causal else DiscreteDiffusion()
+    bound = process.nelbo(model, map(rows.batch, bar), config.seed, config.draws, numbers=batches)
+    how = ("exact likelihood, left to right, [EOS] predicted" if model.config.causal else
+           f"any-order NELBO, mask count stratified over 1..n, {config.draws} masks a row")
+    scored = [rows[i] for i in range(count)]
     weights = "EMA weights" if checkpoint.get("ema") is not None else "last weights"
     result = {
-        "checkpoint": str(path), "step": checkpoint.get("step"),
+        "checkpoint": str(path), "kind": checkpoint["kind"], "step": checkpoint.get("step"),
         "tokens_seen": checkpoint.get("tokens_seen"), "data": rows.meta["source"],
         "split": config.split,
-        "protocol": f"any-order NELBO, mask count stratified over 1..n, {config.draws} masks a "
-                    f"row, {count} rows of {config.split}, seed {config.seed}, {precision}, "
+        "protocol": f"{how}, {count} rows of {config.split}, seed {config.seed}, {precision}, "
                     f"{weights}; bits/byte include the code of the row lengths, nats/token and "
                     "perplexity do not",
-        "likelihood": likelihood(bound, [rows[i] for i in range(count)], rows.meta,
+        "likelihood": likelihood(bound, scored, process.extra_nats(rows.meta, scored),
                                  token_bytes(tokenizer)),
         "masked_ce": bound.masked_ce, "masked_accuracy": bound.masked_accuracy,
-        "averages_over_t": bound.averages(), "curve": bound.curve(),
         "config": dataclasses.asdict(config)}
+    if not model.config.causal:
+        result.update(averages_over_t=bound.averages(), curve=bound.curve())
     if len(stories) > 1:
         result["diversity"] = compare_samples(config, model, rows, stories, tokenizer)
     return result
@@ -180,14 +190,15 @@ def report(result: dict) -> None:
     print(f"perplexity       {numbers['perplexity']:8.2f} "
           f"± {numbers['perplexity_standard_error']:.2f}")
     print(f"masked cross-entropy {result['masked_ce']:.3f}, accuracy "
-          f"{result['masked_accuracy']:.1%} over all hidden tokens\n")
-    print("mask ratio    masked cross-entropy   accuracy")
-    for point in result["curve"]:
-        print(f"{point['low']:.2f} - {point['high']:.2f}   {point['cross_entropy']:20.3f}   "
-              f"{point['accuracy']:8.1%}")
-    print("averaged over t, mask ratio r(t) =")
-    for name, average in result["averages_over_t"].items():
-        print(f"{name:14s}{average['cross_entropy']:20.3f}   {average['accuracy']:8.1%}")
+          f"{result['masked_accuracy']:.1%} over all hidden tokens")
+    if "curve" in result:
+        print("\nmask ratio    masked cross-entropy   accuracy")
+        for point in result["curve"]:
+            print(f"{point['low']:.2f} - {point['high']:.2f}   {point['cross_entropy']:20.3f}   "
+                  f"{point['accuracy']:8.1%}")
+        print("averaged over t, mask ratio r(t) =")
+        for name, average in result["averages_over_t"].items():
+            print(f"{name:14s}{average['cross_entropy']:20.3f}   {average['accuracy']:8.1%}")
     if "diversity" in result:
         print(f"\n{'':18s}" + "".join(f"{name:>12s}" for name in result["diversity"]))
         for key in result["diversity"]["data"]:
@@ -195,20 +206,25 @@ def report(result: dict) -> None:
                                          for group in result["diversity"].values()))
 
 
-def main(argv: list[str] | None = None) -> None:
-    config, _ = parse(EvaluateConfig, __doc__, argv)
-    config.check()
-    path = find_checkpoint(config.checkpoint)
-    checkpoint = load_checkpoint(path)
-    target = Path(config.output) if config.output else path.parent / "evaluation.json"
-    require(target.parent.is_dir() and not target.is_dir(),
-            f"--output {target}: name a file in a folder that exists")
-    check_writable(target.parent, "--output")
+def write(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
+    """Evaluates the checkpoint read from `path`, writes `target` and prints the table."""
     result = evaluate(config, path, checkpoint)
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
     report(result)
     print(f"\nwrote {target}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, _ = parse(EvaluateConfig, __doc__, argv)
+    config.check()
+    path = find_checkpoint(config.checkpoint)
+    checkpoint = load_checkpoint(path, kind=None)
+    target = Path(config.output) if config.output else path.parent / "evaluation.json"
+    require(target.parent.is_dir() and not target.is_dir(),
+            f"--output {target}: name a file in a folder that exists")
+    check_writable(target.parent, "--output")
+    write(config, path, checkpoint, target)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,15 @@ class MetricsLog:
             file.writelines(line for line in lines
                             if line.endswith("\n") and json.loads(line)["step"] <= step)
 
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
     def plot(self) -> None:
         """Draws training_curves.png."""
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        lines = self.lines()
         figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
         for axis, (title, keys) in zip(axes.flat, PANELS, strict=True):
             for key in keys:

@@ -67,6 +67,7 @@ class ModelConfig:
 
 
 MODEL_CONFIGS = {
+    "micro": ModelConfig(width=128, heads=2, layers=4),  # for tables of many short runs
     "tiny": ModelConfig(width=256, heads=4, layers=4),
     "small": ModelConfig(width=384, heads=6, layers=6),
     "medium": ModelConfig(width=512, heads=8, layers=8),

@@ -5,7 +5,9 @@
 
 import re
 import shutil
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,6 +56,61 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+class EnergyMeter:
+    """Joules used while the block runs: an NVIDIA GPU's (its power, asked every few seconds), or
+    the processor packages' (Intel's and AMD's RAPL counters, which often only root may read)."""
+
+    RAPL, INTERVAL = Path("/sys/class/powercap"), 5.0
+
+    def __init__(self, device: torch.device):
+        self.device, self.total, self._stop = device, 0.0, threading.Event()
+
+    def __enter__(self) -> "EnergyMeter":
+        self.before = self._packages() if self.device.type != "cuda" else None
+        if self.device.type == "cuda" and self._watts() is not None:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+            self.before = {}
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stop.set()
+
+    def joules(self) -> float | None:
+        """Since the beginning; None if this machine does not tell."""
+        if self.before is None or self.device.type == "cuda":
+            return None if self.before is None else self.total
+        now = self._packages()
+        if now is None:
+            return None
+        # a counter starts again at 0 when it is full
+        return sum((now[name][0] - start) % limit for name, (start, limit) in self.before.items()
+                   ) / 1e6
+
+    def _packages(self) -> dict[str, tuple[int, int]] | None:
+        try:
+            return {path.name: tuple(int((path / name).read_text()) for name in (
+                "energy_uj", "max_energy_range_uj")) for path in self.RAPL.glob("intel-rapl:?")
+                } or None
+        except (OSError, ValueError):
+            return None
+
+    def _watts(self) -> float | None:
+        command = ["nvidia-smi", f"--id={self.device.index or 0}", "--query-gpu=power.draw",
+                   "--format=csv,noheader,nounits"]
+        try:
+            return float(subprocess.run(command, capture_output=True, text=True, timeout=5).stdout)
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            return None
+
+    def _watch(self) -> None:
+        before = time.perf_counter()
+        while not self._stop.wait(self.INTERVAL):
+            watts, now = self._watts(), time.perf_counter()
+            self.total += (watts or 0.0) * (now - before)
+            before = now
+
+
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     """Measures the most memory in use inside the block, in bytes: on CUDA what torch allocated,
@@ -90,8 +147,9 @@ def compile_blocks(model: DiffusionTransformer, device: torch.device, length: in
         block.compile(dynamic=True)
     training = model.training
     try:
-        for rows in (3, 2):
-            tokens = torch.full((rows, length), EOS, device=device)
+        # Sizes that nothing else in the network has: the compiler takes equal ones for the same.
+        for rows, width in ((7, length), (11, max(1, length - 16))):
+            tokens = torch.full((rows, width), EOS, device=device)
             model.train().hidden(tokens, torch.ones(rows, device=device)).sum().backward()
     except Exception as error:  # a compiler has many ways to fail
         for block in model.blocks:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive import Autoregressive, write_stories
+from autoregressive import Autoregressive, tell_stories
 from cli import Stopped, check_writable, flag, parse, require, run
 from data_prep import (
     DataConfig,
@@ -45,7 +45,7 @@ from data_prep import (
     read_tokenizer_file,
     token_bytes,
 )
-from diffusion import OBJECTIVES, SCHEDULES, DiscreteDiffusion, Nelbo, numpy_step
+from diffusion import OBJECTIVES, SCHEDULES, DiscreteDiffusion, Nelbo
 from loader import BatchLoader, step_seed
 from metrics import MetricsLog, start_wandb
 from model import (
@@ -59,7 +59,7 @@ from model import (
 )
 from optimizers import DEFAULT_LR, OPTIMIZERS, local, make_optimizers, whole
 from parallel import LossOf, Processes, joined, shard, spread_state, start_processes, whole_state
-from sampler import ORDERS, Sampler, blank_story, draw_length, fill
+from sampler import ORDERS, Sampler
 from sources import describe_source
 from throughput import compile_blocks, peak_flops, train_flops
 
@@ -436,17 +436,9 @@ class Trainer:
 
     def stories(self) -> list[str]:
         """`num_samples` stories, the same noise every time, so that progress shows."""
-        config, sampler = self.config, self.config.sampler()
-        histogram, longest = self.meta["length_histogram"], self.meta["seq_len"] - 2
-        if not config.num_samples:
-            return []
-        if self.process.kind == "autoregressive":
-            filled = write_stories(self.average, config.num_samples, longest + 2,
-                                   config.sample_temperature, config.seed)
-        else:
-            rows = [blank_story(draw_length(histogram, config.seed, i) or longest)
-                    for i in range(config.num_samples)]
-            filled = fill(numpy_step(self.average, sampler), rows, sampler, config.seed)
+        config = self.config
+        filled = tell_stories(self.average, self.meta["length_histogram"], config.sampler(),
+                              config.num_samples, config.seed)
         return [decode(self.tokenizer, row) for row in filled]
 
     # ---- state -----------------------------------------------------------------------------------
@@ -509,17 +501,24 @@ def resumed_config(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, d
     require("optimizer" in checkpoint, f"{path} holds no optimizer state: only a last.pt that "
                                        "train.py wrote can be resumed")
     stored = checkpoint["train_config"]
-    for name in sorted(given - {"resume", "checkpoint_dir", "quick"}):
-        value = getattr(config, name)
-        if value != stored[name]:
-            twin = name == "objective" and "autoregressive" in (value, stored[name])
-            require(name not in FIXED and not twin, f"--{name} {value}: the run in "
-                    f"{config.checkpoint_dir} was started with {stored[name]}, which cannot "
-                    "change; choose another --checkpoint_dir")
-            print(f"--{name} changes from {stored[name]} to {value}")
+    changed = {name: getattr(config, name) for name in sorted(given - {"resume", "checkpoint_dir",
+                                                                       "quick"})
+               if getattr(config, name) != stored[name]}
+    refuse_changes(stored, changed, config.checkpoint_dir)
+    for name, value in changed.items():
+        print(f"--{name} changes from {stored[name]} to {value}")
     settings = {**stored, **{name: getattr(config, name) for name in given}}
     settings.update(checkpoint_dir=config.checkpoint_dir, resume=True, overwrite=False)
     return TrainConfig(**settings), checkpoint
+
+
+def refuse_changes(stored: dict, changed: dict, folder: str) -> None:
+    """Refuses new values of settings with which a run cannot go on."""
+    for name, value in changed.items():
+        twin = name == "objective" and "autoregressive" in (value, stored[name])
+        require(name not in FIXED and not twin or value == stored[name], f"--{name} {value}: the "
+                f"run in {folder} was started with {stored[name]}, which cannot change; choose "
+                "another --checkpoint_dir")
 
 
 def clear_folder(folder: Path, overwrite: bool) -> None:

@@ -47,9 +47,24 @@ def test_sizes(monkeypatch):
                   for name in model_module.MODEL_CONFIGS}
     for name, config in model_module.MODEL_CONFIGS.items():
         assert config.width // config.heads == 64
-        blocks = config.layers * 12 * config.width ** 2
+        blocks = config.layers * (12 * config.width ** 2 + 2 * config.width)
         assert counts[name] == (blocks + 2 * 8192 * config.width, blocks)
-    assert list(counts) == ["tiny", "small", "medium", "large", "xlarge", "xxlarge"]
+    assert list(counts) == ["micro", "tiny", "small", "medium", "large", "xlarge", "xxlarge"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_look_at_their_neighbours_at_first(causal):
+    """Without content, each head of a new model puts its largest weight on its own neighbour."""
+    model = DiffusionTransformer(ModelConfig(width=256, heads=4, max_len=64, causal=causal))
+    attention = model.blocks[0].attention
+    q, k = (bias.detach().expand(4, 64, 64) for bias in (attention.query_bias, attention.key_bias))
+    q, k = (model_module.rotate(model_module.rms_norm(x), model.cos, model.sin) for x in (q, k))
+    scores = (q @ k.mT) / 8  # (4, 64, 64)
+    middle = range(8, 56)
+    best = [{int(scores[head, i].argmax()) - i for i in middle} for head in range(4)]
+    assert best == [{-1}, {-2}, {-3}, {-4}] if causal else [{-1}, {1}, {-2}, {2}]
+    plain = DiffusionTransformer(ModelConfig(neighbour_init=0.0))
+    assert not any("bias" in name for name, _ in plain.named_parameters())
 
 
 def test_unknown_size_and_impossible_shapes():
@@ -244,7 +259,7 @@ FOREIGN = {
     "format version 9": lambda path: torch.save(
         {"format": "diffusion-llm checkpoint", "format_version": 9}, path),
     "lacks kind, model_config": lambda path: torch.save(
-        {"format": "diffusion-llm checkpoint", "format_version": 1}, path),
+        {"format": "diffusion-llm checkpoint", "format_version": 2}, path),
     "is a folder": lambda path: path.mkdir(),
     "autoregressive model": lambda path: save_checkpoint(path, random_model(causal=True), "{}", {}),
 }

@@ -385,21 +385,21 @@ def test_quick_uses_its_own_folder_and_may_be_repeated(tmp_path, monkeypatch, ca
         main(["--quick", "--checkpoint_dir", "mine", "--max_steps", "2"])
 
 
-def test_compile_is_asked_for_once(settings, monkeypatch):
-    compiled = []
-
-    def fake(function, dynamic):
-        compiled.append(dynamic)
-        return function
-    monkeypatch.setattr(torch, "compile", fake)
+def test_compile_is_asked_for_or_decided_by_the_length_of_the_run(settings, monkeypatch, capsys,
+                                                                  fails):
+    asked, reason = [], None
+    monkeypatch.setattr(train, "compile_blocks", lambda model, *args: asked.append(model) or reason)
     trainer = Trainer(TrainConfig(**settings, compile=True))
-    trainer.train_step()
-    assert compiled == [True]
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="C\\+\\+ compiler"):
-        Trainer(TrainConfig(**settings, compile=True))
-    with pytest.raises(UserError, match="Windows or MPS"):
-        train.check_compiler(torch.device("mps"))
+    assert asked == [trainer.model] and trainer.compiled
+    assert not Trainer(TrainConfig(**settings)).compiled
+    long = {**settings, "max_steps": 1000}
+    assert not Trainer(TrainConfig(**long, compile=False)).compiled and len(asked) == 1
+    assert Trainer(TrainConfig(**long)).compiled and len(asked) == 2
+    # where it does not work: a reason, and a run all the same if nobody insisted
+    reason = "no compiler here"
+    assert not Trainer(TrainConfig(**long)).compiled
+    assert "not compiled" in (text := capsys.readouterr().out) and reason in text
+    assert reason in fails(main, *argv(settings, compile=True))
 
 
 @pytest.mark.parametrize("online", [True, False])

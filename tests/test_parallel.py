@@ -1,0 +1,157 @@
+"""Real processes with gloo: any number of them takes the same steps as one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, python
+
+from cli import Stopped
+from model import load_checkpoint
+from parallel import Processes, joined
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs gloo on Windows")
+# Sums over two processes are rounded in another order, in FP32, and the steps carry that on.
+TOLERANCE = dict(rtol=2e-5, atol=0)
+LONGER = ("--max_steps", "16")
+
+
+def settings(data_dir: Path, folder: Path, *more: object) -> list[object]:
+    return ["--data_dir", data_dir, "--checkpoint_dir", folder, "--model_config", "micro",
+            "--batch_tokens", 512, "--valid_every", 6, "--valid_rows", 20, "--num_samples", 0,
+            "--log_every", 1, "--device", "cpu", "--precision", "fp32", "--save_every", 4, *more]
+
+
+def torchrun(count: int, *argv: object) -> list[str]:
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count,
+                  ROOT / "train.py", *argv)
+
+
+def call(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def curve(folder: Path, key: str = "loss") -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.fixture(scope="module")
+def runs(data_dir, tmp_path_factory) -> dict[str, Path]:
+    """The same 12 steps alone, on two processes, on two with accumulation, and with FSDP2."""
+    base = tmp_path_factory.mktemp("runs")
+    call(python(ROOT / "train.py", *settings(data_dir, base / "one", "--max_steps", 12)))
+    for name, more in (("ddp", []), ("accumulated", ["--grad_accum_steps", 3]),
+                       ("fsdp", ["--fsdp", "--grad_accum_steps", 2])):
+        text = call(torchrun(2, *settings(data_dir, base / name, "--max_steps", 12, *more)))
+        assert "in 2 processes" in text and text.count("trained 12 steps") == 1
+    shutil.copytree(base / "one", base / "longer")
+    call(python(ROOT / "train.py", "--resume", "--checkpoint_dir", base / "longer", *LONGER))
+    return {name: base / name for name in ("one", "longer", "ddp", "accumulated", "fsdp")}
+
+
+@pytest.mark.parametrize("name", ["ddp", "accumulated", "fsdp"])
+def test_two_processes_take_the_steps_of_one(runs, name):
+    for key in ("loss", "grad_norm", "valid_nelbo", "valid_masked_ce"):
+        alone, together = (curve(runs[which], key) for which in ("one", name))
+        assert len(alone) == len(together) > 1
+        np.testing.assert_allclose(together, alone, **TOLERANCE)
+    assert curve(runs[name], "tokens") == curve(runs["one"], "tokens")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_checkpoints_hold_the_whole_model_of_either(runs, name):
+    alone, together = (load_checkpoint(runs[which] / "last.pt") for which in ("one", name))
+    assert together["processes"] == 2 and together["cursor"] == alone["cursor"]
+    for key in ("weights", "ema"):
+        for parameter, value in alone[key].items():
+            torch.testing.assert_close(together[key][parameter], value, rtol=1e-3, atol=1e-4)
+    for one, two in zip(alone["optimizer"], together["optimizer"], strict=True):
+        assert one["state"].keys() == two["state"].keys()
+        for index, values in one["state"].items():
+            for what, value in values.items():
+                assert two["state"][index][what].shape == value.shape
+
+
+@pytest.mark.parametrize("start, count, more", [
+    ("ddp", 1, []), ("fsdp", 1, []), ("one", 2, []), ("ddp", 2, ["--fsdp"])])
+def test_any_number_of_processes_goes_on_from_a_checkpoint(runs, tmp_path, start, count, more):
+    """Twelve steps and four: the same as sixteen."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs[start], folder)
+    argv = ["--resume", "--checkpoint_dir", folder, *LONGER, *more]
+    call(torchrun(count, *argv) if count > 1 else python(ROOT / "train.py", *argv, "--no-fsdp"))
+    np.testing.assert_allclose(curve(folder), curve(runs["longer"]), **TOLERANCE)
+
+
+def test_a_lost_process_stops_all_with_a_message_and_nothing_is_lost(data_dir, tmp_path):
+    folder = tmp_path / "run"
+    command = torchrun(2, *settings(data_dir, folder, "--max_steps", 5000))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (
+            not (folder / "metrics.jsonl").exists() or len(curve(folder)) < 6):
+        time.sleep(0.05)
+    workers = [int(pid) for pid in Path(
+        f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    # torchrun itself tells the survivor to stop, which may come first
+    assert "lost contact with another process" in errors or "stopped after step" in errors
+    assert load_checkpoint(folder / "last.pt")["step"] >= 4
+    call(python(ROOT / "train.py", "--resume", "--checkpoint_dir", folder, "--max_steps", 12))
+    assert load_checkpoint(folder / "final.pt")["step"] >= 12
+
+
+def test_fsdp_needs_several_processes(data_dir, tmp_path, fails):
+    import train
+    error = fails(train.main, *settings(data_dir, tmp_path / "run", "--fsdp"))
+    assert "torchrun" in error and not (tmp_path / "run").exists()
+
+
+# ---- the pieces ----------------------------------------------------------------------------------
+
+def test_rows_are_dealt_out_once_and_every_process_has_as_many_parts():
+    for count, world, parts in ((7, 2, 1), (7, 2, 3), (1, 2, 2), (5, 4, 3), (6, 1, 4), (2, 1, 4)):
+        dealt = [list(Processes(rank, world).own_rows(count, parts)) for rank in range(world)]
+        rows = [int(row) for own in dealt for part, factor in own if factor for row in part]
+        assert sorted(rows) == list(range(count))
+        assert all(factor in (0.0, float(world)) for own in dealt for _, factor in own)
+        assert len({len(own) for own in dealt}) == 1
+
+
+def test_batches_are_dealt_out_evenly_and_joined_without_repeats():
+    batches = [np.arange(3 * i, 3 * i + 3) for i in range(5)]
+    columns = []
+    for rank in range(3):
+        own = Processes(rank, 3).own(batches)
+        assert len(own) == 2
+        rows = np.concatenate(own)
+        columns.append([rows, rows * 10.0])
+    rows, values = joined(columns)
+    assert rows.tolist() == list(range(15)) and values.tolist() == [10.0 * i for i in range(15)]
+    assert Processes().own([]) == []
+
+
+def test_only_a_broken_connection_is_called_one():
+    with pytest.raises(Stopped, match="rank 1 lost contact .*; try again"):
+        with Processes(1, 2).losing_one_is_no_bug(lambda: "try again"):
+            raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    for processes, text in ((Processes(1, 2), "shapes differ"), (Processes(), "gloo")):
+        with pytest.raises(RuntimeError, match=text):
+            with processes.losing_one_is_no_bug(str):
+                raise RuntimeError(text)

@@ -1,0 +1,79 @@
+"""The settings of a long run, and its presets. A library: `python train_long.py --help` shows all.
+
+Everything that train.py can set is here too, and lands in the checkpoint; a preset replaces the
+defaults of the flags that were not given.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from cli import flag, require
+from data_prep import DataConfig
+from sampler import Sampler
+from train import TrainConfig
+
+STAGES = ("data", "train", "evaluate", "curves", "samples", "report")
+
+
+@dataclass
+class LongConfig(TrainConfig):
+    preset: str = flag("laptop", "laptop (2 CPU cores, an hour), gpu16gb (one 16 GB GPU) or full "
+                                 "(several GPUs)", ("laptop", "gpu16gb", "full"))
+    # the run
+    checkpoint_dir: str = flag("long_run", "folder for everything that the run writes")
+    data_dir: str | None = flag(None, "data folder (default: data/ in that folder)")
+    minutes: float = flag(0.0, "choose max_steps so that the whole run takes about so long on this "
+                               "machine, measured at its start; 0: max_steps as it is given")
+    from_stage: str | None = flag(None, "do this stage and those after it again: "
+                                        + ", ".join(STAGES), STAGES)
+    skip_data_prep: bool = flag(False, "use the data folder as it is, and stop if there is none")
+    # data
+    valid_source: str | None = flag(None, "file with the validation stories (local sources)")
+    vocab_size: int = flag(8192, "size of the vocabulary")
+    seq_len: int = flag(256, "longest row in tokens, a multiple of 16")
+    # validation while training
+    valid_every: int = flag(0, "steps between validations; 0: ten of them in the run")
+    save_every: int = flag(100, "steps between writes of last.pt")
+    # the closing evaluation and stories
+    draws: int = flag(4, "masks drawn for every validation row")
+    compared_stories: int = flag(64, "stories compared with real ones in diversity")
+    written_stories: int = flag(10, "stories in samples.md, unpicked")
+    written_steps: int = flag(256, "their unmasking steps")
+
+    def check(self) -> None:
+        validations = self.valid_every
+        self.valid_every = validations or 1
+        try:
+            super().check()
+        finally:
+            self.valid_every = validations
+        require(not self.quick, "--quick belongs to train.py; choose a --preset here")
+        for name in ("draws", "written_steps"):
+            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("minutes", "compared_stories", "written_stories"):
+            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must be 0 or more")
+        require(self.compared_stories != 1, "--compared_stories 1: self-BLEU needs 2 or more")
+
+    def data_config(self) -> DataConfig:
+        return DataConfig(source=self.data_source, valid_source=self.valid_source,
+                          data_dir=self.data_dir, vocab_size=self.vocab_size, seq_len=self.seq_len)
+
+    def train_config(self, **changes) -> TrainConfig:
+        """What train.py would be given for the training stage."""
+        names = [field.name for field in dataclasses.fields(TrainConfig)]
+        return TrainConfig(**{name: getattr(self, name) for name in names} | changes)
+
+    def story_sampler(self) -> Sampler:
+        return dataclasses.replace(self.sampler(), steps=self.written_steps)
+
+
+PRESETS = {
+    # 2 CPU cores, an hour, the slice or a corpus of its size
+    "laptop": dict(model_config="small", batch_tokens=4096, minutes=57.0),
+    # an RTX 5060 Ti: some hours over all of TinyStories (about 475 M tokens an epoch)
+    "gpu16gb": dict(model_config="medium", batch_tokens=65_536, grad_accum_steps=2,
+                    max_steps=15_000, ema_decay=0.999, valid_rows=2048, save_every=500),
+    # torchrun --nproc_per_node 8 train_long.py --preset full
+    "full": dict(model_config="xlarge", batch_tokens=524_288, grad_accum_steps=2, max_steps=20_000,
+                 ema_decay=0.9995, valid_rows=4096, save_every=500),
+}

@@ -1,0 +1,258 @@
+"""Stage 2b: the whole way in one go: data -> train -> evaluate -> curves -> samples -> report.
+
+    python train_long.py                                 # 2 CPU cores, about an hour
+    python train_long.py --preset gpu16gb --checkpoint_dir long_gpu
+    python train_long.py --data_source train.txt --valid_source valid.txt --minutes 120
+    torchrun --nproc_per_node 8 train_long.py --preset full
+
+Everything goes into --checkpoint_dir (default long_run/): what train.py writes, evaluation.json,
+training_curves.png, samples.md, report.md, and settings.json, the settings of the run. A stage
+whose output is there already is skipped, so the same command goes on after any stop or kill;
+--from_stage does one again and all after it. The presets stand in train_config_long.py.
+"""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import data_prep
+import evaluate
+from autoregressive import tell_stories
+from cli import UserError, atomic_file, check_writable, parse, require, run
+from data_prep import decode, load_meta
+from metrics import MetricsLog, machine
+from model import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
+from parallel import Processes, start_processes
+from throughput import EnergyMeter
+from train import Trainer, refuse_changes
+from train_config_long import PRESETS, STAGES, LongConfig
+
+TIMED_STEPS = 8
+# Of --minutes: what validations while training and what the stages after it take, seen on 2 cores.
+VALIDATION_SHARE, CLOSING_SHARE = 0.04, 0.10
+
+
+class LongRun:
+    """The stages of one run, in one folder. Only the training stage uses all processes."""
+
+    def __init__(self, config: LongConfig, given: set[str], processes: Processes):
+        self.processes, self.started = processes, time.perf_counter()
+        self.folder = Path(config.checkpoint_dir)
+        self.sessions: list[dict] = []
+        self.config = self.settle(config, given)
+        self.config.check()
+        self.again = STAGES[STAGES.index(self.config.from_stage or "report"):]
+
+    # ---- settings --------------------------------------------------------------------------------
+
+    def settle(self, config: LongConfig, given: set[str]) -> LongConfig:
+        """The stored settings of this folder's run, or the preset, and the given flags on top."""
+        path = self.folder / "settings.json"
+        once = {"from_stage", "skip_data_prep", "overwrite", "resume"}  # not kept
+        if path.exists() and not config.overwrite:
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                base, self.sessions = stored["settings"], stored["sessions"]
+                config = LongConfig(**{**base, **{name: getattr(config, name) for name in given}})
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} does not hold a run's settings; name another "
+                                "--checkpoint_dir, or give --overwrite") from error
+            for name in sorted(given - once):
+                if base[name] != getattr(config, name) and self.processes.main:
+                    print(f"--{name} changes from {base[name]} to {getattr(config, name)}")
+            if "max_steps" in given:
+                config.minutes = 0.0
+        else:
+            require(config.overwrite or not (self.folder / "last.pt").exists(),
+                    f"{self.folder} holds a run of train.py: name another --checkpoint_dir, or "
+                    "give --overwrite")
+            preset = {name: value for name, value in PRESETS[config.preset].items()
+                      if name not in given and not (name == "minutes" and "max_steps" in given)}
+            config = dataclasses.replace(config, **preset)
+        if config.data_dir is None:
+            config.data_dir = str(self.folder / "data")
+        return config
+
+    def store_settings(self) -> None:
+        if self.processes.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(self.folder / "settings.json", "w") as file:
+                kept = dataclasses.replace(self.config, from_stage=None, skip_data_prep=False,
+                                           overwrite=False, resume=False)
+                json.dump({"settings": dataclasses.asdict(kept), "sessions": self.sessions}, file,
+                          indent=1)
+
+    # ---- stages ----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        check_writable(self.folder, "--checkpoint_dir")
+        for stage in STAGES:
+            if stage not in self.again and self.finished(stage):
+                self.say(f"[{stage}] is there already")
+                continue
+            if stage == "train" or self.processes.main:
+                self.say(f"[{stage}]")
+                getattr(self, f"do_{stage}")()
+            self.processes.barrier()
+
+    def say(self, text: str) -> None:
+        if self.processes.main:
+            print(text, flush=True)
+
+    def finished(self, stage: str) -> bool:
+        best = self.folder / "best.pt"
+        if stage == "data":
+            return (Path(self.config.data_dir) / "meta.json").exists()
+        if stage == "train":
+            path = self.folder / "final.pt"
+            return (not self.config.overwrite and path.exists() and best.exists()
+                    and load_checkpoint(path, kind=None)["step"] >= self.config.max_steps)
+        output, source = {"evaluate": ("evaluation.json", best), "samples": ("samples.md", best),
+                          "curves": ("training_curves.png", self.folder / "metrics.jsonl"),
+                          "report": ("report.md", None)}[stage]
+        output = self.folder / output
+        return (source is not None and output.exists()
+                and output.stat().st_mtime >= source.stat().st_mtime)
+
+    def do_data(self) -> None:
+        config = self.config
+        require(not config.skip_data_prep, f"--skip_data_prep: no data in {config.data_dir}; name "
+                                           "a --data_dir that data_prep.py wrote")
+        settings = config.data_config()
+        settings.overwrite = config.from_stage == "data"
+        data_prep.report(config.data_dir, data_prep.prepare(settings))
+
+    def do_train(self) -> None:
+        config, processes = self.config, self.processes
+        load_meta(config.data_dir)
+        start_again = config.overwrite or config.from_stage in ("data", "train")
+        last = self.folder / "last.pt"
+        resumed = last.exists() and not start_again
+        if not resumed and config.minutes:
+            config.max_steps = self.steps_that_fit()
+        config.valid_every = config.valid_every or max(1, config.max_steps // 10)
+        checkpoint, settings = None, config.train_config(overwrite=start_again, resume=resumed)
+        if resumed:
+            checkpoint = load_checkpoint(last, kind=None)
+            refuse_changes(checkpoint["train_config"], dataclasses.asdict(settings),
+                           config.checkpoint_dir)
+            self.say(f"going on from {last}")
+        trainer = Trainer(settings, checkpoint, processes)
+        self.store_settings()
+        before = trainer.seconds
+        with EnergyMeter(trainer.device) as energy:
+            try:
+                trainer.run()
+            finally:
+                self.sessions.append({
+                    "machine": machine(trainer.device), "processes": processes.world,
+                    "precision": trainer.precision, "compiled": trainer.compiled,
+                    "seconds": trainer.seconds - before, "joules": energy.joules()})
+                self.store_settings()
+
+    def steps_that_fit(self) -> int:
+        """How many steps fit into --minutes, by timing some here; the same in every process."""
+        config = self.config
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(config.train_config(checkpoint_dir=folder, valid_every=1, wandb=False,
+                                                  max_steps=10**6), None, self.processes)
+            seconds = []
+            for _ in range(TIMED_STEPS):
+                started = time.perf_counter()
+                trainer.train_step()
+                seconds.append(time.perf_counter() - started)
+        step = statistics.mean(seconds[2:])
+        spent = time.perf_counter() - self.started
+        left = 60 * config.minutes * (1 - VALIDATION_SHARE - CLOSING_SHARE) - spent
+        steps = self.processes.gather(max(1, int(left / step)))[0]
+        self.say(f"a step takes {step:.2f} s here: {steps:,} steps fit into {config.minutes:g} "
+                 "minutes with everything else")
+        return steps
+
+    def do_evaluate(self) -> None:
+        config, path = self.config, self.folder / "best.pt"
+        settings = evaluate.EvaluateConfig(
+            checkpoint=str(path), data_dir=config.data_dir, draws=config.draws,
+            num_samples=config.compared_stories, seed=config.seed, device=config.device,
+            precision=config.precision)
+        evaluate.write(settings, path, load_checkpoint(path, kind=None),
+                       self.folder / "evaluation.json")
+
+    def do_curves(self) -> None:
+        MetricsLog(self.folder).plot()
+
+    def do_samples(self) -> None:
+        config = self.config
+        checkpoint = load_checkpoint(self.folder / "best.pt", kind=None)
+        model = model_from_checkpoint(checkpoint).to(self.processes.device)
+        rows = tell_stories(model, checkpoint["length_histogram"], config.story_sampler(),
+                            config.written_stories, config.seed)
+        tokenizer = tokenizer_from_checkpoint(checkpoint)
+        texts = [decode(tokenizer, row) for row in rows]
+        how = (f"temperature {config.sample_temperature:g}, {config.written_steps} steps, "
+               f"`{config.sample_order}` order, seed {config.seed}" if not model.config.causal
+               else f"temperature {config.sample_temperature:g}, seed {config.seed}")
+        with atomic_file(self.folder / "samples.md", "w") as file:
+            file.write(f"# {len(texts)} stories, unpicked\n\n{how}; step {checkpoint['step']:,}\n")
+            for text in texts:
+                file.write(f"\n> {' '.join(text.split())}\n")
+
+    def do_report(self) -> None:
+        checkpoint = load_checkpoint(self.folder / "best.pt", kind=None)
+        evaluation = json.loads((self.folder / "evaluation.json").read_text(encoding="utf-8"))
+        text = report_text(self.config, self.sessions, checkpoint, evaluation,
+                           MetricsLog(self.folder).lines())
+        text += (self.folder / "samples.md").read_text(encoding="utf-8").replace("# ", "## ", 1)
+        with atomic_file(self.folder / "report.md", "w") as file:
+            file.write(text)
+        print(f"\n{text}\nwrote {self.folder / 'report.md'}")
+
+
+def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, evaluation: dict,
+                lines: list[dict]) -> str:
+    """report.md without its stories: figures, curve, command, machine, time, tokens, energy."""
+    numbers = evaluation["likelihood"]
+    last = lines[-1]
+    speeds = [line for line in lines if "mfu" in line]
+    joules = [session["joules"] for session in sessions]
+    energy = (f"{sum(joules) / 3.6e6:.3f} kWh ({sum(joules) / last['tokens']:.3f} J/token)"
+              if joules and None not in joules else "this machine does not tell")
+    rows = [
+        ("bits/byte", f"{numbers['bits_per_byte']:.4f} ± "
+                      f"{numbers['bits_per_byte_standard_error']:.4f}"),
+        ("NELBO, nats/token" if evaluation["kind"] == "diffusion" else "NLL, nats/token",
+         f"{numbers['nelbo_nats_per_token']:.4f} ± {numbers['nelbo_standard_error']:.4f}"),
+        ("perplexity", f"{numbers['perplexity']:.2f}")]
+    for name, average in evaluation.get("averages_over_t", {}).items():
+        rows.append((f"masked cross-entropy / accuracy over {name}",
+                     f"{average['cross_entropy']:.3f} / {average['accuracy']:.1%}"))
+    rows += [
+        ("best at step", f"{checkpoint['step']:,} of {config.max_steps:,}"),
+        ("tokens trained on", f"{last['tokens']:,} ({last['epoch']:.1f} epochs)"),
+        ("minutes of training", f"{last['seconds'] / 60:.1f}"),
+        ("tokens/s, MFU", f"{statistics.median(s['tokens_per_second'] for s in speeds):,.0f}, "
+                          f"{statistics.median(s['mfu'] for s in speeds):.0%}"),
+        ("energy", energy),
+        ("machine", "; ".join(dict.fromkeys(
+            f"{s['machine']}, {s['precision']}" + f", {s['processes']} processes" * (
+                s["processes"] > 1) + ", compiled" * s["compiled"] for s in sessions)))]
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows)
+    return (f"# {config.model_config}, {config.objective}\n\n`{checkpoint['command']}`\n\n"
+            f"{evaluation['protocol']}.\n\n| | |\n|---|---|\n{table}\n"
+            "![training curves](training_curves.png)\n\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, given = parse(LongConfig, __doc__, argv)
+    processes = start_processes(config.device)
+    try:
+        LongRun(config, given, processes).run()
+    finally:
+        processes.close()
+
+
+if __name__ == "__main__":
+    run(main)
