@@ -162,7 +162,7 @@ def memory_of(config: TrainBenchmark, arm: str, results) -> None:
     results.put(peak())
 
 
-def measure_memory(config: TrainBenchmark, arm: str) -> int:
+def measure_memory(config: TrainBenchmark, arm: str) -> int | None:
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory
     results = context.Queue()
     child = context.Process(target=memory_of, args=(config, arm, results))
@@ -199,7 +199,7 @@ def train_benchmark(config: TrainBenchmark) -> dict:
         figures["speedup"] = statistics.median(
             a[0] / b[0] for a, b in zip(times["textbook"], times[next(
                 arm for arm in arms if arms[arm] is figures)], strict=True))
-        if config.memory:
+        if base["peak_memory_bytes"]:
             figures["memory_share"] = figures["peak_memory_bytes"] / base["peak_memory_bytes"]
     return {"benchmark": "train", "machine": machine(device), "precision": precision,
             "threads": torch.get_num_threads(), "peak_flops": peak, "step_flops": work,

@@ -1,12 +1,15 @@
 """The log of a training run: metrics.jsonl, Weights & Biases, and the curves drawn from it.
 
     python metrics.py --checkpoint_dir checkpoints    # draws training_curves.png again
+    python metrics.py --compare checkpoints checkpoints_ar --output diffusion_vs_ar.png
 
+--compare draws the best validation bits/byte so far of several runs against epochs over the data.
 metrics.jsonl has one JSON object a line with `step` and whatever was measured then: training lines
 every `log_every` steps (loss, lr, grad_norm), validation lines (valid_*), both with tokens, epoch
 and seconds.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -14,7 +17,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, atomic_file, flag, parse, require, run
+from cli import UserError, atomic_file, check_writable, flag, parse, require, run
 
 # title of a panel, and the metrics that it shows
 PANELS = [("nats/token", ("loss", "valid_nelbo")), ("bits/byte", ("valid_bits_per_byte",)),
@@ -99,17 +102,56 @@ def machine(device) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def best_so_far(lines: list[dict]) -> tuple[list[float], list[float], list[float]]:
+    """Epochs, bits/byte and the lowest bits/byte until then, of each validation."""
+    points = [(line["epoch"], line["valid_bits_per_byte"]) for line in lines
+              if "valid_bits_per_byte" in line]
+    epochs, values = ([point[i] for point in points] for i in (0, 1))
+    return epochs, values, list(itertools.accumulate(values, min))
+
+
+def compare(folders: list[Path], output: Path) -> None:
+    """Draws the runs in `folders` into one figure: the best so far, and faintly each validation."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for folder in folders:
+        epochs, values, best = best_so_far(MetricsLog(folder).lines())
+        require(epochs, f"{folder} has no validation in its metrics.jsonl yet")
+        line, = axis.plot(epochs, best, marker=".", label=f"{folder.name} (best {best[-1]:.3f})")
+        axis.plot(epochs, values, color=line.get_color(), alpha=0.3)
+    axis.set_xlabel("epochs over the training data")
+    axis.set_ylabel("best validation bits/byte")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    with atomic_file(output) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
 @dataclass
 class PlotConfig:
     checkpoint_dir: str = flag("checkpoints", "folder of the run")
+    compare: list[str] = flag([], "folders of runs to draw into one figure instead")
+    output: str = flag("comparison.png", "that figure")
 
 
 def main(argv: list[str] | None = None) -> None:
     config, _ = parse(PlotConfig, __doc__, argv)
-    log = MetricsLog(Path(config.checkpoint_dir))
-    require(log.path.is_file(), f"no {log.path}: name the folder of a run with --checkpoint_dir")
-    log.plot()
-    print(f"wrote {log.curves}")
+    folders = [Path(name) for name in config.compare or [config.checkpoint_dir]]
+    for folder in folders:
+        require(MetricsLog(folder).path.is_file(),
+                f"no {MetricsLog(folder).path}: name the folder of a run, with --checkpoint_dir or "
+                "--compare")
+    if config.compare:
+        check_writable(Path(config.output).parent, "--output")
+        compare(folders, Path(config.output))
+        print(f"wrote {config.output}")
+    else:
+        log = MetricsLog(folders[0])
+        log.plot()
+        print(f"wrote {log.curves}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Each value summed over all processes, in FP64 (FP32 on MPS, which has no FP64)."""
+        """Each value summed over all processes, in FP64."""
         if self.world == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -112,22 +112,23 @@ class EnergyMeter:
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     """Measures the most memory in use inside the block, in bytes: on CUDA what torch allocated,
     elsewhere the resident memory of this process with all that it has imported (Linux resets that
-    peak here; elsewhere it is the peak since the process began)."""
+    peak here; macOS tells the peak since the process began, Windows nothing: None)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
-    import resource
     status = Path("/proc/self/status")
     if status.exists():
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
-    yield lambda: (int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
-                   if status.exists()
-                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                       1 if sys.platform == "darwin" else 1024))
+        yield lambda: int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
+    elif sys.platform == "darwin":
+        import resource
+        yield lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    else:
+        yield lambda: None
 
 
 # ---- compiling -----------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from autoregressive import Autoregressive, tell_stories
-from cli import Stopped, check_writable, flag, parse, require, run
+from cli import Stopped, check_writable, parse, require, run
 from data_prep import (
     DataConfig,
     TokenRows,
@@ -45,110 +44,19 @@ from data_prep import (
     read_tokenizer_file,
     token_bytes,
 )
-from diffusion import OBJECTIVES, SCHEDULES, DiscreteDiffusion, Nelbo
+from diffusion import DiscreteDiffusion, Nelbo
 from loader import BatchLoader, step_seed
 from metrics import MetricsLog, start_wandb
-from model import (
-    MODEL_CONFIGS,
-    PRECISIONS,
-    check_tokenizer,
-    create_model,
-    load_checkpoint,
-    pick_precision,
-    save_checkpoint,
-)
-from optimizers import DEFAULT_LR, OPTIMIZERS, local, make_optimizers, whole
+from model import check_tokenizer, create_model, load_checkpoint, pick_precision, save_checkpoint
+from optimizers import DEFAULT_LR, local, make_optimizers, whole
 from parallel import LossOf, Processes, joined, shard, spread_state, start_processes, whole_state
-from sampler import ORDERS, Sampler
 from sources import describe_source
 from throughput import compile_blocks, peak_flops, train_flops
+from train_config import QUICK, QUICK_DATA, TrainConfig
 
 OUTPUTS = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.png")
 
 
-@dataclass
-class TrainConfig:
-    # data and output
-    data_dir: str = flag("data", "data folder of data_prep.py; prepared first if it is missing")
-    data_source: list[str] = flag(["tinystories"], "what to prepare it from: tinystories, sample "
-                                                   "or files")
-    checkpoint_dir: str = flag("checkpoints", "folder to write")
-    resume: bool = flag(False, "continue from last.pt of the checkpoint folder")
-    overwrite: bool = flag(False, "start again in a checkpoint folder that holds a run")
-    quick: bool = flag(False, "the tiny model on made-up stories, in quick_run/")
-    # model
-    model_config: str = flag("small", "size: " + ", ".join(MODEL_CONFIGS))
-    dropout: float = flag(0.0, "dropout after attention and MLP")
-    qk_norm: bool = flag(True, "normalise queries and keys")
-    neighbour_init: float = flag(4.0, "how strongly heads look at their neighbours at first; 0 is "
-                                      "the usual initialisation")
-    time_conditioning: str = flag("none", "input of the mask ratio", ("none", "sinusoidal"))
-    tied_head: bool = flag(False, "one matrix for embedding and vocabulary head")
-    # diffusion
-    objective: str = flag("masked_ce", "training loss; autoregressive trains the causal twin",
-                          (*OBJECTIVES, "autoregressive"))
-    schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
-    # optimisation
-    max_steps: int = flag(10_000, "optimizer steps")
-    batch_tokens: int = flag(16_384, "tokens of a step, padding included, over all micro-batches")
-    grad_accum_steps: int = flag(1, "micro-batches of a step")
-    optimizer: str = flag("muon", "muon: the blocks' matrices by Muon, the rest by AdamW",
-                          OPTIMIZERS)
-    lr: float | None = flag(None, "peak learning rate (default: " + ", ".join(
-        f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + ")")
-    warmup_steps: int | None = flag(None, "steps of linear warm-up (default: 5 % of max_steps)")
-    min_lr_ratio: float = flag(0.0, "the cosine decay ends at this share of the peak")
-    weight_decay: float = flag(0.0, "decoupled weight decay of the blocks' matrices")
-    grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off")
-    ema_decay: float = flag(0.99, "decay of the averaged weights; 0 turns averaging off")
-    seed: int = flag(0, "seed of everything random")
-    # machine
-    device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: str = flag("auto", "auto, fp32, bf16 or fp16", ("auto", *PRECISIONS))
-    compile: bool | None = flag(None, "torch.compile the blocks; needs a C++ compiler on a CPU "
-                                      "(default: in runs of 1,000 steps or more, where it works)")
-    fsdp: bool = flag(False, "under torchrun: spread weights and optimizer over the processes, for "
-                             "models that do not fit into one (default: every process has all)")
-    # reports
-    log_every: int = flag(10, "steps between lines of metrics.jsonl")
-    valid_every: int = flag(250, "steps between validations")
-    valid_rows: int = flag(512, "validation rows, evenly spread over the split")
-    save_every: int = flag(250, "steps between writes of last.pt")
-    num_samples: int = flag(2, "stories shown at every validation")
-    sample_steps: int = flag(64, "their unmasking steps")
-    sample_temperature: float = flag(0.8, "their temperature")
-    sample_order: str = flag("random", "their order", ORDERS)
-    wandb: bool = flag(False, "log to Weights & Biases too; offline where there is no network")
-
-    def check(self) -> None:
-        require(self.model_config in MODEL_CONFIGS, f"--model_config {self.model_config}: unknown "
-                f"size, choose from {', '.join(MODEL_CONFIGS)}")
-        for name in ("max_steps", "batch_tokens", "grad_accum_steps", "log_every", "valid_every",
-                     "valid_rows", "save_every"):
-            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("weight_decay", "grad_clip", "num_samples", "seed", "min_lr_ratio",
-                     "neighbour_init"):
-            require(0 <= getattr(self, name) < 2**63,
-                    f"--{name} {getattr(self, name)}: must be 0 or more")
-        require(self.warmup_steps is None or self.warmup_steps >= 0,
-                f"--warmup_steps {self.warmup_steps}: must be 0 or more")
-        for name in ("dropout", "ema_decay"):
-            require(0 <= getattr(self, name) < 1,
-                    f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
-        self.sampler().check()
-        require(self.lr is None or 0 < self.lr < math.inf, f"--lr {self.lr}: must be positive")
-        require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
-
-    def sampler(self) -> Sampler:
-        return Sampler(steps=self.sample_steps, temperature=self.sample_temperature,
-                       order=self.sample_order)
-
-
-QUICK = dict(data_dir="quick_run/data", data_source=["sample"], checkpoint_dir="quick_run",
-             model_config="tiny", max_steps=500, batch_tokens=2048, lr=0.01, valid_every=250,
-             valid_rows=128, num_samples=3, sample_steps=256, sample_temperature=0.3,
-             sample_order="confidence")
-QUICK_DATA = dict(vocab_size=2048, seq_len=128)
 COMPILE_FROM = 1000  # steps; compiling takes about as long as it saves in 100 to 400 of them
 # A run cannot go on with another value of these: the weights, the optimizers' state or the place in
 # the data would not fit.
@@ -351,6 +259,7 @@ class Trainer:
         config, main = self.config, self.processes.main
         started, before, first = time.perf_counter(), self.seconds, self.step
         self.reset_speed()
+        self.shown_speed: dict[str, str] = {}
         if not self.resumed:
             self.save("last.pt", resumable=True)  # there is a good state from the first step on
         with tqdm(total=config.max_steps, initial=self.step, unit="step",
@@ -358,11 +267,14 @@ class Trainer:
             while self.step < config.max_steps:
                 metrics = self.train_step()
                 bar.update()
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", **self.shown_speed, refresh=False)
                 self.seconds = before + time.perf_counter() - started
                 last = self.step == config.max_steps
                 if self.step % config.log_every == 0 or last or self.step == first + 1:
-                    self.write_metrics({**metrics, **self.speed()})
+                    speed = self.speed()
+                    self.write_metrics({**metrics, **speed})
+                    self.shown_speed = {"tokens/s": f"{speed['tokens_per_second']:,.0f}",
+                                        "MFU": f"{speed['mfu']:.0%}"}
                 if self.step % config.valid_every == 0 or last:
                     self.validate()
                 if self.step % config.save_every == 0 or last or self.stop_signal:
@@ -414,7 +326,8 @@ class Trainer:
                 f"step {self.step}: {metrics['valid_bits_per_byte']:.3f} bits/byte, "
                 f"{self.likelihood_name} {metrics['valid_nelbo']:.3f} ± "
                 f"{metrics['valid_nelbo_se']:.3f} nats/token, masked cross-entropy "
-                f"{bound.masked_ce:.3f}, accuracy {bound.masked_accuracy:.1%}")
+                f"{bound.masked_ce:.3f}, accuracy {bound.masked_accuracy:.1%}"
+                + "".join(f"; {name} {value}" for name, value in self.shown_speed.items()))
             for story in stories:
                 tqdm.write(f"  | {' '.join(story.split())}")
             sys.stdout.flush()

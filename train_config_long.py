@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cli import flag, require
 from data_prep import DataConfig
 from sampler import Sampler
-from train import TrainConfig
+from train_config import TrainConfig
 
 STAGES = ("data", "train", "evaluate", "curves", "samples", "report")
 

@@ -90,7 +90,9 @@ class LongRun:
     def run(self) -> None:
         check_writable(self.folder, "--checkpoint_dir")
         for stage in STAGES:
-            if stage not in self.again and self.finished(stage):
+            # one process looks, for the others might look when it has already begun
+            done = stage not in self.again and self.processes.main and self.finished(stage)
+            if self.processes.gather(done)[0]:
                 self.say(f"[{stage}] is there already")
                 continue
             if stage == "train" or self.processes.main:
@@ -150,7 +152,8 @@ class LongRun:
                 self.sessions.append({
                     "machine": machine(trainer.device), "processes": processes.world,
                     "precision": trainer.precision, "compiled": trainer.compiled,
-                    "seconds": trainer.seconds - before, "joules": energy.joules()})
+                    "seconds": trainer.seconds - before,
+                    "joules": energy.joules() if processes.world == 1 else None})
                 self.store_settings()
 
     def steps_that_fit(self) -> int:
@@ -219,7 +222,8 @@ def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, eval
     speeds = [line for line in lines if "mfu" in line]
     joules = [session["joules"] for session in sessions]
     energy = (f"{sum(joules) / 3.6e6:.3f} kWh ({sum(joules) / last['tokens']:.3f} J/token)"
-              if joules and None not in joules else "this machine does not tell")
+              if joules and None not in joules else "not known: this machine does not tell, or "
+              "several processes shared the work")
     rows = [
         ("bits/byte", f"{numbers['bits_per_byte']:.4f} ± "
                       f"{numbers['bits_per_byte_standard_error']:.4f}"),

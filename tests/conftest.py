@@ -13,6 +13,7 @@ from torch import nn
 import cli
 import model as model_module
 import train
+import train_config
 from data_prep import BOS, EOS, MASK, DataConfig, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +57,7 @@ def checkpoint(long_data_dir, tmp_path_factory) -> Path:
     sizes = {**model_module.MODEL_CONFIGS, "tiny": SMALL}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_module, "MODEL_CONFIGS", sizes)
-        patch.setattr(train, "MODEL_CONFIGS", sizes)
+        patch.setattr(train_config, "MODEL_CONFIGS", sizes)
         train.Trainer(train.TrainConfig(
             data_dir=str(long_data_dir), checkpoint_dir=str(folder), model_config="tiny",
             max_steps=12, batch_tokens=1024, precision="fp32", device="cpu", valid_every=6,

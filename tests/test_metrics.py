@@ -1,6 +1,6 @@
 import pytest
 
-from metrics import MetricsLog, main
+from metrics import MetricsLog, best_so_far, main
 
 
 def test_lines_are_appended_and_taken_back(tmp_path):
@@ -30,3 +30,22 @@ def test_curves_are_drawn_again(tmp_path, lines, capsys):
 
 def test_no_run_in_the_folder(tmp_path, fails):
     assert "--checkpoint_dir" in fails(main, "--checkpoint_dir", tmp_path)
+
+
+def test_runs_are_compared_by_their_best_so_far(tmp_path, capsys, fails):
+    folders = [tmp_path / name for name in ("diffusion", "twin")]
+    for folder, values in zip(folders, ([3.0, 2.0, 2.5, 1.5], [2.5, 2.0, 2.2, 2.4]), strict=True):
+        folder.mkdir()
+        for epoch, value in enumerate(values):
+            MetricsLog(folder).write(epoch, {"epoch": epoch, "valid_bits_per_byte": value})
+        MetricsLog(folder).write(9, {"loss": 1.0})
+    assert best_so_far(MetricsLog(folders[1]).lines()) == (
+        [0, 1, 2, 3], [2.5, 2.0, 2.2, 2.4], [2.5, 2.0, 2.0, 2.0])
+    output = tmp_path / "both.png"
+    main(["--compare", *map(str, folders), "--output", str(output)])
+    assert str(output) in capsys.readouterr().out
+    assert output.read_bytes().startswith(b"\x89PNG")
+    before = output.read_bytes()
+    (folders[1] / "metrics.jsonl").write_text("")
+    assert "no validation" in fails(main, "--compare", *folders, "--output", output)
+    assert output.read_bytes() == before
