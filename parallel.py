@@ -51,6 +51,13 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def largest(self, value: int) -> int:
+        if self.world == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks."""
         if self.world == 1:

@@ -124,7 +124,7 @@ class Trainer:
                                   checkpoint["cursor"] if checkpoint else None)
         self.compiled = self.compile()
         self.flops, self.since, self.peak = 0, (time.perf_counter(), 0), math.inf
-        self.stop_signal: int | None = None
+        self.stop_signal: int | None = None  # what this process was told
         if self.processes.main:
             self.folder.mkdir(parents=True, exist_ok=True)  # now that nothing is wrong
             if config.wandb:
@@ -189,9 +189,7 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(),
                                                     config.grad_clip or math.inf)).item()
-        loss, told = self.processes.sum([loss, float(self.stop_signal is not None)])
-        if told and not self.stop_signal:  # another process was told to stop
-            self.stop_signal = signal.SIGTERM
+        loss, = self.processes.sum([loss])
         overflow = self.scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips the step
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             raise Stopped(f"the loss is not finite at step {self.step} (loss {loss}, gradient norm "
@@ -277,11 +275,13 @@ class Trainer:
                                         "MFU": f"{speed['mfu']:.0%}"}
                 if self.step % config.valid_every == 0 or last:
                     self.validate()
-                if self.step % config.save_every == 0 or last or self.stop_signal:
+                # A signal may reach one process only, at any time: all agree once a step.
+                stop = self.processes.largest(self.stop_signal or 0)
+                if self.step % config.save_every == 0 or last or stop:
                     self.save("last.pt", resumable=True)
-                if self.stop_signal and not last:
+                if stop and not last:
                     raise Stopped(f"stopped after step {self.step}; the same command with --resume "
-                                  "goes on from there", 128 + self.stop_signal)
+                                  "goes on from there", 128 + stop)
         self.save("final.pt")
         if main:
             self.log.plot()

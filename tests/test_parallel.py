@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -95,9 +96,9 @@ def test_any_number_of_processes_goes_on_from_a_checkpoint(runs, tmp_path, start
     np.testing.assert_allclose(curve(folder), curve(runs["longer"]), **TOLERANCE)
 
 
-def test_a_lost_process_stops_all_with_a_message_and_nothing_is_lost(data_dir, tmp_path):
-    folder = tmp_path / "run"
-    command = torchrun(2, *settings(data_dir, folder, "--max_steps", 5000))
+def start_two(data_dir: Path, folder: Path) -> tuple[subprocess.Popen, list[int]]:
+    """A run of two processes that has saved something, and the ids of the two."""
+    command = torchrun(2, *settings(data_dir, folder, "--max_steps", 5000, "--no-compile"))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
@@ -107,6 +108,12 @@ def test_a_lost_process_stops_all_with_a_message_and_nothing_is_lost(data_dir, t
     workers = [int(pid) for pid in Path(
         f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert len(workers) == 2
+    return process, workers
+
+
+def test_a_lost_process_stops_all_with_a_message_and_nothing_is_lost(data_dir, tmp_path):
+    folder = tmp_path / "run"
+    process, workers = start_two(data_dir, folder)
     os.kill(workers[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -115,6 +122,17 @@ def test_a_lost_process_stops_all_with_a_message_and_nothing_is_lost(data_dir, t
     assert load_checkpoint(folder / "last.pt")["step"] >= 4
     call(python(ROOT / "train.py", "--resume", "--checkpoint_dir", folder, "--max_steps", 12))
     assert load_checkpoint(folder / "final.pt")["step"] >= 12
+
+
+def test_told_to_stop_one_process_stops_all_after_the_same_step(data_dir, tmp_path):
+    folder = tmp_path / "run"
+    process, workers = start_two(data_dir, folder)
+    os.kill(workers[1], signal.SIGINT)  # not the one that writes
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    stops = set(re.findall(r"stopped after step (\d+)", errors))
+    assert len(stops) == 1 and "lost contact" not in errors
+    assert load_checkpoint(folder / "last.pt")["step"] == int(stops.pop())
 
 
 def test_fsdp_needs_several_processes(data_dir, tmp_path, fails):
