@@ -124,6 +124,7 @@ class Trainer:
                                   checkpoint["cursor"] if checkpoint else None)
         self.compiled = self.compile()
         self.flops, self.since, self.peak = 0, (time.perf_counter(), 0), math.inf
+        self.shown_speed: dict[str, str] = {}
         self.stop_signal: int | None = None  # what this process was told
         if self.processes.main:
             self.folder.mkdir(parents=True, exist_ok=True)  # now that nothing is wrong
@@ -257,7 +258,6 @@ class Trainer:
         config, main = self.config, self.processes.main
         started, before, first = time.perf_counter(), self.seconds, self.step
         self.reset_speed()
-        self.shown_speed: dict[str, str] = {}
         if not self.resumed:
             self.save("last.pt", resumable=True)  # there is a good state from the first step on
         with tqdm(total=config.max_steps, initial=self.step, unit="step",
