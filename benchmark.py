@@ -194,13 +194,13 @@ def train_benchmark(config: TrainBenchmark) -> dict:
                      "tokens_per_second": config.batch * config.seq_len / wall,
                      "mfu": None if arm == "textbook" else work / wall / peak,
                      "peak_memory_bytes": measure_memory(config, arm) if config.memory else None}
-    base = arms.get("textbook")
-    for figures in arms.values() if base else ():
-        figures["speedup"] = statistics.median(
-            a[0] / b[0] for a, b in zip(times["textbook"], times[next(
-                arm for arm in arms if arms[arm] is figures)], strict=True))
-        if base["peak_memory_bytes"]:
-            figures["memory_share"] = figures["peak_memory_bytes"] / base["peak_memory_bytes"]
+    if "textbook" in arms:
+        base = arms["textbook"]
+        for arm, figures in arms.items():
+            figures["speedup"] = statistics.median(
+                a / b for (a, _), (b, _) in zip(times["textbook"], times[arm], strict=True))
+            if base["peak_memory_bytes"]:
+                figures["memory_share"] = figures["peak_memory_bytes"] / base["peak_memory_bytes"]
     return {"benchmark": "train", "machine": machine(device), "precision": precision,
             "threads": torch.get_num_threads(), "peak_flops": peak, "step_flops": work,
             "predicted_tokens": predicted, "config": dataclasses.asdict(config), "arms": arms,

@@ -2,7 +2,6 @@
 
     processes = start_processes("auto")             # one process, or all that torchrun started
     total, = processes.sum([value])
-    model = processes.wrap(LossOf(model), fsdp=False)
 
 Every process works out the whole global batch and its masks (cheap, and the same everywhere, for
 they depend on the seed and the step alone) and trains on every `world`-th row of it. So the times

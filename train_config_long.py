@@ -41,12 +41,7 @@ class LongConfig(TrainConfig):
     written_steps: int = flag(256, "their unmasking steps")
 
     def check(self) -> None:
-        validations = self.valid_every
-        self.valid_every = validations or 1
-        try:
-            super().check()
-        finally:
-            self.valid_every = validations
+        self.train_config(valid_every=self.valid_every or 1).check()
         require(not self.quick, "--quick belongs to train.py; choose a --preset here")
         for name in ("draws", "written_steps"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
