@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_prep import BOS, EOS, PAD, ROW_KINDS, row_kind
-from diffusion import Corrupted, Nelbo, draw, maskable, numpy_step, row_sums, weighted_loss
+from diffusion import Corrupted, Nelbo, draw, maskable, measure_nats, numpy_step, weighted_loss
 from model import device_of
 from sampler import Sampler, blank_story, draw_length, fill, step_noise
 
@@ -43,19 +43,8 @@ class Autoregressive:
         [EOS] counts in the nats and not in the tokens, so that nats/token is per token of text as
         it is for diffusion. `seed` and `draws` change nothing.
         """
-        columns, seen = [], 0
-        training, device = model.training, device_of(model)
-        model.eval()
-        numbers = iter(numbers) if numbers is not None else None
-        with torch.no_grad():
-            for tokens in batches:
-                batch = self.corrupt_batch(torch.as_tensor(tokens))
-                rows = next(numbers) if numbers else seen + np.arange(len(tokens))
-                seen += len(tokens)
-                n = maskable(batch.tokens).sum(1).numpy()
-                columns.append((rows, n, n, *row_sums(model, batch, device)))
-        model.train(training)
-        return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
+        return measure_nats(model, batches, lambda clean, rows: [
+            (self.corrupt_batch(clean), maskable(clean).sum(1))], numbers)
 
     def extra_nats(self, meta: dict, rows: Iterable[np.ndarray]) -> float:
         """What a text's code needs besides the tokens: each row's kind, and the length of the rows

@@ -32,7 +32,7 @@ from data_prep import BOS, EOS
 from diffusion import DiscreteDiffusion
 from metrics import machine
 from model import MODEL_CONFIGS, PRECISIONS, create_model, pick_device, pick_precision
-from optimizers import DEFAULT_LR, OPTIMIZERS, make_optimizers
+from optimizers import DEFAULT_LR, OPTIMIZERS, make_optimizers, move_average
 from throughput import compile_blocks, peak_flops, peak_memory, synchronize, train_flops
 
 ARMS = ("textbook", "eager", "compiled")
@@ -129,9 +129,7 @@ def own_step(config: TrainBenchmark, device: torch.device, compiled: bool) -> Ca
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        with torch.no_grad():
-            for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(weight, 0.01)
+        move_average(average, model, 0.99)
 
     return step
 

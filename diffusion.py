@@ -13,7 +13,7 @@ with probability m(t). [BOS], [EOS] and [PAD] are never masked and never in the 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,23 +162,13 @@ class DiscreteDiffusion:
             numbers: the numbers of the rows of each batch, by default 0, 1, ... Masks depend on
                 (seed, number, draw) alone, so batching changes nothing.
         """
-        columns = []
-        training, device = model.training, device_of(model)
-        model.eval()
-        numbers = iter(numbers) if numbers is not None else None
-        seen = 0
-        with torch.no_grad():
-            for batch in batches:
-                clean = torch.as_tensor(batch)
-                rows = next(numbers) if numbers else seen + np.arange(len(clean))
-                seen += len(clean)
-                for draw in range(draws):
-                    masked, k, n = stratified_masks(clean, rows, draw, draws, seed)
-                    hidden = Corrupted(clean, clean.masked_fill(masked, MASK), masked,
-                                       masked.float(), (k / n).float())
-                    columns.append((rows, n.numpy(), k.numpy(), *row_sums(model, hidden, device)))
-        model.train(training)
-        return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
+        def hide(clean: Tensor, rows: np.ndarray) -> Iterator[tuple[Corrupted, Tensor]]:
+            for draw in range(draws):
+                masked, k, n = stratified_masks(clean, rows, draw, draws, seed)
+                yield Corrupted(clean, clean.masked_fill(masked, MASK), masked, masked.float(),
+                                (k / n).float()), k
+
+        return measure_nats(model, batches, hide, numbers)
 
     def extra_nats(self, meta: dict, rows: Iterable[np.ndarray]) -> float:
         """What a text's code needs besides the tokens: the kind and length of every row."""
@@ -197,6 +187,30 @@ def weighted_loss(model: nn.Module, batch: Corrupted) -> Tensor:
     """
     hidden = model.hidden(batch.noisy, batch.mask_ratio)[batch.masked]  # (M, D)
     return model.loss(hidden, batch.tokens[batch.masked], batch.weight[batch.masked])
+
+
+def measure_nats(model: nn.Module, batches: Iterable[np.ndarray],
+                 hide: Callable[[Tensor, np.ndarray], Iterable[tuple[Corrupted, Tensor]]],
+                 numbers: Iterable[np.ndarray] | None = None) -> "Nelbo":
+    """The nats of what `hide` hides in every batch (B, L), in evaluation mode.
+
+    `hide(clean, rows)` gives batches with hidden tokens, and the k (B,) of each; `numbers` are the
+    numbers of the rows of each batch, by default 0, 1, ...
+    """
+    columns, seen = [], 0
+    training, device = model.training, device_of(model)
+    model.eval()
+    numbers = iter(numbers) if numbers is not None else None
+    with torch.no_grad():
+        for batch in batches:
+            clean = torch.as_tensor(batch)
+            rows = next(numbers) if numbers else seen + np.arange(len(clean))
+            seen += len(clean)
+            n = maskable(clean).sum(1).numpy()
+            for hidden, k in hide(clean, rows):
+                columns.append((rows, n, k.numpy(), *row_sums(model, hidden, device)))
+    model.train(training)
+    return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
 
 
 def row_sums(model: nn.Module, batch: Corrupted, device: torch.device,

@@ -87,6 +87,13 @@ def make_optimizers(model: DiffusionTransformer, name: str, lr: float, weight_de
             torch.optim.AdamW(rest, lr=lr, betas=BETAS, weight_decay=0.0)]
 
 
+@torch.no_grad()
+def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * model, for the averaged (EMA) weights."""
+    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+        local(mean).lerp_(local(weight), 1 - decay)
+
+
 # ---- parameters that FSDP has spread over the processes ------------------------------------------
 
 def whole(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Several processes that train one model, started by torchrun. A library: nothing to run here.
 
-    processes = start_processes("auto")             # one process, or all that torchrun started
-    total, = processes.sum([value])
+    with start_processes("auto") as processes:      # one process, or all that torchrun started
+        total, = processes.sum([value])
 
 Every process works out the whole global batch and its masks (cheap, and the same everywhere, for
 they depend on the seed and the step alone) and trains on every `world`-th row of it. So the times
@@ -69,7 +69,10 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *error) -> None:
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

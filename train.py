@@ -48,10 +48,10 @@ from diffusion import DiscreteDiffusion, Nelbo
 from loader import BatchLoader, step_seed
 from metrics import MetricsLog, start_wandb
 from model import check_tokenizer, create_model, load_checkpoint, pick_precision, save_checkpoint
-from optimizers import DEFAULT_LR, local, make_optimizers, whole
+from optimizers import DEFAULT_LR, local, make_optimizers, move_average, whole
 from parallel import LossOf, Processes, joined, shard, spread_state, start_processes, whole_state
 from sources import describe_source
-from throughput import compile_blocks, peak_flops, train_flops
+from throughput import Speedometer, compile_blocks, peak_flops, train_flops
 from train_config import QUICK, QUICK_DATA, TrainConfig
 
 OUTPUTS = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.png")
@@ -123,7 +123,7 @@ class Trainer:
                                   self.process.corrupt_batch, self.step,
                                   checkpoint["cursor"] if checkpoint else None)
         self.compiled = self.compile()
-        self.flops, self.since, self.peak = 0, (time.perf_counter(), 0), math.inf
+        self.speed = Speedometer(math.inf)  # the machine's peak is measured when the run begins
         self.shown_speed: dict[str, str] = {}
         self.stop_signal: int | None = None  # what this process was told
         if self.processes.main:
@@ -206,7 +206,8 @@ class Trainer:
         self.update_average()
         self.step += 1
         self.tokens_seen += batch.tokens
-        self.flops += train_flops(self.model, *batch.corrupted.tokens.shape, batch.predicted)
+        self.speed.count(batch.tokens, train_flops(
+            self.model, *batch.corrupted.tokens.shape, batch.predicted))
         return {"loss": loss, "lr": lr, "grad_norm": norm}
 
     def synchronise_gradients(self, wanted: bool) -> None:
@@ -216,14 +217,11 @@ class Trainer:
         elif self.processes.world > 1:
             self.loss_of.require_backward_grad_sync = wanted
 
-    @torch.no_grad()
     def update_average(self) -> None:
-        if self.average is self.model:
-            return
-        # Early on a long memory would only remember the initialisation.
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        for mean, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            local(mean).lerp_(local(weight), 1 - decay)
+        if self.average is not self.model:
+            # Early on a long memory would only remember the initialisation.
+            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+            move_average(self.average, self.model, decay)
 
     # ---- the run ---------------------------------------------------------------------------------
 
@@ -233,7 +231,7 @@ class Trainer:
         processes.barrier()  # every process has made its checks before anything is removed
         if not self.resumed and processes.main:
             clear_folder(self.folder, config.overwrite)
-        self.peak = peak_flops(self.device, self.precision) * processes.world
+        self.speed = Speedometer(peak_flops(self.device, self.precision) * processes.world)
         if processes.main:
             total, blocks = self.model.count_parameters()
             print(f"{config.model_config}: {total / 1e6:.1f}M parameters ({blocks / 1e6:.1f}M "
@@ -241,7 +239,7 @@ class Trainer:
                   + f" in {processes.world} processes" * (processes.world > 1)
                   + ", compiled" * self.compiled + f"; {len(self.rows):,} training rows, "
                   f"{len(self.valid):,} for validation; matrix products reach "
-                  f"{self.peak / 1e12:.2f} TFLOP/s here", flush=True)
+                  f"{self.speed.peak / 1e12:.2f} TFLOP/s here", flush=True)
         handlers = {number: signal.signal(number, self._on_signal)
                     for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -257,7 +255,7 @@ class Trainer:
     def _loop(self) -> None:
         config, main = self.config, self.processes.main
         started, before, first = time.perf_counter(), self.seconds, self.step
-        self.reset_speed()
+        self.speed.start()
         if not self.resumed:
             self.save("last.pt", resumable=True)  # there is a good state from the first step on
         with tqdm(total=config.max_steps, initial=self.step, unit="step",
@@ -269,7 +267,7 @@ class Trainer:
                 self.seconds = before + time.perf_counter() - started
                 last = self.step == config.max_steps
                 if self.step % config.log_every == 0 or last or self.step == first + 1:
-                    speed = self.speed()
+                    speed = self.speed.read()
                     self.write_metrics({**metrics, **speed})
                     self.shown_speed = {"tokens/s": f"{speed['tokens_per_second']:,.0f}",
                                         "MFU": f"{speed['mfu']:.0%}"}
@@ -295,17 +293,6 @@ class Trainer:
         if self.stop_signal:  # asked twice: do not wait for the step to end
             raise KeyboardInterrupt
         self.stop_signal = number
-
-    def reset_speed(self) -> None:
-        self.flops, self.since = 0, (time.perf_counter(), self.tokens_seen)
-
-    def speed(self) -> dict:
-        """Tokens/s and the share of the measured peak since the last call."""
-        seconds = time.perf_counter() - self.since[0]
-        result = {"tokens_per_second": round((self.tokens_seen - self.since[1]) / seconds, 1),
-                  "mfu": round(self.flops / seconds / self.peak, 4)}
-        self.reset_speed()
-        return result
 
     @property
     def likelihood_name(self) -> str:
@@ -337,7 +324,7 @@ class Trainer:
         if metrics["valid_nelbo"] < self.best:
             self.best = metrics["valid_nelbo"]
             self.save("best.pt")
-        self.reset_speed()
+        self.speed.start()
         return metrics
 
     def valid_bound(self) -> Nelbo:
@@ -477,11 +464,8 @@ def main(argv: list[str] | None = None) -> None:
         config = dataclasses.replace(config, overwrite=config.overwrite or own_folder, **{
             name: value for name, value in QUICK.items() if name not in given})
     config.check()
-    processes = start_processes(config.device)
-    try:
+    with start_processes(config.device) as processes:
         make_trainer(config, given, processes).run()
-    finally:
-        processes.close()
 
 
 if __name__ == "__main__":

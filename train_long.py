@@ -27,7 +27,7 @@ from metrics import MetricsLog, machine
 from model import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
 from parallel import Processes, start_processes
 from throughput import EnergyMeter
-from train import Trainer, refuse_changes
+from train import COMPILE_FROM, Trainer, refuse_changes
 from train_config_long import PRESETS, STAGES, LongConfig
 
 TIMED_STEPS = 8
@@ -159,21 +159,29 @@ class LongRun:
     def steps_that_fit(self) -> int:
         """How many steps fit into --minutes, by timing some here; the same in every process."""
         config = self.config
+        for length in (COMPILE_FROM, 1):  # a run too short to be compiled is timed as it will be
+            compiled, step = self.time_steps(length)
+            spent = time.perf_counter() - self.started
+            left = 60 * config.minutes * (1 - VALIDATION_SHARE - CLOSING_SHARE) - spent
+            steps = self.processes.gather(max(1, int(left / step)))[0]
+            if not compiled or config.compile or steps >= COMPILE_FROM:
+                break
+        self.say(f"a step takes {step:.2f} s here: {steps:,} steps fit into {config.minutes:g} "
+                 "minutes with everything else")
+        return steps
+
+    def time_steps(self, max_steps: int) -> tuple[bool, float]:
+        """Whether the steps of a run of `max_steps` are compiled, and how long one takes here."""
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(config.train_config(checkpoint_dir=folder, valid_every=1, wandb=False,
-                                                  max_steps=10**6), None, self.processes)
+            trainer = Trainer(self.config.train_config(
+                checkpoint_dir=folder, valid_every=1, wandb=False, max_steps=max_steps), None,
+                self.processes)
             seconds = []
             for _ in range(TIMED_STEPS):
                 started = time.perf_counter()
                 trainer.train_step()
                 seconds.append(time.perf_counter() - started)
-        step = statistics.mean(seconds[2:])
-        spent = time.perf_counter() - self.started
-        left = 60 * config.minutes * (1 - VALIDATION_SHARE - CLOSING_SHARE) - spent
-        steps = self.processes.gather(max(1, int(left / step)))[0]
-        self.say(f"a step takes {step:.2f} s here: {steps:,} steps fit into {config.minutes:g} "
-                 "minutes with everything else")
-        return steps
+        return trainer.compiled, statistics.mean(seconds[2:])
 
     def do_evaluate(self) -> None:
         config, path = self.config, self.folder / "best.pt"
@@ -251,11 +259,8 @@ def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, eval
 
 def main(argv: list[str] | None = None) -> None:
     config, given = parse(LongConfig, __doc__, argv)
-    processes = start_processes(config.device)
-    try:
+    with start_processes(config.device) as processes:
         LongRun(config, given, processes).run()
-    finally:
-        processes.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import throughput
 from diffusion import Corrupted
 from model import DiffusionTransformer, ModelConfig
-from throughput import EnergyMeter, compile_blocks, peak_flops, peak_memory, train_flops
+from throughput import (
+    EnergyMeter,
+    Speedometer,
+    compile_blocks,
+    peak_flops,
+    peak_memory,
+    train_flops,
+)
 
 CPU = torch.device("cpu")
 
@@ -36,6 +43,19 @@ def test_a_causal_mask_halves_the_attention():
     full, half = (DiffusionTransformer(ModelConfig(causal=causal)) for causal in (False, True))
     difference = train_flops(full, 2, 256, 10) - train_flops(half, 2, 256, 10)
     assert difference == 6 * 6 * 256 * 384 * 2 * 256
+
+
+def test_speed_is_that_since_the_last_reading(monkeypatch):
+    clock = iter([0.0, 2.0, 2.0, 7.0, 8.0, 8.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    speed = Speedometer(peak=1000.0)  # at 0
+    speed.count(30, 400)
+    speed.count(10, 600)
+    assert speed.read() == {"tokens_per_second": 20.0, "mfu": 0.5}  # 2 s
+    speed.count(99, 99)
+    speed.start()  # at 7: what came before does not count
+    speed.count(5, 100)
+    assert speed.read() == {"tokens_per_second": 5.0, "mfu": 0.1}
 
 
 def test_measured_peak_is_the_machines():

@@ -119,6 +119,23 @@ def test_minutes_decide_the_steps_of_this_machine(argv, monkeypatch, capsys):
     assert settings["settings"]["valid_every"] == max(1, steps // 10)
 
 
+def test_a_run_too_short_to_be_compiled_is_timed_as_it_will_run(tmp_path, monkeypatch):
+    def time_steps(self, max_steps: int) -> tuple[bool, float]:
+        compiled = max_steps >= 1000 and self.config.compile is not False
+        return compiled, 0.1 if compiled else 0.2
+
+    monkeypatch.setattr(train_long.LongRun, "time_steps", time_steps)
+
+    def steps(**settings) -> int:
+        config = LongConfig(checkpoint_dir=str(tmp_path / "x"), **settings)
+        return train_long.LongRun(config, set(settings), train_long.Processes()).steps_that_fit()
+
+    assert steps(minutes=10.0) == pytest.approx(5160, abs=20)  # 14 % is for the other stages
+    assert steps(minutes=1.0) == pytest.approx(258, abs=5)
+    assert steps(minutes=1.0, compile=True) == pytest.approx(516, abs=10)
+    assert steps(minutes=10.0, compile=False) == pytest.approx(2580, abs=10)
+
+
 def test_the_twin_goes_the_same_way(argv, capsys):
     main([*argv, "--objective", "autoregressive", "--num_samples", "1"])
     report = (folder_of(argv) / "report.md").read_text()
