@@ -200,7 +200,7 @@ def train_benchmark(config: TrainBenchmark) -> dict:
             if base["peak_memory_bytes"]:
                 figures["memory_share"] = figures["peak_memory_bytes"] / base["peak_memory_bytes"]
     return {"benchmark": "train", "machine": machine(device), "precision": precision,
-            "threads": torch.get_num_threads(), "peak_flops": peak, "step_flops": work,
+            "peak_flops": peak, "step_flops": work,
             "predicted_tokens": predicted, "config": dataclasses.asdict(config), "arms": arms,
             "seconds": {arm: [wall for wall, _ in values] for arm, values in times.items()}}
 
@@ -209,8 +209,8 @@ def report(result: dict) -> None:
     config = result["config"]
     print(f"{config['model_config']}, {config['batch']} x {config['seq_len']} tokens, "
           f"{result['predicted_tokens']} of them hidden; this project in {result['precision']}, "
-          f"textbook in fp32; {result['machine']}, torch {torch.__version__}, {result['threads']} "
-          f"threads; matrix products reach {result['peak_flops'] / 1e12:.2f} TFLOP/s in "
+          f"textbook in fp32; {result['machine']}, torch {torch.__version__}; "
+          f"matrix products reach {result['peak_flops'] / 1e12:.2f} TFLOP/s in "
           f"{result['precision']}\n")
     print(f"{'':10s}{'s/step':>9s}{'CPU-s':>9s}{'speed-up':>10s}{'tokens/s':>10s}{'MFU':>8s}"
           f"{'peak GB':>9s}{'memory':>8s}")

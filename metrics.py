@@ -91,15 +91,16 @@ def start_wandb(config: dict, folder: Path):
 
 def machine(device) -> str:
     """This machine in some words; `device` is a torch.device."""
+    import torch
     if device.type == "cuda":
-        import torch
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next((line.split(":")[1].strip() for line in file
                          if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)} on {os.cpu_count()} cores"
 
 
 def best_so_far(lines: list[dict]) -> tuple[list[float], list[float], list[float]]:
