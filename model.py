@@ -14,7 +14,7 @@ Notable features of the DiffusionTransformer
   under rotary positions head 1 attends to the token before, head 2 to the one after, and so on. It
   costs nothing, any attention kernel works with it, and training may unlearn it (`neighbour_init`)
 - zero-initialised output projections: a new block is the identity
-- untied vocabulary head; the ids that can never be predicted have probability 0 (SUBS, arXiv
+- one matrix for embedding and vocabulary head; the ids that can never be predicted have probability 0 (SUBS, arXiv
   2406.07524 section 3.2)
 - no time input by default: the number of [MASK] already tells it (arXiv 2406.03736);
   `time_conditioning="sinusoidal"` adds one
@@ -54,7 +54,7 @@ class ModelConfig:
     neighbour_init: float = 4.0  # how strongly heads look at neighbours at first; 0: no biases
     causal: bool = False  # the autoregressive twin
     time_conditioning: str = "none"  # or "sinusoidal"
-    tied_head: bool = False  # one matrix for the embedding and the vocabulary head
+    tied_head: bool = True  # one matrix for the embedding and the vocabulary head
     dropout: float = 0.0  # after attention and MLP
     rope_base: float = 10_000.0
 

@@ -30,7 +30,7 @@ class TrainConfig:
     neighbour_init: float = flag(4.0, "how strongly heads look at their neighbours at first; 0 is "
                                       "the usual initialisation")
     time_conditioning: str = flag("none", "input of the mask ratio", ("none", "sinusoidal"))
-    tied_head: bool = flag(False, "one matrix for embedding and vocabulary head")
+    tied_head: bool = flag(True, "one matrix for embedding and vocabulary head")
     # diffusion
     objective: str = flag("masked_ce", "training loss; autoregressive trains the causal twin",
                           (*OBJECTIVES, "autoregressive"))

@@ -63,8 +63,8 @@ class LongConfig(TrainConfig):
 
 
 PRESETS = {
-    # 2 CPU cores, an hour, the slice or a corpus of its size
-    "laptop": dict(model_config="small", batch_tokens=4096, minutes=57.0),
+    # 2 CPU cores, under an hour though other programs run too; the slice or a corpus of its size
+    "laptop": dict(model_config="small", batch_tokens=4096, minutes=50.0),
     # an RTX 5060 Ti: some hours over all of TinyStories (about 475 M tokens an epoch)
     "gpu16gb": dict(model_config="medium", batch_tokens=65_536, grad_accum_steps=2,
                     max_steps=15_000, ema_decay=0.999, valid_rows=2048, save_every=500),
