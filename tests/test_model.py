@@ -48,7 +48,7 @@ def test_sizes(monkeypatch):
     for name, config in model_module.MODEL_CONFIGS.items():
         assert config.width // config.heads == 64
         blocks = config.layers * (12 * config.width ** 2 + 2 * config.width)
-        assert counts[name] == (blocks + 2 * 8192 * config.width, blocks)
+        assert counts[name] == (blocks + 8192 * config.width, blocks)
     assert list(counts) == ["micro", "tiny", "small", "medium", "large", "xlarge", "xxlarge"]
 
 
@@ -120,25 +120,26 @@ def test_every_position_sees_every_other_and_the_twin_only_the_past():
     assert torch.equal(reach(causal=True), torch.ones(8, 8).tril().bool())
 
 
-def test_a_new_model_is_the_identity_in_its_blocks():
-    model = create_model("tiny", vocab_size=50)
+@pytest.mark.parametrize("tied, off", [(False, 0.01), (True, 0.03)])
+def test_a_new_model_is_the_identity_in_its_blocks(tied, off):
+    model = create_model("tiny", vocab_size=50, tied_head=tied)
     tokens = random_tokens()
     expected = model_module.rms_norm(model_module.rms_norm(model.embedding(tokens)))
     torch.testing.assert_close(model.hidden(tokens), expected)
     # and starts at log V nats for the ids that it may predict
     entropy = torch.distributions.Categorical(logits=model(tokens)).entropy()
-    torch.testing.assert_close(entropy, torch.full_like(entropy, 46).log(), atol=0.01, rtol=0)
+    torch.testing.assert_close(entropy, torch.full_like(entropy, 46).log(), atol=off, rtol=0)
 
 
 @pytest.mark.parametrize("changes", [
-    {"qk_norm": False}, {"tied_head": True}, {"causal": True}, {"mlp_ratio": 2}])
+    {"qk_norm": False}, {"tied_head": False}, {"causal": True}, {"mlp_ratio": 2}])
 def test_switches_change_the_network(changes):
     tokens = random_tokens()
     assert not torch.allclose(random_model()(tokens), random_model(**changes)(tokens))
 
 
 def test_tied_head_shares_its_matrix():
-    tied, untied = random_model(tied_head=True), random_model()
+    tied, untied = random_model(), random_model(tied_head=False)
     assert tied.vocabulary.weight is tied.embedding.weight
     assert untied.count_parameters()[0] - tied.count_parameters()[0] == 50 * 64
     assert untied.count_parameters()[1] == tied.count_parameters()[1]
