@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from diffusion import (
     keep_likeliest,
     numpy_step,
 )
-from sampler import Sampler, plan, unmask
+from sampler import ADAPTIVE_PACES, ORDERS, PACES, Sampler, plan, unmask
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -234,29 +235,70 @@ def transformed(probability: np.ndarray, sampler: Sampler) -> np.ndarray:
     return result
 
 
+def plans(sampler: Sampler, hidden: int) -> list[tuple[float, list[int]]]:
+    """The counts of the steps of a planned pace, and how probable they are."""
+    if sampler.pace != "first_hitting":
+        return [(1.0, plan(np.array([hidden]), sampler.steps, sampler.pace)[0].tolist())]
+    ways = Counter(tuple(Counter(way).get(k, 0) for k in range(sampler.steps))
+                   for way in itertools.product(range(sampler.steps), repeat=hidden))
+    return [(number / sampler.steps ** hidden, list(counts)) for counts, number in ways.items()]
+
+
+def rank(order: str, p: np.ndarray) -> float:
+    """What the highest comes first of, for the (3,) probabilities of a position."""
+    best = np.sort(p)[::-1]
+    return {"confidence": best[0], "margin": best[0] - best[1],
+            "entropy": (p * np.log(p)).sum()}[order]
+
+
+def choices(sampler: Sampler, row: tuple, raw: np.ndarray, count: int) -> list[tuple]:
+    """The sets of positions that a step may uncover in `row`, all alike probable."""
+    hidden = [i for i in range(3) if row[i] == MASK]
+    orders = (list(itertools.permutations(hidden)) if sampler.order == "random" else
+              [tuple(sorted(hidden, key=lambda i: -rank(sampler.order, raw[i])))])
+    if sampler.pace == "threshold":
+        return [tuple(i for place, i in enumerate(order)
+                      if place < count or raw[i].max() >= sampler.threshold) for order in orders]
+    if sampler.pace == "entropy_bound":
+        entropy = [-rank("entropy", p) for p in raw]
+        sizes = [max(n for n in range(1, len(order) + 1) if n <= count or sum(
+            entropy[i] for i in order[:n]) - max(entropy[i] for i in order[:n]) <= sampler.gamma)
+            for order in orders]
+        return [order[:size] for order, size in zip(orders, sizes, strict=True)]
+    return [order[:count] for order in orders]
+
+
 def enumerated_samples(model: TableModel, sampler: Sampler, start=(MASK,) * 3) -> dict:
     """Probability of every finished row."""
-    hidden = np.array([sum(letter == MASK for letter in start)])
-    states = {start: 1.0}
-    for count in plan(hidden, sampler.steps, sampler.pace)[0]:
-        after: dict = {}
-        for row, weight in states.items():
-            raw = model.probabilities(row)
-            tokens = transformed(raw, sampler)
-            open_positions = [i for i in range(3) if row[i] == MASK]
-            if sampler.order == "random":
-                choices = list(itertools.combinations(open_positions, count))
-            else:
-                choices = [sorted(open_positions, key=lambda i: -raw[i].max())[:count]]
-            for choice in choices:
-                for letters in itertools.product(range(3), repeat=len(choice)):
-                    new, p = list(row), weight / len(choices)
-                    for position, letter in zip(choice, letters, strict=True):
-                        new[position] = letter + 4
-                        p *= tokens[position, letter]
-                    after[tuple(new)] = after.get(tuple(new), 0.0) + p
-        states = after
-    return states
+    total = sum(letter == MASK for letter in start)
+    adaptive = sampler.pace in ADAPTIVE_PACES
+    result: dict = {}
+    for way, counts in [(1.0, plan(np.array([total]), sampler.steps, "cosine")[0].tolist())
+                        ] if adaptive else plans(sampler, total):
+        states = {start: way}
+        for k, count in enumerate(counts):
+            after: dict = {}
+            for row, weight in states.items():
+                left = row.count(MASK)
+                if adaptive:  # at least one, and no fewer than the cosine pace by now
+                    count = max(left - (total - sum(counts[:k + 1])), min(left, 1))
+                if not count:
+                    after[row] = after.get(row, 0.0) + weight
+                    continue
+                raw = model.probabilities(row)
+                tokens = transformed(raw, sampler)
+                sets = choices(sampler, row, raw, count)
+                for chosen in sets:
+                    for letters in itertools.product(range(3), repeat=len(chosen)):
+                        new, p = list(row), weight / len(sets)
+                        for position, letter in zip(chosen, letters, strict=True):
+                            new[position] = letter + 4
+                            p *= tokens[position, letter]
+                        after[tuple(new)] = after.get(tuple(new), 0.0) + p
+            states = after
+        for row, p in states.items():
+            result[row] = result.get(row, 0.0) + p
+    return result
 
 
 def made(order: str, pace: str, steps: int, **options) -> Sampler:
@@ -264,11 +306,14 @@ def made(order: str, pace: str, steps: int, **options) -> Sampler:
 
 
 SAMPLERS = [
-    made("random", "linear", 3), made("random", "cosine", 2), made("random", "cosine", 1),
-    made("random", "linear", 50), made("confidence", "linear", 3), made("confidence", "linear", 2),
+    *(made(order, pace, 3, threshold=0.6, gamma=0.7) for order in ORDERS for pace in PACES),
+    made("random", "cosine", 2), made("random", "cosine", 1), made("random", "linear", 50),
+    made("random", "first_hitting", 2), made("confidence", "linear", 2),
     made("confidence", "cosine", 2), made("random", "linear", 3, temperature=0.6),
     made("random", "linear", 2, top_k=2), made("random", "linear", 3, top_p=0.7),
     made("confidence", "linear", 3, temperature=1.5, top_k=2, top_p=0.8),
+    made("margin", "threshold", 3, threshold=0.6, temperature=0.5),
+    made("entropy", "entropy_bound", 2, gamma=1.0, top_k=2),
 ]
 
 
@@ -350,9 +395,9 @@ def test_the_step_needs_no_fp64_on_the_device(network, monkeypatch):
                 assert result.dtype != torch.float64, function
             return result
     tokens = torch.full((2, 16), MASK)
-    for order in ("random", "confidence"):
+    for order in ORDERS:
         with NoDoubles(), torch.no_grad():
-            new, _ = UnmaskStep(network, order, 5, 0.9)(
+            new, _ = UnmaskStep(network, Sampler(order=order, top_k=5, top_p=0.9))(
                 tokens, torch.tensor([3, 4]), torch.tensor(0.7), torch.rand(2, 2, 16), 16, 4)
         assert (new != MASK).sum(1).tolist() == [3, 4]
 
