@@ -56,8 +56,8 @@ class Sampler:
                              "a step may exceed their largest entropy")
     remask: str = flag("none", "hide tokens again: none, remdm_cap, remdm_rescale, "
                                "remdm_confidence or corrector")
-    eta: float = flag(0.05, "how many: a share of the uncovered tokens (remdm_cap, corrector), or of "
-                            "as many as the process allows (remdm_rescale, remdm_confidence)")
+    eta: float = flag(0.05, "how many: a share of the uncovered (remdm_cap, corrector), or of as "
+                            "many as the process allows (remdm_rescale, remdm_confidence)")
 
     def check(self) -> None:
         require(self.order in ORDERS, f"--order {self.order}: choose from {', '.join(ORDERS)}")

@@ -20,7 +20,7 @@ from diffusion import (
     keep_likeliest,
     numpy_step,
 )
-from sampler import ADAPTIVE_PACES, ORDERS, PACES, Sampler, plan, unmask
+from sampler import ADAPTIVE_PACES, ORDERS, PACES, REMASKS, Sampler, plan, unmask
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -337,6 +337,89 @@ def test_samples_have_the_enumerated_distribution(table_model, sampler, start):
     assert chi_squared_p(observed, expected) > 0.001
 
 
+def drawn_without_replacement(items: list, weights: list, count: int) -> dict:
+    """Probability of every set of `count` items."""
+    result: dict = {}
+    for order in itertools.permutations(range(len(items)), count):
+        p, left = 1.0, sum(weights)
+        for i in order:
+            p, left = p * weights[i] / left, left - weights[i]
+        key = frozenset(items[i] for i in order)
+        result[key] = result.get(key, 0.0) + p
+    return result
+
+
+def remasked_samples(model: TableModel, sampler: Sampler, start: tuple) -> dict:
+    """Probability of every finished row of the `random` order with `linear` pace, remasking."""
+    wanted = [i for i in range(3) if start[i] == MASK]
+    total, steps = len(wanted), sampler.steps
+    corrector = sampler.remask == "corrector"
+    evaluations = [(k, again) for k in range(-(-steps // 2)) for again in (False, True)][:steps] \
+        if corrector else [(k, False) for k in range(steps)]
+    counts = plan(np.array([total]), evaluations[-1][0] + 1, "linear")[0]
+    states = {(start, (0.0,) * 3): 1.0}
+    for index, (k, correcting) in enumerate(evaluations):
+        left, after = total - int(counts[:k + 1].sum()), {}
+        for (row, confidence), weight in states.items():
+            hidden = [i for i in range(3) if row[i] == MASK]
+            there = total - len(hidden)
+            if corrector:
+                last = index == len(evaluations) - 1
+                expected = 0.0 if correcting or last else sampler.eta * (total - left)
+            else:
+                most = min(1.0, left / max(there, 1))
+                expected = there * (min(sampler.eta, most) if sampler.remask == "remdm_cap"
+                                    else sampler.eta * most)
+            p = model.probabilities(row)
+            for again, p_again in ((math.floor(expected), 1 - expected % 1),
+                                   (math.floor(expected) + 1, expected % 1)):
+                if not p_again:
+                    continue
+                count = len(hidden) - left + (0 if corrector else again)
+                sets = list(itertools.combinations(hidden, count))
+                for chosen in sets:
+                    for letters in itertools.product(range(3), repeat=count):
+                        new, sure = list(row), list(confidence)
+                        chance = weight * p_again / len(sets)
+                        for i, letter in zip(chosen, letters, strict=True):
+                            new[i], sure[i] = letter + 4, p[i, letter]
+                            chance *= p[i, letter]
+                        old = [i for i in wanted if new[i] != MASK
+                               and (corrector or i not in chosen)]
+                        weights = [math.exp(-sure[i]) if sampler.remask == "remdm_confidence"
+                                   else 1.0 for i in old]
+                        for gone, q in drawn_without_replacement(old, weights, again).items():
+                            key = (tuple(MASK if i in gone else x for i, x in enumerate(new)),
+                                   tuple(0.0 if i in gone else x for i, x in enumerate(sure)))
+                            after[key] = after.get(key, 0.0) + chance * q
+        states = after
+    result: dict = {}
+    for (row, _), p in states.items():
+        result[row] = result.get(row, 0.0) + p
+    return result
+
+
+@pytest.mark.parametrize("remask", REMASKS[1:])
+@pytest.mark.parametrize("start", [(MASK,) * 3, (5, MASK, MASK)], ids=["blank", "prompt"])
+@pytest.mark.parametrize("steps", [4, 5])
+def test_remasked_samples_have_the_enumerated_distribution(table_model, remask, start, steps):
+    sampler = made("random", "linear", steps, remask=remask, eta=0.4)
+    tokens = sample_table(table_model, sampler, start)
+    inner = tokens[:, 1:4] - 4
+    assert (inner >= 0).all() and (start[0] == MASK or (inner[:, 0] == 1).all())
+    observed = np.bincount(inner @ [9, 3, 1], minlength=27)
+    expected = np.zeros(27)
+    for row, probability in remasked_samples(table_model, sampler, start).items():
+        expected[(np.array(row) - 4) @ [9, 3, 1]] = probability * len(tokens)
+    assert expected.sum() == pytest.approx(len(tokens))
+    assert chi_squared_p(observed, expected) > 0.001
+    plain = np.zeros(27)
+    for row, probability in enumerated_samples(table_model, made("random", "linear", steps),
+                                               start).items():
+        plain[(np.array(row) - 4) @ [9, 3, 1]] = probability * len(tokens)
+    assert abs(plain - expected).sum() > 0.02 * len(tokens)  # and it does something
+
+
 def test_temperature_zero_is_greedy(table_model):
     sampler = made("confidence", "linear", 3, temperature=0.0)
     tokens = sample_table(table_model, sampler, count=3)
@@ -418,9 +501,13 @@ def network():
     return random_model()
 
 
-@pytest.mark.parametrize("order", ["random", "confidence"])
-def test_a_story_does_not_depend_on_its_batch(network, order):
-    sampler = Sampler(order=order, steps=6, top_p=0.9)
+EVERY_KIND = [*(dict(order=order) for order in ORDERS), *(dict(pace=pace) for pace in PACES),
+              *(dict(remask=remask, eta=0.3) for remask in REMASKS[1:])]
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
+def test_a_story_does_not_depend_on_its_batch(network, kind):
+    sampler = Sampler(steps=6, top_p=0.9, gamma=3.0, threshold=0.05, **kind)
     rows = np.full((8, 32), MASK)
     rows[:, 0], rows[:, 20] = BOS, EOS
     rows[:, 21:] = PAD
@@ -435,13 +522,18 @@ def test_a_story_does_not_depend_on_its_batch(network, order):
     assert not np.array_equal(other.tokens, together.tokens)
 
 
-def test_known_tokens_stay_and_nothing_special_is_drawn(network):
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
+def test_known_tokens_stay_and_nothing_special_is_drawn(network, kind):
     rows = np.full((4, 16), MASK)
     rows[:, 0], rows[:, 15], rows[:, 5:8] = BOS, EOS, 9
     known = rows != MASK
-    for state in unmask(numpy_step(network, Sampler(steps=5)), rows, Sampler(steps=5)):
+    sampler, hidden_again = Sampler(steps=5, **kind), 0
+    for state in unmask(numpy_step(network, sampler), rows, sampler):
         assert np.array_equal(state.tokens[known], rows[known])
-        assert not state.uncovered[known].any()
+        assert not state.uncovered[known].any() and not state.hidden_again[known].any()
+        assert (state.tokens[state.hidden_again] == MASK).all()
+        hidden_again += state.hidden_again.sum()
+    assert (hidden_again > 0) == (sampler.remask != "none")
     assert (state.tokens[~known] > EOS).all()
     assert (rows == MASK).sum() == 4 * 11  # the caller's array was not touched
 
