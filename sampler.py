@@ -84,8 +84,8 @@ class State:
     step: int  # 0 is the start; at most K
     nfe: int  # network evaluations so far
     tokens: np.ndarray  # int64, hidden ones are [MASK]
-    uncovered: np.ndarray  # bool, what this step uncovered
-    hidden_again: np.ndarray  # bool, what it hid
+    uncovered: np.ndarray  # bool, what was hidden before this step and is not now
+    hidden_again: np.ndarray  # bool, what is hidden now and was not before
     confidence: np.ndarray  # float32, probability of each drawn token when it was drawn, else 0
 
 
@@ -160,9 +160,9 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         confidence[active] = np.where(uncovered[active], drawn, confidence[active])
         # what was there before the step, or for the corrector also what came with it
         there = wanted & (new != MASK) & (pacing.corrector | ~uncovered)
-        hidden_again = pacing.choose(k, there, again, confidence)
-        new[hidden_again], confidence[hidden_again] = MASK, 0
-        state = State(k + 1, state.nfe + 1, new, uncovered, hidden_again, confidence)
+        gone = pacing.choose(k, there, again, confidence)
+        new[gone], confidence[gone] = MASK, 0
+        state = State(k + 1, state.nfe + 1, new, uncovered & ~gone, gone & ~masked, confidence)
         yield state
 
 
