@@ -1,20 +1,21 @@
 """Stage 4: how good a checkpoint is, in numbers.
 
     python evaluate.py --checkpoint checkpoints/best.pt --data_dir data
+    python evaluate.py --checkpoint checkpoints/best.pt --sampling --judge checkpoints_ar/best.pt
 
 Prints a table and writes evaluation.json beside the checkpoint:
 - the likelihood bound (NELBO) of held-out stories in bits/byte, nats/token and perplexity, with
   its standard error, and masked cross-entropy and accuracy by mask ratio
 - distinct-1/2/3, self-BLEU and unigram entropy of samples, beside those of real stories
-It shows its progress; --max_rows and --num_samples make it shorter. The autoregressive twin is
-scored on the same bytes, exactly: its "NELBO" is the negative log-likelihood.
+With --sampling it compares the samplers instead, at each number of network evaluations: a table,
+sampling.json and sampling_pareto.png (see quality.py). It shows its progress; --max_rows and
+--num_samples make it shorter. The autoregressive twin is scored on the same bytes, exactly: its
+"NELBO" is the negative log-likelihood.
 """
 
 import dataclasses
 import json
 import math
-import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import quality
 from autoregressive import Autoregressive, write_stories
 from cli import atomic_file, check_writable, flag, parse, require, run
 from data_prep import EOS, TokenRows, bucket_batches, decode, row_kind, token_bytes
@@ -29,6 +31,7 @@ from diffusion import DiscreteDiffusion, Nelbo, numpy_step
 from model import (
     PRECISIONS,
     check_tokenizer,
+    device_of,
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
@@ -36,6 +39,7 @@ from model import (
     pick_precision,
     tokenizer_from_checkpoint,
 )
+from quality import diversity
 from sampler import Sampler, blank_story, fill
 
 
@@ -48,8 +52,13 @@ class EvaluateConfig(Sampler):
     max_rows: int | None = flag(None, "score only the first rows of the split")
     draws: int = flag(4, "masks drawn for every row")
     num_samples: int = flag(64, "stories generated and compared with as many real ones, 0 for none")
+    sampling: bool = flag(False, "compare samplers instead")
+    judge: str | None = flag(None, "checkpoint of an autoregressive twin, which judges the stories")
+    samplers: list[str] = flag(list(quality.SAMPLERS), "which to compare")
+    evaluations: list[int] = flag(list(quality.EVALUATIONS), "network evaluations to compare at")
     seed: int = flag(0, "seed of masks and stories")
-    output: str | None = flag(None, "file to write (default: evaluation.json by the checkpoint)")
+    output: str | None = flag(None, "file to write (default: evaluation.json, or sampling.json, by "
+                                    "the checkpoint)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("auto", "auto, fp32, bf16 or fp16", ("auto", *PRECISIONS))
 
@@ -62,6 +71,13 @@ class EvaluateConfig(Sampler):
             require(0 <= getattr(self, name) < 2**63,
                     f"--{name} {getattr(self, name)}: must be 0 or more")
         require(self.num_samples != 1, "--num_samples 1: self-BLEU needs at least 2 stories")
+        require(self.judge is None or self.sampling, "--judge is for --sampling")
+        require(self.num_samples or not self.sampling, "--sampling compares stories: give "
+                                                       "--num_samples 2 or more")
+        for name in self.samplers:
+            require(name in quality.SAMPLERS, f"--samplers {name!r}: choose from "
+                                              + ", ".join(map(repr, quality.SAMPLERS)))
+        require(min(self.evaluations) >= 1, "--evaluations: must be at least 1")
 
 
 def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.ndarray) -> dict:
@@ -78,37 +94,6 @@ def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.nda
         "bits_per_byte_standard_error": bound.standard_error * factor,
         "length_code_bits_per_byte": extra / math.log(2) / text_bytes,
         "rows": len(rows), "tokens": int(bound.row_nats()[1].sum()), "bytes": text_bytes}
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+(?:'\w+)?", text.lower())
-
-
-def diversity(texts: list[str], token_rows: list[list[int]]) -> dict:
-    """distinct-n and self-BLEU over words, unigram entropy over tokens.
-
-    distinct-n is the share of different n-grams among all n-grams of all texts (arXiv 1510.03055);
-    self-BLEU the mean BLEU of each text against all others (arXiv 1802.01886), 0 to 100, lower is
-    more diverse; unigram entropy the mean over texts of the entropy of their tokens, in nats.
-    """
-    from sacrebleu.metrics import BLEU
-    result = {}
-    for n in (1, 2, 3):
-        grams = [gram for text in texts for gram in zip(*(words(text)[i:] for i in range(n)),
-                                                        strict=False)]
-        result[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
-    bleu = BLEU(effective_order=True)
-    result["self_bleu"] = float(np.mean([
-        bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score
-        for i, text in enumerate(texts)]))
-    result["unigram_entropy"] = float(np.mean([entropy(row) for row in token_rows]))
-    result["tokens_per_story"] = float(np.mean([len(row) for row in token_rows]))
-    return result
-
-
-def entropy(ids: list[int]) -> float:
-    share = np.array(list(Counter(ids).values())) / max(1, len(ids))
-    return float(-(share * np.log(share)).sum())
 
 
 def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
@@ -139,8 +124,8 @@ def choose_stories(config: EvaluateConfig, rows: TokenRows) -> np.ndarray:
     return np.random.default_rng(config.seed).permutation(whole)[:config.num_samples]
 
 
-def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
-    """Everything that evaluation.json holds, for the checkpoint that was read from `path`."""
+def open_model(config: EvaluateConfig, path: Path, checkpoint: dict) -> tuple:
+    """The model of a checkpoint, the rows that it is evaluated on, and its tokenizer."""
     data_dir = config.data_dir or checkpoint.get("train_config", {}).get("data_dir", "data")
     rows = TokenRows(data_dir, config.split)
     check_tokenizer(path, checkpoint, data_dir, rows.meta)
@@ -150,7 +135,13 @@ def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
     longest = int(rows.lengths.max())
     require(longest <= model.config.max_len, f"{data_dir} has rows of {longest} tokens, {path} was "
             f"trained on rows of at most {model.config.max_len}")
-    tokenizer = tokenizer_from_checkpoint(checkpoint)
+    return model, rows, tokenizer_from_checkpoint(checkpoint)
+
+
+def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
+    """Everything that evaluation.json holds, for the checkpoint that was read from `path`."""
+    model, rows, tokenizer = open_model(config, path, checkpoint)
+    precision = {value: key for key, value in PRECISIONS.items()}[model.compute_dtype]
     stories = choose_stories(config, rows)
     count = min(len(rows), config.max_rows or len(rows))
     batches = bucket_batches(rows.lengths[:count], 8192, merge=False)
@@ -206,6 +197,28 @@ def report(result: dict) -> None:
                                          for group in result["diversity"].values()))
 
 
+def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
+    """The table of samplers; writes `target` and sampling_pareto.png beside it."""
+    require(checkpoint["kind"] == "diffusion", f"{path} is autoregressive: it has no samplers")
+    model, rows, tokenizer = open_model(config, path, checkpoint)
+    judge = None
+    if config.judge:
+        other = load_checkpoint(config.judge, kind="autoregressive")
+        check_tokenizer(config.judge, other, rows.data_dir, rows.meta)
+        judge = quality.Judge(model_from_checkpoint(other).to(device_of(model)).set_precision(
+            config.precision if config.precision != "auto" else "fp32"))
+    real = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
+    result = {"checkpoint": str(path), "judge": config.judge, "stories": len(real),
+              "config": dataclasses.asdict(config),
+              **quality.measure(model, config, real, tokenizer, judge, config.seed,
+                                config.samplers, tuple(config.evaluations))}
+    with atomic_file(target, "w") as file:
+        json.dump(result, file, indent=1)
+    quality.plot(result, target.with_name("sampling_pareto.png"))
+    print(f"{len(real)} stories of the lengths of real ones, temperature {config.temperature:g}, "
+          f"seed {config.seed}\n\n{quality.table(result)}\n\nwrote {target}")
+
+
 def write(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
     """Evaluates the checkpoint read from `path`, writes `target` and prints the table."""
     result = evaluate(config, path, checkpoint)
@@ -220,11 +233,15 @@ def main(argv: list[str] | None = None) -> None:
     config.check()
     path = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(path, kind=None)
-    target = Path(config.output) if config.output else path.parent / "evaluation.json"
+    name = "sampling.json" if config.sampling else "evaluation.json"
+    target = Path(config.output) if config.output else path.parent / name
     require(target.parent.is_dir() and not target.is_dir(),
             f"--output {target}: name a file in a folder that exists")
     check_writable(target.parent, "--output")
-    write(config, path, checkpoint, target)
+    if config.sampling:
+        compare_samplers(config, path, checkpoint, target)
+    else:
+        write(config, path, checkpoint, target)
 
 
 if __name__ == "__main__":
