@@ -1,7 +1,8 @@
 """Stage 4: how good a checkpoint is, in numbers.
 
     python evaluate.py --checkpoint checkpoints/best.pt --data_dir data
-    python evaluate.py --checkpoint checkpoints/best.pt --sampling --judge checkpoints_ar/best.pt
+    python evaluate.py --checkpoint checkpoints/best.pt --sampling --twin checkpoints_ar/best.pt
+    python evaluate.py --checkpoint checkpoints/best.pt --infilling --twin checkpoints_ar/best.pt
 
 Prints a table and writes evaluation.json beside the checkpoint:
 - the likelihood bound (NELBO) of held-out stories in bits/byte, nats/token and perplexity, with
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import quality
 from autoregressive import Autoregressive, write_stories
 from cli import atomic_file, check_writable, flag, parse, require, run
-from data_prep import EOS, TokenRows, bucket_batches, decode, row_kind, token_bytes
+from data_prep import EOS, MASK, TokenRows, bucket_batches, decode, row_kind, token_bytes
 from diffusion import DiscreteDiffusion, Nelbo, numpy_step
 from model import (
     PRECISIONS,
@@ -53,12 +54,14 @@ class EvaluateConfig(Sampler):
     draws: int = flag(4, "masks drawn for every row")
     num_samples: int = flag(64, "stories generated and compared with as many real ones, 0 for none")
     sampling: bool = flag(False, "compare samplers instead")
-    judge: str | None = flag(None, "checkpoint of an autoregressive twin, which judges the stories")
+    infilling: bool = flag(False, "fill in the middle sentence of real stories instead")
+    twin: str | None = flag(None, "checkpoint of an autoregressive twin: the judge of --sampling, "
+                                  "the other side of --infilling")
     samplers: list[str] = flag(list(quality.SAMPLERS), "which to compare")
     evaluations: list[int] = flag(list(quality.EVALUATIONS), "network evaluations to compare at")
     seed: int = flag(0, "seed of masks and stories")
-    output: str | None = flag(None, "file to write (default: evaluation.json, or sampling.json, by "
-                                    "the checkpoint)")
+    output: str | None = flag(None, "file to write (default: evaluation.json, sampling.json or "
+                                    "infilling.json by the checkpoint)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("auto", "auto, fp32, bf16 or fp16", ("auto", *PRECISIONS))
 
@@ -71,9 +74,11 @@ class EvaluateConfig(Sampler):
             require(0 <= getattr(self, name) < 2**63,
                     f"--{name} {getattr(self, name)}: must be 0 or more")
         require(self.num_samples != 1, "--num_samples 1: self-BLEU needs at least 2 stories")
-        require(self.judge is None or self.sampling, "--judge is for --sampling")
-        require(self.num_samples or not self.sampling, "--sampling compares stories: give "
-                                                       "--num_samples 2 or more")
+        other = self.sampling or self.infilling
+        require(not (self.sampling and self.infilling), "--sampling and --infilling: choose one")
+        require(self.twin is None or other, "--twin is for --sampling and --infilling")
+        require(self.num_samples or not other, "--sampling and --infilling compare stories: give "
+                                               "--num_samples 2 or more")
         for name in self.samplers:
             require(name in quality.SAMPLERS, f"--samplers {name!r}: choose from "
                                               + ", ".join(map(repr, quality.SAMPLERS)))
@@ -201,22 +206,54 @@ def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, targe
     """The table of samplers; writes `target` and sampling_pareto.png beside it."""
     require(checkpoint["kind"] == "diffusion", f"{path} is autoregressive: it has no samplers")
     model, rows, tokenizer = open_model(config, path, checkpoint)
-    judge = None
-    if config.judge:
-        other = load_checkpoint(config.judge, kind="autoregressive")
-        check_tokenizer(config.judge, other, rows.data_dir, rows.meta)
-        judge = quality.Judge(model_from_checkpoint(other).to(device_of(model)).set_precision(
-            config.precision if config.precision != "auto" else "fp32"))
+    twin = open_twin(config, model, rows)
     real = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
-    result = {"checkpoint": str(path), "judge": config.judge, "stories": len(real),
+    result = {"checkpoint": str(path), "judge": config.twin, "stories": len(real),
               "config": dataclasses.asdict(config),
-              **quality.measure(model, config, real, tokenizer, judge, config.seed,
-                                config.samplers, tuple(config.evaluations))}
+              **quality.measure(model, config, real, tokenizer, twin and quality.Judge(twin),
+                                config.seed, config.samplers, tuple(config.evaluations))}
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
     quality.plot(result, target.with_name("sampling_pareto.png"))
     print(f"{len(real)} stories of the lengths of real ones, temperature {config.temperature:g}, "
           f"seed {config.seed}\n\n{quality.table(result)}\n\nwrote {target}")
+
+
+def open_twin(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
+              ) -> torch.nn.Module | None:
+    """The model of --twin, on the device and in the precision of `model`; None without one."""
+    if config.twin is None:
+        return None
+    checkpoint = load_checkpoint(config.twin, kind="autoregressive")
+    check_tokenizer(config.twin, checkpoint, rows.data_dir, rows.meta)
+    twin = model_from_checkpoint(checkpoint).to(device_of(model))
+    twin.compute_dtype = model.compute_dtype
+    return twin
+
+
+def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
+    """The middle sentence of real stories, filled in by this model and by the twin."""
+    model, rows, tokenizer = open_model(config, path, checkpoint)
+    twin = open_twin(config, model, rows)
+    stories = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
+    pairs = [(row, gap) for row in stories
+             if (gap := quality.hide_middle(row, tokenizer)) is not None]
+    require(pairs, f"{rows.data_dir}: no story of three sentences or more to hide one of")
+    arms = {"this model": model} | ({"left to right": twin} if twin else {})
+    result = {"checkpoint": str(path), "twin": config.twin, "stories": len(pairs),
+              "config": dataclasses.asdict(config),
+              "arms": {name: quality.infilling(arm, *map(list, zip(*pairs, strict=True)), config,
+                                               tokenizer, config.draws, config.seed)
+                       for name, arm in arms.items()}}
+    with atomic_file(target, "w") as file:
+        json.dump(result, file, indent=1)
+    tokens = sum(int((gap == MASK).sum()) for _, gap in pairs)
+    print(f"the middle sentence of {len(pairs)} stories, {tokens} tokens, temperature "
+          f"{config.temperature:g}, {config.steps} steps, seed {config.seed}\n\n"
+          f"{'':15s}{'exact match':>12s}{'BLEU':>8s}{'nats/token':>12s}")
+    for name, arm in result["arms"].items():
+        print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}{arm['nats_per_token']:12.3f}")
+    print(f"\nwrote {target}")
 
 
 def write(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
@@ -233,15 +270,14 @@ def main(argv: list[str] | None = None) -> None:
     config.check()
     path = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(path, kind=None)
-    name = "sampling.json" if config.sampling else "evaluation.json"
+    name, do = (("sampling.json", compare_samplers) if config.sampling else
+                ("infilling.json", compare_infilling) if config.infilling else
+                ("evaluation.json", write))
     target = Path(config.output) if config.output else path.parent / name
     require(target.parent.is_dir() and not target.is_dir(),
             f"--output {target}: name a file in a folder that exists")
     check_writable(target.parent, "--output")
-    if config.sampling:
-        compare_samplers(config, path, checkpoint, target)
-    else:
-        write(config, path, checkpoint, target)
+    do(config, path, checkpoint, target)
 
 
 if __name__ == "__main__":

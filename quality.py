@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive import Autoregressive
+from autoregressive import Autoregressive, fill_from_the_left
 from cli import atomic_file
-from data_prep import EOS, bucket_batches, decode, pad_rows
-from diffusion import numpy_step
-from sampler import ADAPTIVE_PACES, Sampler, State, blank_story, unmask_rows
+from data_prep import EOS, MASK, PAD, bucket_batches, decode, pad_rows
+from diffusion import Corrupted, maskable, measure_nats, numpy_step, row_sums
+from model import device_of
+from sampler import ADAPTIVE_PACES, Sampler, State, blank_story, fill, unmask_rows
 
+GAP_STREAM = 7  # first number of a seed, see sampler.py
 EVALUATIONS = (4, 8, 16, 32, 64, 128, 256)
 THRESHOLDS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 GAMMAS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.2)
@@ -201,3 +203,95 @@ def plot(result: dict, path: Path) -> None:
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
+
+
+# ---- infilling -----------------------------------------------------------------------------------
+
+SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"'\u201d\u2019]*\s*|[^.!?]+$")
+
+
+def middle_sentence(text: str) -> tuple[int, int] | None:
+    """Where the middle sentence of a text begins and ends, without the white space around it; None
+    for a text of fewer than three sentences."""
+    spans = [match.span() for match in SENTENCE.finditer(text) if match[0].strip()]
+    if len(spans) < 3:
+        return None
+    start, end = spans[len(spans) // 2]
+    inside = text[start:end]
+    return start + len(inside) - len(inside.lstrip()), start + len(inside.rstrip())
+
+
+def hide_middle(row: np.ndarray, tokenizer) -> np.ndarray | None:
+    """The row of a whole story with the tokens of its middle sentence hidden; None if it has none.
+
+    A token belongs to the sentence in which it ends, for a word brings the space before it.
+    """
+    pieces = [tokenizer.decode([int(i)]) for i in row[1:-1]]
+    text = "".join(pieces)
+    span = middle_sentence(text)
+    if span is None or text != decode(tokenizer, row[1:-1]):  # a letter cut in two by its bytes
+        return None
+    ends = np.cumsum([len(piece) for piece in pieces])
+    gap = (span[0] < ends) & (ends <= span[1])
+    hidden = row.copy()
+    hidden[1:-1][gap] = MASK
+    return hidden if gap.any() else None
+
+
+class GapOf:
+    """`hide` of diffusion.measure_nats for gaps: k of a gap's tokens, k uniform on 1..n."""
+
+    def __init__(self, gaps: list[np.ndarray], draws: int, seed: int):
+        self.gaps, self.draws, self.seed = gaps, draws, seed
+
+    def __call__(self, clean: torch.Tensor, numbers: np.ndarray):
+        for draw in range(self.draws):
+            masked = torch.zeros_like(clean, dtype=torch.bool)
+            k = torch.zeros(len(clean), dtype=torch.int64)
+            for i, number in enumerate(numbers):
+                rng = np.random.default_rng([GAP_STREAM, self.seed, number, draw])
+                positions = rng.permutation(np.flatnonzero(self.gaps[number] == MASK))
+                k[i] = int((draw + rng.random()) / self.draws * len(positions)) + 1
+                masked[i, positions[:k[i]]] = True
+            yield Corrupted(clean, clean.masked_fill(masked, MASK), masked, masked.float(),
+                            masked.sum(1) / maskable(clean).sum(1)), k
+
+
+def gap_nats(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray], draws: int,
+             seed: int) -> float:
+    """Nats per token of the gaps: the any-order bound given both sides, or for the twin the exact
+    -log p given the left side."""
+    total = 0.0
+    for number, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
+        clean = torch.from_numpy(row)[None]
+        hidden = torch.from_numpy(gap == MASK)[None]
+        size = int(hidden.sum())
+        if model.config.causal:
+            before = torch.nn.functional.pad(clean[:, :-1], (1, 0), value=PAD)
+            seen = Corrupted(clean, before, hidden, hidden.float(), torch.ones(1))
+            with torch.no_grad():
+                total += float(row_sums(model, seen, device_of(model))[0][0])
+        else:
+            bound = measure_nats(model, [row[None]], GapOf(gaps, draws, seed),
+                                 [np.array([number])])
+            total += size * float((bound.nats / bound.k).mean())
+    return total / sum(int((gap == MASK).sum()) for gap in gaps)
+
+
+def infilling(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray],
+              sampler: Sampler, tokenizer, draws: int, seed: int) -> dict:
+    """Exact match (share), BLEU (0 to 100) and nats/token of the filled gaps against the real."""
+    from sacrebleu.metrics import BLEU
+    if model.config.causal:
+        filled = [fill_from_the_left(model, gap[None], sampler.temperature, seed + i, False)[0]
+                  for i, gap in enumerate(gaps)]
+    else:
+        filled = fill(numpy_step(model, sampler), gaps, sampler, seed)
+    made, real = ([decode(tokenizer, row[gap == MASK]).strip()
+                   for row, gap in zip(group, gaps, strict=True)] for group in (filled, rows))
+    return {"exact_match": float(np.mean([a == b for a, b in zip(made, real, strict=True)])),
+            "bleu": BLEU().corpus_score(made, [real]).score,
+            "nats_per_token": gap_nats(model, rows, gaps, draws, seed),
+            "examples": [{"left": decode(tokenizer, row[:np.argmax(gap == MASK)]), "made": a,
+                          "real": b} for row, gap, a, b in zip(rows, gaps, made, real, strict=True)
+                         ][:10]}

@@ -70,7 +70,7 @@ def test_default_output_stands_by_the_checkpoint(checkpoint, long_data_dir, monk
     (["--steps", "0"], "--steps 0"), (["--max_rows", "0"], "--max_rows"),
     (["--draws", "0"], "--draws"), (["--num_samples", "-1"], "--num_samples"),
     (["--num_samples", "1"], "self-BLEU"), (["--output", "nowhere/x.json"], "folder that exists"),
-    (["--sampling", "--num_samples", "0"], "--sampling"), (["--judge", "x.pt"], "--judge"),
+    (["--sampling", "--num_samples", "0"], "--sampling"), (["--twin", "x.pt"], "--twin"),
     (["--samplers", "best"], "--samplers 'best'"), (["--evaluations", "0"], "--evaluations"),
     (["--output", "."], "name a file"), (["--split", "test"], "--split")])
 def test_bad_input(checkpoint, long_data_dir, argv, message, fails):

@@ -4,11 +4,25 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import TableModel
 
 import train
-from data_prep import BOS, EOS, TokenRows
+from data_prep import BOS, EOS, MASK, TokenRows, decode, load_tokenizer
 from evaluate import main
-from quality import SAMPLERS, Judge, diversity, ends_properly, entropy, settings, table, words
+from model import ModelConfig
+from quality import (
+    SAMPLERS,
+    Judge,
+    diversity,
+    ends_properly,
+    entropy,
+    gap_nats,
+    hide_middle,
+    middle_sentence,
+    settings,
+    table,
+    words,
+)
 from sampler import ADAPTIVE_PACES, Sampler
 
 
@@ -69,12 +83,72 @@ def twin(long_data_dir, tmp_path_factory):
     return folder / "best.pt"
 
 
+# ---- infilling -----------------------------------------------------------------------------------
+
+def test_the_middle_sentence():
+    text = 'Tom ran. He said, "Hi!" Then it rained... He slept.'
+    assert text[slice(*middle_sentence(text))] == "Then it rained..."
+    text = 'One day. "Go!" she said. End'
+    assert text[slice(*middle_sentence(text))] == "she said."
+    assert middle_sentence("One. Two.") is None and middle_sentence("") is None
+
+
+def test_hiding_the_middle_sentence_hides_its_tokens_and_no_more(long_data_dir):
+    tokenizer = load_tokenizer((long_data_dir / "tokenizer.json").read_text())
+    rows = TokenRows(long_data_dir, "val")
+    for i in range(len(rows)):
+        row = rows[i].astype(np.int64)
+        gap = hide_middle(row, tokenizer)
+        hidden = gap == MASK
+        assert np.array_equal(gap[~hidden], row[~hidden]) and 0 < hidden.sum() < len(row) - 2
+        positions = np.flatnonzero(hidden)
+        assert np.array_equal(positions, np.arange(positions[0], positions[-1] + 1))
+        whole = decode(tokenizer, row[1:-1])
+        assert decode(tokenizer, row[hidden]).strip() == whole[slice(*middle_sentence(whole))]
+
+
+def test_nats_of_a_gap_are_those_given_what_is_seen():
+    """A twin of known probabilities, and the enumerable network with one and two hidden tokens."""
+    coin = Coin()
+    coin.config = ModelConfig(causal=True)
+    rows = [np.array([BOS, 4, 5, 6, EOS])]
+    gaps = [np.array([BOS, MASK, MASK, 6, EOS])]
+    assert gap_nats(coin, rows, gaps, 1, 0) == pytest.approx(
+        -(math.log(2 / 9) + math.log(1 / 9)) / 2)
+    table = TableModel()
+    table.config = ModelConfig()
+    last = [np.array([BOS, 4, MASK, 6, EOS])]
+    first, second, both = (table.probabilities(seen) for seen in (
+        (MASK, 5, 6), (4, MASK, 6), (MASK, MASK, 6)))
+    assert gap_nats(table, rows, last, 1, 0) == pytest.approx(-math.log(second[1, 1]), rel=1e-5)
+    # two tokens: the mean over both orders
+    orders = [-math.log(both[0, 0] * second[1, 1]), -math.log(both[1, 1] * first[0, 0])]
+    assert gap_nats(table, rows, gaps, 4000, 0) == pytest.approx(sum(orders) / 4, rel=0.03)
+
+
+def test_infilling_of_both_sides(checkpoint, twin, long_data_dir, tmp_path, capsys):
+    target = tmp_path / "infilling.json"
+    main(["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--infilling",
+          "--num_samples", "4", "--steps", "3", "--twin", str(twin), "--output", str(target),
+          "--precision", "fp32", "--draws", "2"])
+    text, result = capsys.readouterr().out, json.loads(target.read_text())
+    assert set(result["arms"]) == {"this model", "left to right"} and result["stories"] == 4
+    for arm in result["arms"].values():
+        assert 0 <= arm["exact_match"] <= 1 and 0 <= arm["bleu"] <= 100
+        assert 2 < arm["nats_per_token"] < 7 and len(arm["examples"]) == 4
+        assert f"{arm['nats_per_token']:.3f}" in text
+        assert all(example["real"] for example in arm["examples"])
+
+
+# ---- the table of samplers -----------------------------------------------------------------------
+
+
 def test_the_table_of_samplers(checkpoint, twin, long_data_dir, tmp_path, capsys, fails):
     target = tmp_path / "sampling.json"
     argv = ["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--sampling",
             "--num_samples", "3", "--evaluations", "2", "5", "--output", str(target), "--samplers",
             "random", "random, corrector", "entropy, entropy_bound"]
-    main([*argv, "--judge", str(twin), "--precision", "fp32"])
+    main([*argv, "--twin", str(twin), "--precision", "fp32"])
     text, result = capsys.readouterr().out, json.loads(target.read_text())
     assert (tmp_path / "sampling_pareto.png").stat().st_size > 5000
     assert table(result) in text and text.count("\n| ") == 2 + 2 + 2 + 6
@@ -94,5 +168,6 @@ def test_the_table_of_samplers(checkpoint, twin, long_data_dir, tmp_path, capsys
     result = json.loads(target.read_text())
     assert result["data"]["generative_perplexity"] is None and "| real stories |  |  |  | " in (
         capsys.readouterr().out)
-    assert "of the kind diffusion, where one of the kind autoregressive" in fails(main, *argv, "--judge", checkpoint)
+    assert "where one of the kind autoregressive is needed" in fails(main, *argv, "--twin",
+                                                                     checkpoint)
     assert "it has no samplers" in fails(main, *argv, "--checkpoint", twin)
