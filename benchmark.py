@@ -142,8 +142,8 @@ class SampleBenchmark(Benchmark, Sampler):
 
     def describe(self, peak: float, arms: dict) -> dict:
         return {"what": f"{self.batch} x {self.seq_len - 2} tokens, {self.order} order, "
-                        f"{self.pace} pace, at most {self.steps} steps, temperature {self.temperature:g}, "
-                        + (self.checkpoint or "random weights")}
+                        f"{self.pace} pace, at most {self.steps} steps, temperature "
+                        f"{self.temperature:g}, " + (self.checkpoint or "random weights")}
 
 
 class Textbook(nn.Module):
