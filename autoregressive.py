@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_prep import BOS, EOS, PAD, ROW_KINDS, row_kind
+from data_prep import BOS, EOS, MASK, PAD, ROW_KINDS, row_kind
 from diffusion import Corrupted, Nelbo, draw, maskable, measure_nats, numpy_step, weighted_loss
 from model import device_of
 from sampler import Sampler, blank_story, draw_length, fill, step_noise
@@ -61,27 +61,41 @@ class Autoregressive:
 
 
 @torch.no_grad()
-def write_stories(model: nn.Module, count: int, max_len: int, temperature: float = 1.0,
-                  seed: int = 0) -> list[np.ndarray]:
-    """`count` rows [BOS] story, with [EOS] where the model ended it, at most `max_len` long.
+def fill_from_the_left(model: nn.Module, rows: np.ndarray, temperature: float = 1.0, seed: int = 0,
+                       may_end: bool = True) -> np.ndarray:
+    """Draws every [MASK] of the rows (B, L), each from what stands to its left.
 
-    The whole row goes through the network for every token: this is for looking at a twin, not for
+    Where an [EOS] is drawn (only with `may_end`) the row ends: the rest of it becomes [PAD]. The
+    row up to there goes through the network for every token: this is for looking at a twin, not for
     serving it. Draws depend on (seed, row, position) alone.
     """
     device = device_of(model)
-    rows = torch.full((count, max_len), PAD)
-    rows[:, 0] = BOS
-    open_rows = torch.arange(count)
-    for i in range(1, max_len):
-        before = F.pad(rows[open_rows, :i], (1, 0), value=PAD).to(device)
+    rows = torch.tensor(rows, dtype=torch.int64)
+    ended = torch.zeros(len(rows), dtype=torch.bool)
+    for i in range(rows.shape[1]):
+        wanted = torch.nonzero((rows[:, i] == MASK) & ~ended)[:, 0]
+        if not len(wanted):
+            continue
+        before = F.pad(rows[wanted, :i], (1, 0), value=PAD).to(device)
         logits = model.head(model.hidden(before)[:, -1]).float()  # (B, V)
-        uniform = torch.tensor([step_noise(seed, int(row), i, 1)[1, 0] for row in open_rows])
+        if not may_end:
+            logits[:, EOS] = -torch.inf
+        uniform = torch.tensor([step_noise(seed, int(row), i, 1)[1, 0] for row in wanted])
         drawn = draw(logits, uniform.to(device), torch.tensor(temperature, device=device)).cpu()
-        rows[open_rows, i] = drawn
-        open_rows = open_rows[drawn != EOS]
-        if not len(open_rows):
+        rows[wanted, i] = drawn
+        ended[wanted] = drawn == EOS
+        if ended.all():
             break
-    return [row[row != PAD].numpy() for row in rows]
+    rows[rows == MASK] = PAD
+    return rows.numpy()
+
+
+def write_stories(model: nn.Module, count: int, max_len: int, temperature: float = 1.0,
+                  seed: int = 0) -> list[np.ndarray]:
+    """`count` rows [BOS] story, with [EOS] where the model ended it, at most `max_len` long."""
+    rows = np.full((count, max_len), MASK)
+    rows[:, 0] = BOS
+    return [row[row != PAD] for row in fill_from_the_left(model, rows, temperature, seed)]
 
 
 def tell_stories(model: nn.Module, histogram: dict, sampler: Sampler, count: int, seed: int,

@@ -2,13 +2,22 @@
 
     python benchmark.py train --model_config small --batch 16 --seq_len 256
     python benchmark.py train --model_config medium --batch 32 --json bench/train_medium.json
+    python benchmark.py sample --model_config small --batch 4 --steps 32
+    python benchmark.py sample --checkpoint checkpoints/best.pt --order entropy --pace entropy_bound
 
 `train` times a training step of this project (as train.py does it: the chosen precision, the head
 on hidden positions only, Muon, the average of the weights; compiled and eager) against a textbook
-step: torch's TransformerEncoder in FP32 with AdamW and logits for every position. Prints medians of
-wall-clock and process CPU-seconds (all threads), their ratio to the textbook, tokens/s, the share
-of the measured peak (MFU), and the peak memory of a process that runs this arm alone. About two
-minutes for the small model on 2 CPU cores.
+step: torch's TransformerEncoder in FP32 with AdamW and logits for every position.
+
+`sample` times the filling of whole rows by one and the same network in the chosen precision: by
+this project's sampler (positions first, tokens drawn only there) and by a textbook one (logits and
+noise for every position in every step). Random weights do for a planned pace; an adaptive one needs
+a checkpoint.
+
+Both print medians of wall-clock and process CPU-seconds (all threads), their ratio to the textbook,
+tokens per second and per CPU-second, and the peak memory of a process that runs this arm alone;
+`train` also the share of the measured peak (MFU). About two minutes for the small model on 2 CPU
+cores.
 """
 
 import argparse
@@ -23,45 +32,118 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cli import atomic_file, check_writable, flag, parse, require, run
-from data_prep import BOS, EOS
-from diffusion import DiscreteDiffusion
+from data_prep import BOS, EOS, MASK
+from diffusion import DiscreteDiffusion, numpy_step
 from metrics import machine
-from model import MODEL_CONFIGS, PRECISIONS, create_model, pick_device, pick_precision
+from model import (
+    MODEL_CONFIGS,
+    PRECISIONS,
+    create_model,
+    load_checkpoint,
+    model_from_checkpoint,
+    pick_device,
+    pick_precision,
+)
 from optimizers import DEFAULT_LR, OPTIMIZERS, make_optimizers, move_average
+from sampler import ADAPTIVE_PACES, Sampler, blank_story, unmask
 from throughput import compile_blocks, peak_flops, peak_memory, synchronize, train_flops
 
-ARMS = ("textbook", "eager", "compiled")
 
+@dataclass(frozen=True)
+class Benchmark:
+    """What the benchmarks share. An arm is something that is timed again and again."""
 
-@dataclass
-class TrainBenchmark:
     model_config: str = flag("small", "size: " + ", ".join(MODEL_CONFIGS))
-    batch: int = flag(16, "rows of a step")
+    batch: int = flag(16, "rows at a time")
     seq_len: int = flag(256, "tokens of a row")
     vocab_size: int = flag(8192, "size of the vocabulary")
-    optimizer: str = flag("muon", "of this project's step", OPTIMIZERS)
-    steps: int = flag(7, "timed steps of each arm")
+    repeats: int = flag(7, "how often each arm is timed")
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: str = flag("auto", "of this project's step: auto, fp32, bf16 or fp16",
+    precision: str = flag("auto", "of this project's arms: auto, fp32, bf16 or fp16",
                           ("auto", *PRECISIONS))
-    arms: list[str] = flag(list(ARMS), "what to run: textbook, eager, compiled")
     memory: bool = flag(True, "measure peak memory, each arm in a process of its own")
     json: str | None = flag(None, "file to write the figures to")
 
     def check(self) -> None:
         require(self.model_config in MODEL_CONFIGS, f"--model_config {self.model_config}: unknown "
                 f"size, choose from {', '.join(MODEL_CONFIGS)}")
-        for name in ("batch", "steps", "seq_len"):
+        for name in ("batch", "repeats", "seq_len"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
         require(self.seq_len >= 3, f"--seq_len {self.seq_len}: must be at least 3")
         require(self.vocab_size > EOS + 1, f"--vocab_size {self.vocab_size}: too small")
-        unknown = set(self.arms) - set(ARMS)
-        require(not unknown, f"--arms {' '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
+        unknown = set(self.arms) - set(self.ARMS)
+        require(not unknown, f"--arms {' '.join(sorted(unknown))}: choose from "
+                             f"{', '.join(self.ARMS)}")
+
+
+@dataclass(frozen=True)
+class TrainBenchmark(Benchmark):
+    ARMS = ("textbook", "eager", "compiled")
+
+    optimizer: str = flag("muon", "of this project's step", OPTIMIZERS)
+    arms: list[str] = flag(list(ARMS), "what to run: textbook, eager, compiled")
+
+    def make(self, arm: str, device: torch.device) -> Callable[[], dict]:
+        if arm == "textbook":
+            return textbook_step(self, device)
+        return own_step(self, device, compiled=arm == "compiled")
+
+    def describe(self, peak: float, arms: dict) -> dict:
+        """The work in words; adds the share of the peak to the arms of this project."""
+        model = create_model(self.model_config, self.vocab_size, max_len=self.seq_len)
+        hidden = int(batch_of(self).masked.sum())
+        work = train_flops(model, self.batch, self.seq_len, hidden)
+        for name, arm in arms.items():
+            arm["mfu"] = None if name == "textbook" else work / arm["seconds"] / peak
+        return {"what": f"{self.batch} x {self.seq_len} tokens, {hidden} of them hidden, "
+                        f"{work / 1e12:.3f} TFLOP; textbook in fp32", "step_flops": work}
+
+
+@dataclass(frozen=True)
+class SampleBenchmark(Benchmark, Sampler):
+    ARMS = ("textbook", "own")
+
+    batch: int = flag(4, "stories at a time")
+    steps: int = flag(32, "network evaluations for a story, at most")
+    repeats: int = flag(5, "how often each arm is timed")
+    checkpoint: str | None = flag(None, "model to use (default: random weights of --model_config)")
+    arms: list[str] = flag(list(ARMS), "what to run: textbook, own")
+
+    def check(self) -> None:
+        Benchmark.check(self)
+        Sampler.check(self)
+        require(self.checkpoint or self.pace not in ADAPTIVE_PACES,
+                f"--pace {self.pace} depends on what the network is sure of: give a --checkpoint")
+
+    def make(self, arm: str, device: torch.device) -> Callable[[], dict]:
+        model = self.model().to(device)
+        model.set_precision(pick_precision(device, self.precision))
+        rows = np.stack([blank_story(self.seq_len - 2)] * self.batch)
+        if arm == "textbook":
+            return textbook_sampling(self, model, torch.from_numpy(rows).to(device))
+
+        def sample() -> dict:
+            *_, last = unmask(numpy_step(model, self), rows, self)
+            return {"evaluations": last.nfe, "tokens": int((rows == MASK).sum())}
+
+        return sample
+
+    def model(self) -> nn.Module:
+        if self.checkpoint:
+            return model_from_checkpoint(load_checkpoint(self.checkpoint))
+        torch.manual_seed(0)
+        return create_model(self.model_config, self.vocab_size, max_len=self.seq_len).eval()
+
+    def describe(self, peak: float, arms: dict) -> dict:
+        return {"what": f"{self.batch} x {self.seq_len - 2} tokens, {self.order} order, "
+                        f"{self.pace} pace, at most {self.steps} steps, temperature "
+                        f"{self.temperature:g}, " + (self.checkpoint or "random weights")}
 
 
 class Textbook(nn.Module):
@@ -93,24 +175,25 @@ def batch_of(config: TrainBenchmark):
     return DiscreteDiffusion().corrupt_batch(tokens, generator)
 
 
-def textbook_step(config: TrainBenchmark, device: torch.device) -> Callable[[], None]:
+def textbook_step(config: TrainBenchmark, device: torch.device) -> Callable[[], dict]:
     torch.manual_seed(0)
     model = Textbook(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch = batch_of(config).to(device)
 
-    def step() -> None:
+    def step() -> dict:
         logits = model(batch.noisy)  # (B, L, V)
         loss = F.cross_entropy(logits.transpose(1, 2), batch.tokens, reduction="none")
         (loss * batch.masked).sum().div(batch.masked.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return {"tokens": batch.tokens.numel()}
 
     return step
 
 
-def own_step(config: TrainBenchmark, device: torch.device, compiled: bool) -> Callable[[], None]:
+def own_step(config: TrainBenchmark, device: torch.device, compiled: bool) -> Callable[[], dict]:
     torch.manual_seed(0)
     precision = pick_precision(device, config.precision)
     model = create_model(config.model_config, config.vocab_size, max_len=config.seq_len)
@@ -123,44 +206,60 @@ def own_step(config: TrainBenchmark, device: torch.device, compiled: bool) -> Ca
                                  precision)
     diffusion, batch = DiscreteDiffusion(), batch_of(config).to(device)
 
-    def step() -> None:
+    def step() -> dict:
         diffusion.loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         move_average(average, model, 0.99)
+        return {"tokens": batch.tokens.numel()}
 
     return step
 
 
-def make_step(config: TrainBenchmark, arm: str, device: torch.device) -> Callable[[], None]:
-    if arm == "textbook":
-        return textbook_step(config, device)
-    return own_step(config, device, compiled=arm == "compiled")
+def textbook_sampling(config: SampleBenchmark, model: nn.Module, rows: torch.Tensor,
+                      ) -> Callable[[], dict]:
+    """Ancestral sampling as MDLM's paper has it (arXiv 2406.07524, section 3.2.3, linear schedule):
+    a token for every position by Gumbel noise over all logits, kept where a hidden one is due."""
+
+    @torch.no_grad()
+    def sample() -> dict:
+        torch.manual_seed(0)
+        tokens = rows.clone()
+        for step in range(config.steps):
+            left, next_left = 1 - step / config.steps, 1 - (step + 1) / config.steps
+            logits = model(tokens).double()  # (B, L, V)
+            noise = -torch.log(-torch.log(torch.rand_like(logits)))
+            drawn = (logits / max(config.temperature, 1e-9) + noise).argmax(-1)
+            due = torch.rand(tokens.shape, device=tokens.device) < 1 - next_left / left
+            tokens = torch.where((tokens == MASK) & due, drawn, tokens)
+        return {"evaluations": config.steps, "tokens": int((rows == MASK).sum())}
+
+    return sample
 
 
-def timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """(wall-clock seconds, process CPU-seconds) of one call."""
+def timed(call: Callable[[], dict], device: torch.device) -> tuple[float, float, dict]:
+    """Wall-clock seconds, process CPU-seconds and the result of one call."""
     synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    step()
+    result = call()
     synchronize(device)
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.perf_counter() - wall, time.process_time() - cpu, result
 
 
-def memory_of(config: TrainBenchmark, arm: str, results) -> None:
-    """Puts the peak memory of three steps of one arm, in bytes, into a queue."""
+def memory_of(config: Benchmark, arm: str, results) -> None:
+    """Puts the peak memory of two calls of one arm, in bytes, into a queue."""
     device = pick_device(config.device)
-    step = make_step(config, arm, device)
-    step()
+    call = config.make(arm, device)
+    call()
     with peak_memory(device) as peak:
-        step()
-        step()
+        call()
+        call()
     results.put(peak())
 
 
-def measure_memory(config: TrainBenchmark, arm: str) -> int | None:
+def measure_memory(config: Benchmark, arm: str) -> int | None:
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory
     results = context.Queue()
     child = context.Process(target=memory_of, args=(config, arm, results))
@@ -170,67 +269,65 @@ def measure_memory(config: TrainBenchmark, arm: str) -> int | None:
     return results.get()
 
 
-def train_benchmark(config: TrainBenchmark) -> dict:
+def run_benchmark(config: Benchmark) -> dict:
+    """Times the arms in turn; everything that --json writes."""
     device = pick_device(config.device)
     precision = pick_precision(device, config.precision)
     peak = peak_flops(device, precision, seconds=2.0)
-    steps = {arm: make_step(config, arm, device) for arm in config.arms}
-    for step in steps.values():
+    calls = {arm: config.make(arm, device) for arm in config.arms}
+    for call in calls.values():
         for _ in range(2):
-            step()
-    times = {arm: [] for arm in steps}
-    for _ in range(config.steps):
-        for arm, step in steps.items():
-            times[arm].append(timed(step, device))
-    model = create_model(config.model_config, config.vocab_size, max_len=config.seq_len)
-    predicted = int(batch_of(config).masked.sum())
-    work = train_flops(model, config.batch, config.seq_len, predicted)
+            call()
+    times = {arm: [] for arm in calls}
+    for _ in range(config.repeats):
+        for arm, call in calls.items():
+            times[arm].append(timed(call, device))
     arms = {}
     for arm, values in times.items():
-        wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
-        arms[arm] = {"seconds": wall, "cpu_seconds": cpu,
-                     "tokens_per_second": config.batch * config.seq_len / wall,
-                     "mfu": None if arm == "textbook" else work / wall / peak,
+        wall, cpu = (statistics.median(column) for column in list(zip(*values, strict=True))[:2])
+        result = values[-1][2]
+        arms[arm] = {"seconds": wall, "cpu_seconds": cpu, **result,
+                     "tokens_per_second": result["tokens"] / wall,
+                     "tokens_per_cpu_second": result["tokens"] / cpu,
                      "peak_memory_bytes": measure_memory(config, arm) if config.memory else None}
     if "textbook" in arms:
         base = arms["textbook"]
         for arm, figures in arms.items():
             figures["speedup"] = statistics.median(
-                a / b for (a, _), (b, _) in zip(times["textbook"], times[arm], strict=True))
+                a[0] / b[0] for a, b in zip(times["textbook"], times[arm], strict=True))
             if base["peak_memory_bytes"]:
                 figures["memory_share"] = figures["peak_memory_bytes"] / base["peak_memory_bytes"]
-    return {"benchmark": "train", "machine": machine(device), "precision": precision,
-            "peak_flops": peak, "step_flops": work,
-            "predicted_tokens": predicted, "config": dataclasses.asdict(config), "arms": arms,
-            "seconds": {arm: [wall for wall, _ in values] for arm, values in times.items()}}
+    return {**config.describe(peak, arms), "machine": machine(device), "peak_flops": peak,
+            "precision": precision, "config": dataclasses.asdict(config), "arms": arms,
+            "seconds": {arm: [value[0] for value in values] for arm, values in times.items()}}
+
+
+COLUMNS = (("s", "seconds", ".3f"), ("CPU-s", "cpu_seconds", ".3f"),
+           ("speed-up", "speedup", ".2f"), ("evaluations", "evaluations", "d"),
+           ("tokens/s", "tokens_per_second", ",.0f"),
+           ("tokens/CPU-s", "tokens_per_cpu_second", ",.0f"), ("MFU", "mfu", ".1%"),
+           ("peak bytes", "peak_memory_bytes", ".3g"), ("memory", "memory_share", ".0%"))
 
 
 def report(result: dict) -> None:
-    config = result["config"]
-    print(f"{config['model_config']}, {config['batch']} x {config['seq_len']} tokens, "
-          f"{result['predicted_tokens']} of them hidden; this project in {result['precision']}, "
-          f"textbook in fp32; {result['machine']}, torch {torch.__version__}; "
-          f"matrix products reach {result['peak_flops'] / 1e12:.2f} TFLOP/s in "
-          f"{result['precision']}\n")
-    print(f"{'':10s}{'s/step':>9s}{'CPU-s':>9s}{'speed-up':>10s}{'tokens/s':>10s}{'MFU':>8s}"
-          f"{'peak GB':>9s}{'memory':>8s}")
-
-    def cell(value: float | None, form: str, width: int) -> str:
-        return f"{'-' if value is None else format(value, form):>{width}s}"
-
+    print(f"{result['config']['model_config']}, {result['what']}; {result['precision']}; "
+          f"{result['machine']}, torch {torch.__version__}; matrix products reach "
+          f"{result['peak_flops'] / 1e12:.2f} TFLOP/s in {result['precision']}\n")
+    columns = [column for column in COLUMNS
+               if any(row.get(column[1]) is not None for row in result["arms"].values())]
+    print(f"{'':10s}" + "".join(f"{name:>14s}" for name, _, _ in columns))
     for arm, row in result["arms"].items():
-        memory = row["peak_memory_bytes"]
-        print(f"{arm:10s}{row['seconds']:9.3f}{row['cpu_seconds']:9.3f}"
-              + cell(row.get("speedup"), ".2f", 10) + f"{row['tokens_per_second']:10,.0f}"
-              + cell(row["mfu"], ".1%", 8) + cell(memory and memory / 1e9, ".2f", 9)
-              + cell(row.get("memory_share"), ".0%", 8))
+        cells = ("-" if row.get(key) is None else format(row[key], form)
+                 for _, key, form in columns)
+        print(f"{arm:10s}" + "".join(f"{cell:>14s}" for cell in cells))
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    names = {"train": TrainBenchmark}
+    names = {"train": TrainBenchmark, "sample": SampleBenchmark}
     if not argv or argv[0] not in names:
-        parser = argparse.ArgumentParser(description=__doc__, usage="benchmark.py train [flags]",
+        parser = argparse.ArgumentParser(description=__doc__,
+                                         usage="benchmark.py {train,sample} [flags]",
                                          formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("benchmark", choices=list(names))
         parser.parse_args(argv[:1])
@@ -238,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     config.check()
     if config.json:
         check_writable(Path(config.json).parent, "--json")
-    result = train_benchmark(config)
+    result = run_benchmark(config)
     report(result)
     if config.json:
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)

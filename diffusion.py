@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cli import require
 from data_prep import EOS, MASK, length_nats
 from model import device_of
-from sampler import Sampler, State, Step, unmask
+from sampler import ADAPTIVE_PACES, Sampler, State, Step, unmask
 
 # ---- schedules -----------------------------------------------------------------------------------
 
@@ -342,16 +342,16 @@ class UnmaskStep(nn.Module):
     floor would lower the effective temperature (arXiv 2409.02908).
     """
 
-    def __init__(self, model: nn.Module, order: str = "random", top_k: int = 0, top_p: float = 1.0):
+    def __init__(self, model: nn.Module, sampler: Sampler):
         super().__init__()
-        self.model, self.order, self.top_k, self.top_p = model, order, top_k, top_p
+        self.model, self.sampler = model, sampler
 
     def forward(self, tokens: Tensor, count: Tensor, temperature: Tensor, noise: Tensor,
                 most_hidden: int, most_count: int) -> tuple[Tensor, Tensor]:
         """
         Args:
             tokens: (B, L) int64, hidden ones are [MASK].
-            count: (B,) int64, how many to uncover in each row.
+            count: (B,) int64, how many to uncover in each row; an adaptive pace may take more.
             temperature: () float32; 0 is greedy.
             noise: (B, 2, L) uniforms in [0, 1): for the order, for the token.
             most_hidden, most_count: at least the largest number hidden and of `count` in the batch.
@@ -359,24 +359,33 @@ class UnmaskStep(nn.Module):
         Returns: the new tokens (B, L), and confidence (B, L) float32: the probability, at
             temperature 1, of each token drawn now, 0 elsewhere.
         """
+        sampler = self.sampler
         masked = tokens == MASK  # (B, L)
         ratio = masked.sum(1) / maskable(tokens).sum(1).clamp(min=1)
         hidden = self.model.hidden(tokens, ratio)  # (B, L, D)
-        # 1. Score the hidden positions and choose the best `count` of every row.
-        if self.order == "random":
+        adaptive = sampler.pace in ADAPTIVE_PACES
+        # 1. Score the hidden positions, the best first, and choose `count` of every row, or more
+        #    where the pace finds the network sure of them.
+        if sampler.order == "random" and not adaptive:
             positions = best_first(noise[:, 0].masked_fill(~masked, -1), most_count)  # (B, C)
             logits = self.logits(take(hidden, positions))  # (B, C, V)
+            sure = None
         else:
             candidates = best_first(masked.int(), most_hidden)  # (B, M)
             every = self.logits(take(hidden, candidates))  # (B, M, V)
-            score = (every.amax(-1) - every.logsumexp(-1)).exp()  # max probability, (B, M)
-            score = score.masked_fill(~masked.gather(1, candidates), -1)
-            chosen = best_first(score, most_count)  # (B, C)
+            score = (noise[:, 0].gather(1, candidates) if sampler.order == "random"
+                     else SCORES[sampler.order](every))  # (B, M)
+            score = score.masked_fill(~masked.gather(1, candidates), -math.inf)
+            chosen = best_first(score, most_hidden if adaptive else most_count)  # (B, C)
             positions, logits = candidates.gather(1, chosen), take(every, chosen)
+            sure = self.sure(logits) if adaptive else None
         # 2. Draw their tokens and write them where the row still has some to uncover.
-        drawn = draw(logits, noise[:, 1].gather(1, positions), temperature, self.top_k, self.top_p)
+        drawn = draw(logits, noise[:, 1].gather(1, positions), temperature, sampler.top_k,
+                     sampler.top_p)
         probability = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]  # (B, C)
-        wanted = torch.arange(most_count, device=tokens.device) < count[:, None]  # (B, C)
+        wanted = torch.arange(positions.shape[1], device=tokens.device) < count[:, None]  # (B, C)
+        if sure is not None:
+            wanted = (wanted | sure) & masked.gather(1, positions)
         drawn = torch.where(wanted, drawn, tokens.gather(1, positions))
         new = tokens.scatter(1, positions, drawn)
         confidence = torch.zeros_like(tokens, dtype=torch.float32)
@@ -386,6 +395,38 @@ class UnmaskStep(nn.Module):
         """FP32 logits. The head's FP16 stand-in for -inf must not survive a high temperature."""
         logits = self.model.head(hidden).float()
         return logits.masked_fill(logits <= -1e4, -math.inf)
+
+    def sure(self, logits: Tensor) -> Tensor:
+        """Which of the positions, the best first, an adaptive pace uncovers: (B, C) bool.
+
+        "entropy_bound" takes the longest beginning with sum H - max H <= gamma. H is the entropy of
+        a position: that bounds, in nats, by how much their joint distribution can differ from the
+        product of their own (EB-Sampler, arXiv 2505.24857).
+        """
+        if self.sampler.pace == "threshold":
+            return confidence_score(logits) >= self.sampler.threshold
+        entropy = -entropy_score(logits)
+        return entropy.cumsum(1) - entropy.cummax(1).values <= self.sampler.gamma
+
+
+def confidence_score(logits: Tensor) -> Tensor:
+    """The largest probability, (...) of (..., V)."""
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+def margin_score(logits: Tensor) -> Tensor:
+    """The largest probability less the second (arXiv 2502.06768)."""
+    best = logits.topk(2, dim=-1).values
+    return (best[..., 0] - logits.logsumexp(-1)).exp() - (best[..., 1] - logits.logsumexp(-1)).exp()
+
+
+def entropy_score(logits: Tensor) -> Tensor:
+    """Minus the entropy in nats."""
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
+
+
+SCORES = {"confidence": confidence_score, "margin": margin_score, "entropy": entropy_score}
 
 
 def best_first(score: Tensor, count: int) -> Tensor:
@@ -436,7 +477,7 @@ def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 def numpy_step(model: nn.Module, sampler: Sampler) -> Step:
     """The torch step of this model and sampler, for the NumPy loop of sampler.py."""
     sampler.check()
-    step = UnmaskStep(model, sampler.order, sampler.top_k, sampler.top_p)
+    step = UnmaskStep(model, sampler)
     device = device_of(model)
     temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
     # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.

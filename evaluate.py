@@ -1,20 +1,22 @@
 """Stage 4: how good a checkpoint is, in numbers.
 
     python evaluate.py --checkpoint checkpoints/best.pt --data_dir data
+    python evaluate.py --checkpoint checkpoints/best.pt --sampling --twin checkpoints_ar/best.pt
+    python evaluate.py --checkpoint checkpoints/best.pt --infilling --twin checkpoints_ar/best.pt
 
 Prints a table and writes evaluation.json beside the checkpoint:
 - the likelihood bound (NELBO) of held-out stories in bits/byte, nats/token and perplexity, with
   its standard error, and masked cross-entropy and accuracy by mask ratio
 - distinct-1/2/3, self-BLEU and unigram entropy of samples, beside those of real stories
-It shows its progress; --max_rows and --num_samples make it shorter. The autoregressive twin is
-scored on the same bytes, exactly: its "NELBO" is the negative log-likelihood.
+With --sampling it compares the samplers instead, at each number of network evaluations: a table,
+sampling.json and sampling_pareto.png (see quality.py). It shows its progress; --max_rows and
+--num_samples make it shorter. The autoregressive twin is scored on the same bytes, exactly: its
+"NELBO" is the negative log-likelihood.
 """
 
 import dataclasses
 import json
 import math
-import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +24,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import quality
 from autoregressive import Autoregressive, write_stories
 from cli import atomic_file, check_writable, flag, parse, require, run
-from data_prep import EOS, TokenRows, bucket_batches, decode, row_kind, token_bytes
+from data_prep import EOS, MASK, TokenRows, bucket_batches, decode, row_kind, token_bytes
 from diffusion import DiscreteDiffusion, Nelbo, numpy_step
 from model import (
     PRECISIONS,
     check_tokenizer,
+    device_of,
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
@@ -36,6 +40,7 @@ from model import (
     pick_precision,
     tokenizer_from_checkpoint,
 )
+from quality import diversity
 from sampler import Sampler, blank_story, fill
 
 
@@ -48,8 +53,15 @@ class EvaluateConfig(Sampler):
     max_rows: int | None = flag(None, "score only the first rows of the split")
     draws: int = flag(4, "masks drawn for every row")
     num_samples: int = flag(64, "stories generated and compared with as many real ones, 0 for none")
+    sampling: bool = flag(False, "compare samplers instead")
+    infilling: bool = flag(False, "fill in the middle sentence of real stories instead")
+    twin: str | None = flag(None, "checkpoint of an autoregressive twin: the judge of --sampling, "
+                                  "the other side of --infilling")
+    samplers: list[str] = flag(list(quality.SAMPLERS), "which to compare")
+    evaluations: list[int] = flag(list(quality.EVALUATIONS), "network evaluations to compare at")
     seed: int = flag(0, "seed of masks and stories")
-    output: str | None = flag(None, "file to write (default: evaluation.json by the checkpoint)")
+    output: str | None = flag(None, "file to write (default: evaluation.json, sampling.json or "
+                                    "infilling.json by the checkpoint)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("auto", "auto, fp32, bf16 or fp16", ("auto", *PRECISIONS))
 
@@ -62,6 +74,15 @@ class EvaluateConfig(Sampler):
             require(0 <= getattr(self, name) < 2**63,
                     f"--{name} {getattr(self, name)}: must be 0 or more")
         require(self.num_samples != 1, "--num_samples 1: self-BLEU needs at least 2 stories")
+        other = self.sampling or self.infilling
+        require(not (self.sampling and self.infilling), "--sampling and --infilling: choose one")
+        require(self.twin is None or other, "--twin is for --sampling and --infilling")
+        require(self.num_samples or not other, "--sampling and --infilling compare stories: give "
+                                               "--num_samples 2 or more")
+        for name in self.samplers:
+            require(name in quality.SAMPLERS, f"--samplers {name!r}: choose from "
+                                              + ", ".join(map(repr, quality.SAMPLERS)))
+        require(min(self.evaluations) >= 1, "--evaluations: must be at least 1")
 
 
 def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.ndarray) -> dict:
@@ -78,37 +99,6 @@ def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.nda
         "bits_per_byte_standard_error": bound.standard_error * factor,
         "length_code_bits_per_byte": extra / math.log(2) / text_bytes,
         "rows": len(rows), "tokens": int(bound.row_nats()[1].sum()), "bytes": text_bytes}
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+(?:'\w+)?", text.lower())
-
-
-def diversity(texts: list[str], token_rows: list[list[int]]) -> dict:
-    """distinct-n and self-BLEU over words, unigram entropy over tokens.
-
-    distinct-n is the share of different n-grams among all n-grams of all texts (arXiv 1510.03055);
-    self-BLEU the mean BLEU of each text against all others (arXiv 1802.01886), 0 to 100, lower is
-    more diverse; unigram entropy the mean over texts of the entropy of their tokens, in nats.
-    """
-    from sacrebleu.metrics import BLEU
-    result = {}
-    for n in (1, 2, 3):
-        grams = [gram for text in texts for gram in zip(*(words(text)[i:] for i in range(n)),
-                                                        strict=False)]
-        result[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
-    bleu = BLEU(effective_order=True)
-    result["self_bleu"] = float(np.mean([
-        bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score
-        for i, text in enumerate(texts)]))
-    result["unigram_entropy"] = float(np.mean([entropy(row) for row in token_rows]))
-    result["tokens_per_story"] = float(np.mean([len(row) for row in token_rows]))
-    return result
-
-
-def entropy(ids: list[int]) -> float:
-    share = np.array(list(Counter(ids).values())) / max(1, len(ids))
-    return float(-(share * np.log(share)).sum())
 
 
 def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
@@ -139,8 +129,8 @@ def choose_stories(config: EvaluateConfig, rows: TokenRows) -> np.ndarray:
     return np.random.default_rng(config.seed).permutation(whole)[:config.num_samples]
 
 
-def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
-    """Everything that evaluation.json holds, for the checkpoint that was read from `path`."""
+def open_model(config: EvaluateConfig, path: Path, checkpoint: dict) -> tuple:
+    """The model of a checkpoint, the rows that it is evaluated on, and its tokenizer."""
     data_dir = config.data_dir or checkpoint.get("train_config", {}).get("data_dir", "data")
     rows = TokenRows(data_dir, config.split)
     check_tokenizer(path, checkpoint, data_dir, rows.meta)
@@ -150,7 +140,13 @@ def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
     longest = int(rows.lengths.max())
     require(longest <= model.config.max_len, f"{data_dir} has rows of {longest} tokens, {path} was "
             f"trained on rows of at most {model.config.max_len}")
-    tokenizer = tokenizer_from_checkpoint(checkpoint)
+    return model, rows, tokenizer_from_checkpoint(checkpoint)
+
+
+def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
+    """Everything that evaluation.json holds, for the checkpoint that was read from `path`."""
+    model, rows, tokenizer = open_model(config, path, checkpoint)
+    precision = {value: key for key, value in PRECISIONS.items()}[model.compute_dtype]
     stories = choose_stories(config, rows)
     count = min(len(rows), config.max_rows or len(rows))
     batches = bucket_batches(rows.lengths[:count], 8192, merge=False)
@@ -206,6 +202,60 @@ def report(result: dict) -> None:
                                          for group in result["diversity"].values()))
 
 
+def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
+    """The table of samplers; writes `target` and sampling_pareto.png beside it."""
+    require(checkpoint["kind"] == "diffusion", f"{path} is autoregressive: it has no samplers")
+    model, rows, tokenizer = open_model(config, path, checkpoint)
+    twin = open_twin(config, model, rows)
+    real = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
+    result = {"checkpoint": str(path), "judge": config.twin, "stories": len(real),
+              "config": dataclasses.asdict(config),
+              **quality.measure(model, config, real, tokenizer, twin and quality.Judge(twin),
+                                config.seed, config.samplers, tuple(config.evaluations))}
+    with atomic_file(target, "w") as file:
+        json.dump(result, file, indent=1)
+    quality.plot(result, target.with_name("sampling_pareto.png"))
+    print(f"{len(real)} stories of the lengths of real ones, temperature {config.temperature:g}, "
+          f"seed {config.seed}\n\n{quality.table(result)}\n\nwrote {target}")
+
+
+def open_twin(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
+              ) -> torch.nn.Module | None:
+    """The model of --twin, on the device and in the precision of `model`; None without one."""
+    if config.twin is None:
+        return None
+    checkpoint = load_checkpoint(config.twin, kind="autoregressive")
+    check_tokenizer(config.twin, checkpoint, rows.data_dir, rows.meta)
+    twin = model_from_checkpoint(checkpoint).to(device_of(model))
+    twin.compute_dtype = model.compute_dtype
+    return twin
+
+
+def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
+    """The middle sentence of real stories, filled in by this model and by the twin."""
+    model, rows, tokenizer = open_model(config, path, checkpoint)
+    twin = open_twin(config, model, rows)
+    stories = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
+    pairs = [(row, gap) for row in stories
+             if (gap := quality.hide_middle(row, tokenizer)) is not None]
+    require(pairs, f"{rows.data_dir}: no story of three sentences or more to hide one of")
+    arms = {"this model": model} | ({"left to right": twin} if twin else {})
+    result = {"checkpoint": str(path), "twin": config.twin, "stories": len(pairs),
+              "config": dataclasses.asdict(config),
+              "arms": {name: quality.infilling(arm, *map(list, zip(*pairs, strict=True)), config,
+                                               tokenizer, config.draws, config.seed)
+                       for name, arm in arms.items()}}
+    with atomic_file(target, "w") as file:
+        json.dump(result, file, indent=1)
+    tokens = sum(int((gap == MASK).sum()) for _, gap in pairs)
+    print(f"the middle sentence of {len(pairs)} stories, {tokens} tokens, temperature "
+          f"{config.temperature:g}, {config.steps} steps, seed {config.seed}\n\n"
+          f"{'':15s}{'exact match':>12s}{'BLEU':>8s}{'nats/token':>12s}")
+    for name, arm in result["arms"].items():
+        print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}{arm['nats_per_token']:12.3f}")
+    print(f"\nwrote {target}")
+
+
 def write(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
     """Evaluates the checkpoint read from `path`, writes `target` and prints the table."""
     result = evaluate(config, path, checkpoint)
@@ -220,11 +270,14 @@ def main(argv: list[str] | None = None) -> None:
     config.check()
     path = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(path, kind=None)
-    target = Path(config.output) if config.output else path.parent / "evaluation.json"
+    name, do = (("sampling.json", compare_samplers) if config.sampling else
+                ("infilling.json", compare_infilling) if config.infilling else
+                ("evaluation.json", write))
+    target = Path(config.output) if config.output else path.parent / name
     require(target.parent.is_dir() and not target.is_dir(),
             f"--output {target}: name a file in a folder that exists")
     check_writable(target.parent, "--output")
-    write(config, path, checkpoint, target)
+    do(config, path, checkpoint, target)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python generate.py --prompt "Once upon a time" --length 120
     python generate.py --infill "Tom had a [MASK:6] and he was happy." --show_steps
     python generate.py --num_samples 100 --json > stories.jsonl
+    python generate.py --num_samples 1 --steps 32 --trace story.html
 
 Starts from a row of [MASK] and uncovers it step by step. `[MASK:n]` in --infill hides n tokens
 (a token is about four letters); the space before a gap belongs to it. Prints the stories and the
@@ -16,14 +17,16 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from cli import flag, parse, require, run
+from cli import check_writable, flag, parse, require, run
 from data_prep import BOS, EOS, MASK, decode
 from sampler import Sampler, Step, blank_story, draw_length, unmask_rows
+from viewer import TRACE_FORMATS, Trace
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,6 +44,8 @@ class GenerateConfig(Sampler):
     length: int | None = flag(None, "tokens in the story (default: drawn from the data's lengths)")
     seed: int = flag(0, "the same seed gives the same stories")
     batch_size: int = flag(32, "stories made together; does not change them")
+    trace: str | None = flag(None, "file to write: a web page (.html) that plays the unmasking of "
+                                   "the stories, or an animation (.gif) of the first")
     show_steps: bool = flag(False, "print the text after every step, hidden tokens as _")
     json: bool = flag(False, "print one JSON object for each story")
     device: str = flag("auto", "auto, cpu, cuda or mps")
@@ -56,6 +61,8 @@ class GenerateConfig(Sampler):
                 f"--length {self.length}: must be at least 1")
         require(not (self.infill is not None and (self.prompt is not None or self.length)),
                 "--infill fixes the whole row: leave out --prompt and --length")
+        require(self.trace is None or Path(self.trace).suffix in TRACE_FORMATS,
+                f"--trace {self.trace}: name a file that ends in {' or '.join(TRACE_FORMATS)}")
         for name in ("prompt", "infill"):
             text = getattr(self, name) or ""
             require(text.isascii() or text.encode(errors="replace").decode() == text,
@@ -132,15 +139,22 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer_from_checkpoint,
     )
     path = find_checkpoint(config.checkpoint)
+    if config.trace:
+        check_writable(Path(config.trace).parent, "--trace")
     device = pick_device(config.device)
     checkpoint = load_checkpoint(path)
     tokenizer = tokenizer_from_checkpoint(checkpoint)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(config.precision)
     rows = build_rows(config, tokenizer, checkpoint["length_histogram"], model.config.max_len)
     started = time.perf_counter()
+    trace = Trace(tokenizer, rows) if config.trace else None
     filled, row_evaluations, evaluations = generate(numpy_step(model, config), rows, config,
-                                                    tokenizer)
+                                                    tokenizer, trace)
     seconds = time.perf_counter() - started
+    if trace:
+        Path(config.trace).parent.mkdir(parents=True, exist_ok=True)
+        trace.write(config.trace, f"{max(row_evaluations)} steps, {config.order} order, "
+                                  f"{config.pace} pace, temperature {config.temperature:g}")
     show(filled, row_evaluations, config, tokenizer, str(path))
     tokens = sum(int((row == MASK).sum()) for row in rows)
     print(f"{tokens:,} tokens in {len(rows)} stories, {evaluations} network evaluations, "
@@ -149,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokenizer: "Tokenizer",
-             ) -> tuple[list[np.ndarray], list[int], int]:
+             trace: Trace | None = None) -> tuple[list[np.ndarray], list[int], int]:
     """Fills the rows.
 
     Returns: the filled rows, in order; how many network evaluations uncovered something in each;
@@ -160,6 +174,8 @@ def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokeniz
     hide_bar = True if config.show_steps else None  # None: hidden where there is no terminal
     for part, state in tqdm(states, desc="unmasking", unit=" steps", leave=False, disable=hide_bar):
         evaluations += state.nfe > 0
+        if trace:
+            trace.add(part, state)
         for i, tokens, uncovered in zip(part, state.tokens, state.uncovered, strict=True):
             filled[i] = tokens[:len(rows[i])]
             row_evaluations[i] += bool(uncovered.any())

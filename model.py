@@ -359,8 +359,8 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", kind: str | Non
             f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
     missing = [key for key in CHECKPOINT_KEYS if key not in contents]
     require(not missing, f"{path} lacks {', '.join(missing)}: it was not written by train.py")
-    require(kind in (None, contents["kind"]), f"{path} is an {contents['kind']} model; a {kind} "
-                                              "model is needed here")
+    require(kind in (None, contents["kind"]), f"{path} holds a model of the kind "
+            f"{contents['kind']}, where one of the kind {kind} is needed")
     return contents
 
 

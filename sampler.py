@@ -1,13 +1,15 @@
-"""The sampling loop: which positions, how many a step, and the noise. NumPy, no torch.
+"""The sampling loop: which positions, how many a step, which to hide again, and the noise. NumPy.
 
-A sampler is an order (which positions first) and a pace (how many in a step). The loop is written
-over any `step` callable, so that a torch module and an exported graph run the same loop:
+A sampler is an order (which positions first), a pace (how many in a step) and a way of hiding
+tokens again. The loop is written over any `step` callable, so that a torch module and an exported
+graph run the same loop:
 
     for state in unmask(step, tokens, Sampler(steps=64, temperature=0.8), seed=1):
         print(state.step, state.tokens)
 
-The seam for more samplers: an order is a score inside the step (diffusion.UnmaskStep), a pace is a
-branch of `plan`; a pace that looks at the confidences will read the last state instead.
+Where things are decided: the order, and how many an adaptive pace takes, inside the step
+(diffusion.UnmaskStep), for they need the network's probabilities; a planned pace in `plan`; what is
+hidden again in `Remasking`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +21,15 @@ from tqdm import tqdm
 from cli import flag, require
 from data_prep import BOS, EOS, MASK, PAD, pad_rows, round_up
 
-ORDERS = ("random", "confidence")
-PACES = ("cosine", "linear")
+ORDERS = ("random", "confidence", "margin", "entropy")
+PLANNED_PACES = ("cosine", "linear", "first_hitting")
+ADAPTIVE_PACES = ("threshold", "entropy_bound")
+PACES = PLANNED_PACES + ADAPTIVE_PACES
+REMASKS = ("none", "remdm_cap", "remdm_rescale", "remdm_confidence", "corrector")
 MAX_STEPS = 100_000
-# First numbers of the seeds, so that no two uses of randomness share a stream.
-LENGTH_STREAM, NOISE_STREAM = 1, 2
+# First numbers of the seeds, so that no two uses of randomness share a stream. (3 and 4 are those
+# of the evaluation masks in diffusion.py.)
+LENGTH_STREAM, NOISE_STREAM, HITTING_STREAM, REMASK_STREAM = 1, 2, 5, 6
 
 # (tokens (B, L) int64, count (B,) int64, noise (B, 2, L) float64)
 #   -> (tokens (B, L) int64, confidence (B, L) float32)
@@ -38,13 +44,31 @@ class Sampler:
     temperature: float = flag(1.0, "0 is greedy, 1 the model's own distribution")
     top_k: int = flag(0, "draw among the k likeliest tokens; 0 is all")
     top_p: float = flag(1.0, "draw among the likeliest tokens that together reach p")
-    order: str = flag("random", "random (ancestral), or confidence: the likeliest token first")
+    order: str = flag("random", "which position first: random (ancestral), or by the largest "
+                                "probability (confidence), the largest lead over the second token "
+                                "(margin) or the smallest entropy")
     # cosine uncovers few tokens first, as in MaskGIT (arXiv 2202.04200)
-    pace: str = flag("cosine", "tokens in a step: cosine (few at first) or linear (alike)")
+    pace: str = flag("cosine", "tokens in a step: cosine (few at first), linear (alike), "
+                               "first_hitting (random, as the process itself), or as many as the "
+                               "network is sure of: threshold, entropy_bound")
+    threshold: float = flag(0.9, "pace threshold: uncover every token at least this probable")
+    gamma: float = flag(0.2, "pace entropy_bound: nats by which the joint entropy of the tokens of "
+                             "a step may exceed their largest entropy")
+    remask: str = flag("none", "hide tokens again: none, remdm_cap, remdm_rescale, "
+                               "remdm_confidence or corrector")
+    eta: float = flag(0.05, "how many: a share of the uncovered (remdm_cap, corrector), or of as "
+                            "many as the process allows (remdm_rescale, remdm_confidence)")
 
     def check(self) -> None:
         require(self.order in ORDERS, f"--order {self.order}: choose from {', '.join(ORDERS)}")
         require(self.pace in PACES, f"--pace {self.pace}: choose from {', '.join(PACES)}")
+        require(self.remask in REMASKS, f"--remask {self.remask}: choose from {', '.join(REMASKS)}")
+        require(self.remask == "none" or self.pace in PLANNED_PACES,
+                f"--remask {self.remask} hides tokens by a plan, which --pace {self.pace} has not: "
+                f"choose one of {', '.join(PLANNED_PACES)}")
+        require(0 < self.threshold <= 1, f"--threshold {self.threshold}: must lie in (0, 1]")
+        require(0 <= self.gamma < float("inf"), f"--gamma {self.gamma}: must be 0 or more")
+        require(0 <= self.eta <= 1, f"--eta {self.eta}: must lie in [0, 1]")
         require(1 <= self.steps <= MAX_STEPS,
                 f"--steps {self.steps}: must be from 1 to {MAX_STEPS}")
         require(0 <= self.temperature < float("inf"),
@@ -60,22 +84,39 @@ class State:
     step: int  # 0 is the start; at most K
     nfe: int  # network evaluations so far
     tokens: np.ndarray  # int64, hidden ones are [MASK]
-    uncovered: np.ndarray  # bool, what this step uncovered
+    uncovered: np.ndarray  # bool, what was hidden before this step and is not now
+    hidden_again: np.ndarray  # bool, what is hidden now and was not before
     confidence: np.ndarray  # float32, probability of each drawn token when it was drawn, else 0
 
 
 def plan(hidden: np.ndarray, steps: int, pace: str) -> np.ndarray:
     """How many of `hidden` (B,) tokens to uncover in each step: (B, K) int64, rows sum to hidden.
 
-    After step s of K a share cos(pi s / 2K) ("cosine") or 1 - s/K ("linear") is still hidden.
+    After step s of K a share cos(pi s / 2K) ("cosine") or 1 - s/K ("linear") is still hidden. An
+    adaptive pace takes at least as many as "cosine" would have taken by then.
     """
     s = np.arange(steps + 1)
-    if pace == "cosine":
+    if pace != "linear":
         # 1e-9: at the last step the cosine is 6e-17, and 1/2 must not fall to 0.49999.
         left = np.floor(hidden[:, None] * np.cos(np.pi / 2 * s / steps) + 1e-9).astype(np.int64)
     else:
         left = hidden[:, None] * (steps - s) // steps
     return left[:, :-1] - left[:, 1:]
+
+
+def hitting_plan(hidden: np.ndarray, steps: int, seed: int, rows: Sequence[int]) -> np.ndarray:
+    """The same for "first_hitting": (B, K) int64.
+
+    Every token has a time of its own, uniform in [0, 1], at which the process uncovers it (arXiv
+    2409.02908, first hitting; with m(t) = t).
+    The tokens whose times lie in one of K equal intervals are uncovered together, and an interval
+    without any costs nothing: with many steps one token is uncovered at a time, exactly.
+    """
+    counts = np.zeros((len(hidden), steps), np.int64)
+    for line, n, row in zip(counts, hidden, rows, strict=True):
+        times = np.random.default_rng([HITTING_STREAM, seed, row]).random(n)
+        np.add.at(line, (times * steps).astype(np.int64), 1)
+    return counts
 
 
 def step_noise(seed: int, row: int, step: int, length: int) -> np.ndarray:
@@ -91,28 +132,104 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
     """Uncovers every [MASK] of `tokens` (B, L); all other tokens are known and never change.
 
     Yields the state at the start and after every step. `rows` (default 0, 1, ...) number the rows
-    for the noise: the same (seed, row number) gives the same story in any batch.
+    for the noise: the same (seed, row number) gives the same story in any batch. Only rows in which
+    something is to be uncovered are given to the network.
     """
     sampler.check()
     tokens = np.array(tokens, dtype=np.int64)
     size, width = tokens.shape
-    rows = range(size) if rows is None else rows
+    rows = np.arange(size) if rows is None else np.asarray(rows)
+    wanted = tokens == MASK
     lengths = (tokens != PAD).sum(1)
-    counts = plan((tokens == MASK).sum(1), sampler.steps, sampler.pace)  # (B, K)
-    confidence = np.zeros((size, width), np.float32)
-    state = State(0, 0, tokens, np.zeros((size, width), bool), confidence)
+    pacing = Pacing(sampler, wanted.sum(1), seed, rows)
+    nothing = np.zeros((size, width), bool)
+    state = State(0, 0, tokens, nothing, nothing, np.zeros((size, width), np.float32))
     yield state
     for k in range(sampler.steps):
-        if not counts[:, k].any():  # more steps than hidden tokens: nothing to evaluate
+        masked = state.tokens == MASK
+        counts, again = pacing.counts(k, masked.sum(1))  # (B,) each
+        active = np.flatnonzero(counts)
+        if not len(active):  # nothing to evaluate
             continue
-        noise = np.zeros((size, 2, width))
-        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            noise[i, :, :length] = step_noise(seed, row, k, length)
-        new, new_confidence = step(state.tokens, counts[:, k], noise)
-        uncovered = (state.tokens == MASK) & (new != MASK)
-        state = State(k + 1, state.nfe + 1, new, uncovered,
-                      np.where(uncovered, new_confidence, state.confidence))
+        noise = np.zeros((len(active), 2, width))
+        for line, i in zip(noise, active, strict=True):
+            line[:, :lengths[i]] = step_noise(seed, rows[i], k, lengths[i])
+        new, confidence = state.tokens.copy(), state.confidence.copy()
+        new[active], drawn = step(state.tokens[active], counts[active], noise)
+        uncovered = masked & (new != MASK)
+        confidence[active] = np.where(uncovered[active], drawn, confidence[active])
+        # what was there before the step, or for the corrector also what came with it
+        there = wanted & (new != MASK) & (pacing.corrector | ~uncovered)
+        gone = pacing.choose(k, there, again, confidence)
+        new[gone], confidence[gone] = MASK, 0
+        state = State(k + 1, state.nfe + 1, new, uncovered & ~gone, gone & ~masked, confidence)
         yield state
+
+
+class Pacing:
+    """How many tokens of every row are uncovered and hidden again in each step, and which of them.
+
+    remdm_*: in the step from time t to s the process hides an uncovered token with a probability
+    sigma up to sigma_max = (1 - alpha_s) / alpha_t and uncovers more, so that as many are hidden
+    after it as without (arXiv 2503.00307). sigma is min(eta, sigma_max) for cap, eta
+    sigma_max for rescale; "confidence" spreads the latter over the tokens by exp(-probability with
+    which each was drawn). corrector: after every step a share eta of the uncovered tokens is hidden
+    and drawn anew with one more evaluation (arXiv 2205.14987, as predictor and corrector).
+    """
+
+    def __init__(self, sampler: Sampler, hidden: np.ndarray, seed: int, rows: np.ndarray):
+        self.sampler, self.total, self.seed, self.rows = sampler, hidden, seed, rows
+        self.corrector = sampler.remask == "corrector"
+        steps = -(-sampler.steps // 2) if self.corrector else sampler.steps
+        self.plan = (hitting_plan(hidden, steps, seed, rows) if sampler.pace == "first_hitting"
+                     else plan(hidden, steps, sampler.pace))  # (B, K)
+        self.left = hidden[:, None] - self.plan.cumsum(1)  # (B, K) hidden after each step
+
+    def counts(self, k: int, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many to uncover in step k, at least, and then to hide again, with `hidden` (B,)
+        hidden now."""
+        none = np.zeros_like(hidden)
+        if self.sampler.pace in ADAPTIVE_PACES:
+            return np.where(hidden > 0, np.maximum(hidden - self.left[:, k], 1), 0), none
+        if self.corrector:
+            left = self.left[:, k // 2]
+            if k % 2:  # what the step before hid comes back
+                return hidden - left, none
+            last = k + 1 == self.sampler.steps  # no evaluation left to bring anything back
+            return hidden - left, none if last else self.amount(
+                k, self.sampler.eta * (self.total - left))
+        if self.sampler.remask == "none":
+            return self.plan[:, k], none
+        there, left = self.total - hidden, self.left[:, k]
+        most = np.minimum(1.0, left / np.maximum(there, 1))
+        sigma = (np.minimum(self.sampler.eta, most) if self.sampler.remask == "remdm_cap"
+                 else self.sampler.eta * most)
+        again = self.amount(k, sigma * there)
+        return hidden - left + again, again
+
+    def amount(self, k: int, expected: np.ndarray) -> np.ndarray:
+        """`expected` (B,) rounded up or down at random, so that its mean is kept."""
+        uniform = [self._random(row, k).random() for row in self.rows]
+        return np.floor(expected + uniform).astype(np.int64)
+
+    def choose(self, k: int, there: np.ndarray, again: np.ndarray, confidence: np.ndarray,
+               ) -> np.ndarray:
+        """`again` (B,) of the tokens marked in `there` (B, L), as bool (B, L)."""
+        chosen = np.zeros_like(there)
+        for i in np.flatnonzero(again):
+            rng = self._random(self.rows[i], k)
+            rng.random()  # the one of `amount`
+            positions = np.flatnonzero(there[i])
+            weight = np.exp(-confidence[i, positions], dtype=np.float64)
+            if self.sampler.remask != "remdm_confidence":
+                weight = np.ones(len(positions))
+            # exponential races: drawn without replacement, each with its weight
+            race = rng.exponential(size=len(positions)) / weight
+            chosen[i, positions[np.argsort(race, kind="stable")[:again[i]]]] = True
+        return chosen
+
+    def _random(self, row: int, k: int) -> np.random.Generator:
+        return np.random.default_rng([REMASK_STREAM, self.seed, row, k])
 
 
 # ---- rows to fill --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from diffusion import (
     keep_likeliest,
     numpy_step,
 )
-from sampler import Sampler, plan, unmask
+from sampler import ADAPTIVE_PACES, ORDERS, PACES, REMASKS, Sampler, plan, unmask
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -234,29 +235,70 @@ def transformed(probability: np.ndarray, sampler: Sampler) -> np.ndarray:
     return result
 
 
+def plans(sampler: Sampler, hidden: int) -> list[tuple[float, list[int]]]:
+    """The counts of the steps of a planned pace, and how probable they are."""
+    if sampler.pace != "first_hitting":
+        return [(1.0, plan(np.array([hidden]), sampler.steps, sampler.pace)[0].tolist())]
+    ways = Counter(tuple(Counter(way).get(k, 0) for k in range(sampler.steps))
+                   for way in itertools.product(range(sampler.steps), repeat=hidden))
+    return [(number / sampler.steps ** hidden, list(counts)) for counts, number in ways.items()]
+
+
+def rank(order: str, p: np.ndarray) -> float:
+    """What the highest comes first of, for the (3,) probabilities of a position."""
+    best = np.sort(p)[::-1]
+    return {"confidence": best[0], "margin": best[0] - best[1],
+            "entropy": (p * np.log(p)).sum()}[order]
+
+
+def choices(sampler: Sampler, row: tuple, raw: np.ndarray, count: int) -> list[tuple]:
+    """The sets of positions that a step may uncover in `row`, all alike probable."""
+    hidden = [i for i in range(3) if row[i] == MASK]
+    orders = (list(itertools.permutations(hidden)) if sampler.order == "random" else
+              [tuple(sorted(hidden, key=lambda i: -rank(sampler.order, raw[i])))])
+    if sampler.pace == "threshold":
+        return [tuple(i for place, i in enumerate(order)
+                      if place < count or raw[i].max() >= sampler.threshold) for order in orders]
+    if sampler.pace == "entropy_bound":
+        entropy = [-rank("entropy", p) for p in raw]
+        sizes = [max(n for n in range(1, len(order) + 1) if n <= count or sum(
+            entropy[i] for i in order[:n]) - max(entropy[i] for i in order[:n]) <= sampler.gamma)
+            for order in orders]
+        return [order[:size] for order, size in zip(orders, sizes, strict=True)]
+    return [order[:count] for order in orders]
+
+
 def enumerated_samples(model: TableModel, sampler: Sampler, start=(MASK,) * 3) -> dict:
     """Probability of every finished row."""
-    hidden = np.array([sum(letter == MASK for letter in start)])
-    states = {start: 1.0}
-    for count in plan(hidden, sampler.steps, sampler.pace)[0]:
-        after: dict = {}
-        for row, weight in states.items():
-            raw = model.probabilities(row)
-            tokens = transformed(raw, sampler)
-            open_positions = [i for i in range(3) if row[i] == MASK]
-            if sampler.order == "random":
-                choices = list(itertools.combinations(open_positions, count))
-            else:
-                choices = [sorted(open_positions, key=lambda i: -raw[i].max())[:count]]
-            for choice in choices:
-                for letters in itertools.product(range(3), repeat=len(choice)):
-                    new, p = list(row), weight / len(choices)
-                    for position, letter in zip(choice, letters, strict=True):
-                        new[position] = letter + 4
-                        p *= tokens[position, letter]
-                    after[tuple(new)] = after.get(tuple(new), 0.0) + p
-        states = after
-    return states
+    total = sum(letter == MASK for letter in start)
+    adaptive = sampler.pace in ADAPTIVE_PACES
+    result: dict = {}
+    for way, counts in [(1.0, plan(np.array([total]), sampler.steps, "cosine")[0].tolist())
+                        ] if adaptive else plans(sampler, total):
+        states = {start: way}
+        for k, count in enumerate(counts):
+            after: dict = {}
+            for row, weight in states.items():
+                left = row.count(MASK)
+                if adaptive:  # at least one, and no fewer than the cosine pace by now
+                    count = max(left - (total - sum(counts[:k + 1])), min(left, 1))
+                if not count:
+                    after[row] = after.get(row, 0.0) + weight
+                    continue
+                raw = model.probabilities(row)
+                tokens = transformed(raw, sampler)
+                sets = choices(sampler, row, raw, count)
+                for chosen in sets:
+                    for letters in itertools.product(range(3), repeat=len(chosen)):
+                        new, p = list(row), weight / len(sets)
+                        for position, letter in zip(chosen, letters, strict=True):
+                            new[position] = letter + 4
+                            p *= tokens[position, letter]
+                        after[tuple(new)] = after.get(tuple(new), 0.0) + p
+            states = after
+        for row, p in states.items():
+            result[row] = result.get(row, 0.0) + p
+    return result
 
 
 def made(order: str, pace: str, steps: int, **options) -> Sampler:
@@ -264,11 +306,14 @@ def made(order: str, pace: str, steps: int, **options) -> Sampler:
 
 
 SAMPLERS = [
-    made("random", "linear", 3), made("random", "cosine", 2), made("random", "cosine", 1),
-    made("random", "linear", 50), made("confidence", "linear", 3), made("confidence", "linear", 2),
+    *(made(order, pace, 3, threshold=0.6, gamma=0.7) for order in ORDERS for pace in PACES),
+    made("random", "cosine", 2), made("random", "cosine", 1), made("random", "linear", 50),
+    made("random", "first_hitting", 2), made("confidence", "linear", 2),
     made("confidence", "cosine", 2), made("random", "linear", 3, temperature=0.6),
     made("random", "linear", 2, top_k=2), made("random", "linear", 3, top_p=0.7),
     made("confidence", "linear", 3, temperature=1.5, top_k=2, top_p=0.8),
+    made("margin", "threshold", 3, threshold=0.6, temperature=0.5),
+    made("entropy", "entropy_bound", 2, gamma=1.0, top_k=2),
 ]
 
 
@@ -290,6 +335,89 @@ def test_samples_have_the_enumerated_distribution(table_model, sampler, start):
         expected[(np.array(row) - 4) @ [9, 3, 1]] = probability * len(tokens)
     assert expected.sum() == pytest.approx(len(tokens))
     assert chi_squared_p(observed, expected) > 0.001
+
+
+def drawn_without_replacement(items: list, weights: list, count: int) -> dict:
+    """Probability of every set of `count` items."""
+    result: dict = {}
+    for order in itertools.permutations(range(len(items)), count):
+        p, left = 1.0, sum(weights)
+        for i in order:
+            p, left = p * weights[i] / left, left - weights[i]
+        key = frozenset(items[i] for i in order)
+        result[key] = result.get(key, 0.0) + p
+    return result
+
+
+def remasked_samples(model: TableModel, sampler: Sampler, start: tuple) -> dict:
+    """Probability of every finished row of the `random` order with `linear` pace, remasking."""
+    wanted = [i for i in range(3) if start[i] == MASK]
+    total, steps = len(wanted), sampler.steps
+    corrector = sampler.remask == "corrector"
+    evaluations = [(k, again) for k in range(-(-steps // 2)) for again in (False, True)][:steps] \
+        if corrector else [(k, False) for k in range(steps)]
+    counts = plan(np.array([total]), evaluations[-1][0] + 1, "linear")[0]
+    states = {(start, (0.0,) * 3): 1.0}
+    for index, (k, correcting) in enumerate(evaluations):
+        left, after = total - int(counts[:k + 1].sum()), {}
+        for (row, confidence), weight in states.items():
+            hidden = [i for i in range(3) if row[i] == MASK]
+            there = total - len(hidden)
+            if corrector:
+                last = index == len(evaluations) - 1
+                expected = 0.0 if correcting or last else sampler.eta * (total - left)
+            else:
+                most = min(1.0, left / max(there, 1))
+                expected = there * (min(sampler.eta, most) if sampler.remask == "remdm_cap"
+                                    else sampler.eta * most)
+            p = model.probabilities(row)
+            for again, p_again in ((math.floor(expected), 1 - expected % 1),
+                                   (math.floor(expected) + 1, expected % 1)):
+                if not p_again:
+                    continue
+                count = len(hidden) - left + (0 if corrector else again)
+                sets = list(itertools.combinations(hidden, count))
+                for chosen in sets:
+                    for letters in itertools.product(range(3), repeat=count):
+                        new, sure = list(row), list(confidence)
+                        chance = weight * p_again / len(sets)
+                        for i, letter in zip(chosen, letters, strict=True):
+                            new[i], sure[i] = letter + 4, p[i, letter]
+                            chance *= p[i, letter]
+                        old = [i for i in wanted if new[i] != MASK
+                               and (corrector or i not in chosen)]
+                        weights = [math.exp(-sure[i]) if sampler.remask == "remdm_confidence"
+                                   else 1.0 for i in old]
+                        for gone, q in drawn_without_replacement(old, weights, again).items():
+                            key = (tuple(MASK if i in gone else x for i, x in enumerate(new)),
+                                   tuple(0.0 if i in gone else x for i, x in enumerate(sure)))
+                            after[key] = after.get(key, 0.0) + chance * q
+        states = after
+    result: dict = {}
+    for (row, _), p in states.items():
+        result[row] = result.get(row, 0.0) + p
+    return result
+
+
+@pytest.mark.parametrize("remask", REMASKS[1:])
+@pytest.mark.parametrize("start", [(MASK,) * 3, (5, MASK, MASK)], ids=["blank", "prompt"])
+@pytest.mark.parametrize("steps", [4, 5])
+def test_remasked_samples_have_the_enumerated_distribution(table_model, remask, start, steps):
+    sampler = made("random", "linear", steps, remask=remask, eta=0.4)
+    tokens = sample_table(table_model, sampler, start)
+    inner = tokens[:, 1:4] - 4
+    assert (inner >= 0).all() and (start[0] == MASK or (inner[:, 0] == 1).all())
+    observed = np.bincount(inner @ [9, 3, 1], minlength=27)
+    expected = np.zeros(27)
+    for row, probability in remasked_samples(table_model, sampler, start).items():
+        expected[(np.array(row) - 4) @ [9, 3, 1]] = probability * len(tokens)
+    assert expected.sum() == pytest.approx(len(tokens))
+    assert chi_squared_p(observed, expected) > 0.001
+    plain = np.zeros(27)
+    for row, probability in enumerated_samples(table_model, made("random", "linear", steps),
+                                               start).items():
+        plain[(np.array(row) - 4) @ [9, 3, 1]] = probability * len(tokens)
+    assert abs(plain - expected).sum() > 0.02 * len(tokens)  # and it does something
 
 
 def test_temperature_zero_is_greedy(table_model):
@@ -350,9 +478,9 @@ def test_the_step_needs_no_fp64_on_the_device(network, monkeypatch):
                 assert result.dtype != torch.float64, function
             return result
     tokens = torch.full((2, 16), MASK)
-    for order in ("random", "confidence"):
+    for order in ORDERS:
         with NoDoubles(), torch.no_grad():
-            new, _ = UnmaskStep(network, order, 5, 0.9)(
+            new, _ = UnmaskStep(network, Sampler(order=order, top_k=5, top_p=0.9))(
                 tokens, torch.tensor([3, 4]), torch.tensor(0.7), torch.rand(2, 2, 16), 16, 4)
         assert (new != MASK).sum(1).tolist() == [3, 4]
 
@@ -373,9 +501,13 @@ def network():
     return random_model()
 
 
-@pytest.mark.parametrize("order", ["random", "confidence"])
-def test_a_story_does_not_depend_on_its_batch(network, order):
-    sampler = Sampler(order=order, steps=6, top_p=0.9)
+EVERY_KIND = [*(dict(order=order) for order in ORDERS), *(dict(pace=pace) for pace in PACES),
+              *(dict(remask=remask, eta=0.3) for remask in REMASKS[1:])]
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
+def test_a_story_does_not_depend_on_its_batch(network, kind):
+    sampler = Sampler(steps=6, top_p=0.9, gamma=3.0, threshold=0.05, **kind)
     rows = np.full((8, 32), MASK)
     rows[:, 0], rows[:, 20] = BOS, EOS
     rows[:, 21:] = PAD
@@ -390,13 +522,18 @@ def test_a_story_does_not_depend_on_its_batch(network, order):
     assert not np.array_equal(other.tokens, together.tokens)
 
 
-def test_known_tokens_stay_and_nothing_special_is_drawn(network):
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
+def test_known_tokens_stay_and_nothing_special_is_drawn(network, kind):
     rows = np.full((4, 16), MASK)
     rows[:, 0], rows[:, 15], rows[:, 5:8] = BOS, EOS, 9
     known = rows != MASK
-    for state in unmask(numpy_step(network, Sampler(steps=5)), rows, Sampler(steps=5)):
+    sampler, hidden_again = Sampler(steps=5, **kind), 0
+    for state in unmask(numpy_step(network, sampler), rows, sampler):
         assert np.array_equal(state.tokens[known], rows[known])
-        assert not state.uncovered[known].any()
+        assert not state.uncovered[known].any() and not state.hidden_again[known].any()
+        assert (state.tokens[state.hidden_again] == MASK).all()
+        hidden_again += state.hidden_again.sum()
+    assert (hidden_again > 0) == (sampler.remask != "none")
     assert (state.tokens[~known] > EOS).all()
     assert (rows == MASK).sum() == 4 * 11  # the caller's array was not touched
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_prep import load_meta
-from evaluate import diversity, entropy, main, words
+from evaluate import main
 from model import load_checkpoint
 
 
@@ -66,23 +66,12 @@ def test_default_output_stands_by_the_checkpoint(checkpoint, long_data_dir, monk
     (checkpoint.parent / "evaluation.json").unlink()
 
 
-def test_diversity_of_known_texts():
-    same = diversity(["the cat sat on the mat"] * 2, [[9, 10, 11, 12, 9, 13]] * 2)
-    assert same["distinct_1"] == 5 / 12 and same["distinct_2"] == 5 / 10
-    assert same["distinct_3"] == 4 / 8 and same["self_bleu"] == pytest.approx(100)
-    assert same["unigram_entropy"] == pytest.approx(
-        -(4 / 6 * math.log(1 / 6) + 2 / 6 * math.log(2 / 6)))
-    assert same["tokens_per_story"] == 6
-    other = diversity(["a dog ran far away", "birds sing in tall trees"], [[4, 5], [6, 7]])
-    assert other["distinct_1"] == 1 and other["self_bleu"] < 10
-    assert entropy([5, 5, 5]) == 0
-    assert words('"Don\'t," said Tom.') == ["don't", "said", "tom"]
-
-
 @pytest.mark.parametrize("argv, message", [
     (["--steps", "0"], "--steps 0"), (["--max_rows", "0"], "--max_rows"),
     (["--draws", "0"], "--draws"), (["--num_samples", "-1"], "--num_samples"),
     (["--num_samples", "1"], "self-BLEU"), (["--output", "nowhere/x.json"], "folder that exists"),
+    (["--sampling", "--num_samples", "0"], "--sampling"), (["--twin", "x.pt"], "--twin"),
+    (["--samplers", "best"], "--samplers 'best'"), (["--evaluations", "0"], "--evaluations"),
     (["--output", "."], "name a file"), (["--split", "test"], "--split")])
 def test_bad_input(checkpoint, long_data_dir, argv, message, fails):
     assert message in fails(main, "--checkpoint", checkpoint, "--data_dir", long_data_dir, *argv)

@@ -3,11 +3,23 @@ import pytest
 
 from cli import UserError
 from data_prep import BOS, EOS, MASK, PAD
-from sampler import Sampler, blank_story, draw_length, fill, plan, step_noise, unmask, unmask_rows
+from sampler import (
+    Sampler,
+    blank_story,
+    draw_length,
+    fill,
+    hitting_plan,
+    plan,
+    step_noise,
+    unmask,
+    unmask_rows,
+)
 
 
 @pytest.mark.parametrize("changes", [
     {"order": "best"}, {"pace": "fast"}, {"steps": 0}, {"steps": 10**14}, {"temperature": -1.0},
+    {"remask": "all"}, {"threshold": 0.0}, {"threshold": 1.1}, {"gamma": -1.0}, {"eta": 1.1},
+    {"remask": "remdm_cap", "pace": "threshold"}, {"remask": "corrector", "pace": "entropy_bound"},
     {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0},
     {"top_p": 1.1}])
 def test_nonsense_is_refused(changes):
@@ -17,7 +29,7 @@ def test_nonsense_is_refused(changes):
 
 def test_plans_uncover_everything():
     hidden = np.array([0, 1, 7, 100, 256])
-    for pace in ("cosine", "linear"):
+    for pace in ("cosine", "linear", "threshold"):
         for steps in (1, 2, 7, 64, 1000):
             counts = plan(hidden, steps, pace)
             assert counts.shape == (5, steps)
@@ -30,6 +42,35 @@ def test_plans_uncover_everything():
     assert cosine[0] < cosine[-1]
     left = 100 - cosine.cumsum()
     np.testing.assert_allclose(left, 100 * np.cos(np.pi / 2 * np.arange(1, 11) / 10), atol=1)
+
+
+def test_hitting_times_are_those_of_the_process():
+    """Each token falls into each of the K intervals alike, whatever its batch."""
+    hidden = np.full(3000, 4)
+    counts = hitting_plan(hidden, 5, 1, range(3000))
+    assert counts.shape == (3000, 5) and (counts.sum(1) == 4).all()
+    assert abs(counts.mean(0) - 0.8).max() < 0.06
+    assert counts.var() == pytest.approx(4 * 0.2 * 0.8, rel=0.1)  # binomial
+    assert np.array_equal(hitting_plan(hidden[:1], 5, 1, [7])[0], counts[7])
+    assert hitting_plan(np.array([6]), 10**6, 1, [0]).max() == 1
+
+
+def test_rows_with_nothing_to_uncover_do_not_reach_the_network():
+    calls = []
+    tokens = np.array([[BOS, MASK, MASK, MASK, EOS], [BOS, 9, MASK, 9, EOS], [BOS, 9, 9, 9, EOS]])
+    states = list(unmask(next_number(calls), tokens, Sampler(pace="linear", steps=3)))
+    assert [len(count) for count, _ in calls] == [2, 1, 1]
+    assert not (states[-1].tokens == MASK).any()
+
+
+def test_the_corrector_spends_every_second_evaluation():
+    calls = []
+    tokens = np.array([[BOS, *[MASK] * 8, EOS]])
+    sampler = Sampler(pace="linear", steps=8, remask="corrector", eta=0.5)
+    states = list(unmask(next_number(calls), tokens, sampler))
+    hidden = [int((state.tokens == MASK).sum()) for state in states]
+    assert [int(count[0]) for count, _ in calls] == [2, 1, 2, 2, 2, 3, 2, 4]
+    assert hidden == [8, 7, 6, 6, 4, 5, 2, 4, 0]
 
 
 def next_number(calls):

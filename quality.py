@@ -1,0 +1,297 @@
+"""How good stories are, and what each sampler gives for its cost. A library of evaluate.py.
+
+In `evaluate.py --sampling` every sampler makes as many stories as there are real ones beside them,
+of the same lengths. Quality is told by the autoregressive twin as a judge (generative perplexity),
+and beside it always by the diversity: perplexity also falls when stories become alike or repeat
+themselves, which entropy, distinct-n and self-BLEU show. The figures of the real stories are the
+mark to reach.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from autoregressive import Autoregressive, fill_from_the_left
+from cli import atomic_file
+from data_prep import EOS, MASK, PAD, bucket_batches, decode, pad_rows
+from diffusion import Corrupted, maskable, measure_nats, numpy_step, row_sums
+from model import device_of
+from sampler import ADAPTIVE_PACES, Sampler, State, blank_story, fill, unmask_rows
+
+GAP_STREAM = 7  # first number of a seed, see sampler.py
+EVALUATIONS = (4, 8, 16, 32, 64, 128, 256)
+THRESHOLDS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+GAMMAS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.2)
+SAMPLERS = {
+    "random": dict(),
+    "random, linear": dict(pace="linear"),
+    "random, first_hitting": dict(pace="first_hitting"),
+    "confidence": dict(order="confidence"),
+    "margin": dict(order="margin"),
+    "entropy": dict(order="entropy"),
+    "random, remdm_cap": dict(remask="remdm_cap", eta=0.05),
+    "random, remdm_rescale": dict(remask="remdm_rescale", eta=0.1),
+    "random, remdm_confidence": dict(remask="remdm_confidence", eta=0.1),
+    "random, corrector": dict(remask="corrector", eta=0.1),
+    "confidence, threshold": dict(order="confidence", pace="threshold"),
+    "entropy, entropy_bound": dict(order="entropy", pace="entropy_bound"),
+    "random, entropy_bound": dict(order="random", pace="entropy_bound"),
+}
+
+
+def settings(base: Sampler, name: str, evaluations: tuple[int, ...] = EVALUATIONS,
+             ) -> Iterator[Sampler]:
+    """The samplers of one line of the table: by steps, or by what an adaptive pace is bound by."""
+    sampler = dataclasses.replace(base, **SAMPLERS[name])
+    if sampler.pace not in ADAPTIVE_PACES:
+        for steps in evaluations:
+            yield dataclasses.replace(sampler, steps=steps)
+        return
+    field, values = (("threshold", THRESHOLDS) if sampler.pace == "threshold" else
+                     ("gamma", GAMMAS))
+    for value in values:
+        yield dataclasses.replace(sampler, steps=max(evaluations), **{field: value})
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:'\w+)?", text.lower())
+
+
+def diversity(texts: list[str], token_rows: list[list[int]]) -> dict:
+    """distinct-n and self-BLEU over words, unigram entropy over tokens.
+
+    distinct-n is the share of different n-grams among all n-grams of all texts (arXiv 1510.03055);
+    self-BLEU the mean BLEU of each text against all others (arXiv 1802.01886), 0 to 100, lower is
+    more diverse; unigram entropy the mean over texts of the entropy of their tokens, in nats.
+    """
+    from sacrebleu.metrics import BLEU
+    result = {}
+    for n in (1, 2, 3):
+        grams = [gram for text in texts for gram in zip(*(words(text)[i:] for i in range(n)),
+                                                        strict=False)]
+        result[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
+    bleu = BLEU(effective_order=True)
+    result["self_bleu"] = float(np.mean([
+        bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score
+        for i, text in enumerate(texts)]))
+    result["unigram_entropy"] = float(np.mean([entropy(row) for row in token_rows]))
+    result["tokens_per_story"] = float(np.mean([len(row) for row in token_rows]))
+    return result
+
+
+def entropy(ids: list[int]) -> float:
+    share = np.array(list(Counter(ids).values())) / max(1, len(ids))
+    return float(-(share * np.log(share)).sum())
+
+
+class Judge:
+    """The autoregressive twin, which tells how likely a story is."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def perplexity(self, rows: list[np.ndarray]) -> float:
+        """exp of the nats per token, the [EOS] included, over all of these rows."""
+        lengths = np.array([len(row) for row in rows])
+        batches = bucket_batches(lengths, 8192, merge=False)
+        bound = Autoregressive().nelbo(self.model, (pad_rows([rows[i] for i in part])
+                                                    for part in batches), numbers=batches)
+        return math.exp(bound.total_nats / (bound.n + 1).sum())
+
+
+def ends_properly(text: str) -> bool:
+    """Whether a story ends with the end of a sentence."""
+    return text.rstrip().rstrip("\"'\u201d\u2019").endswith((".", "!", "?"))
+
+
+def tell(model: torch.nn.Module, sampler: Sampler, lengths: list[int], seed: int,
+         ) -> tuple[list[np.ndarray], float, float]:
+    """Stories with these numbers of tokens, the mean number of network evaluations of a story, and
+    the seconds that they took."""
+    rows = [blank_story(length) for length in lengths]
+    filled, evaluations = list(rows), np.zeros(len(rows))
+    started = time.perf_counter()
+    for part, state in unmask_rows(numpy_step(model, sampler), rows, sampler, seed):
+        for i, number in enumerate(part):
+            filled[number] = state.tokens[i, :len(rows[number])]
+            evaluations[number] += changed(state, i)
+    return filled, float(evaluations.mean()), time.perf_counter() - started
+
+
+def changed(state: State, i: int) -> bool:
+    return bool(state.uncovered[i].any() or state.hidden_again[i].any())
+
+
+def figures(rows: list[np.ndarray], tokenizer, judge: Judge | None) -> dict:
+    ids = [[int(i) for i in row if i > EOS] for row in rows]
+    texts = [decode(tokenizer, row) for row in ids]
+    return {"generative_perplexity": judge.perplexity(rows) if judge else None,
+            **diversity(texts, ids),
+            "end_properly": float(np.mean([ends_properly(text) for text in texts]))}
+
+
+def measure(model: torch.nn.Module, base: Sampler, real: list[np.ndarray], tokenizer,
+            judge: Judge | None, seed: int, names: list[str],
+            evaluations: tuple[int, ...] = EVALUATIONS) -> dict:
+    """{"data": figures of the real rows, "samplers": one entry for every sampler and cost}."""
+    lengths = [len(row) - 2 for row in real]
+    lines = []
+    todo = [(name, sampler) for name in names for sampler in settings(base, name, evaluations)]
+    for name, sampler in tqdm(todo, desc="sampling", unit=" settings", leave=False, disable=None):
+        rows, cost, seconds = tell(model, sampler, lengths, seed)
+        lines.append({"name": name, "evaluations": cost, "seconds": seconds,
+                      "tokens_per_second": sum(lengths) / seconds,
+                      "sampler": {field.name: getattr(sampler, field.name)
+                                  for field in dataclasses.fields(Sampler)},
+                      **figures(rows, tokenizer, judge)})
+    return {"data": figures(real, tokenizer, judge), "samplers": lines}
+
+
+COLUMNS = (("gen. ppl", "generative_perplexity", ".1f"), ("entropy", "unigram_entropy", ".3f"),
+           ("distinct-1", "distinct_1", ".3f"), ("-2", "distinct_2", ".3f"),
+           ("-3", "distinct_3", ".3f"), ("self-BLEU", "self_bleu", ".1f"),
+           ("end", "end_properly", ".0%"), ("tokens/s", "tokens_per_second", ".0f"))
+
+
+def table(result: dict) -> str:
+    """Markdown, the real stories first."""
+    lines = ["| sampler | bound | evaluations | " + " | ".join(name for name, _, _ in COLUMNS)
+             + " |", "|---" * (len(COLUMNS) + 3) + "|"]
+    for line in [{"name": "real stories"} | result["data"], *result["samplers"]]:
+        pace = line.get("sampler", {}).get("pace")
+        bound = {"threshold": "threshold", "entropy_bound": "gamma"}.get(pace)
+        cells = [line["name"], f"{line['sampler'][bound]:g}" if bound else "",
+                 f"{line['evaluations']:.0f}" if "evaluations" in line else ""]
+        cells += ["" if line.get(key) is None else format(line[key], form)
+                  for _, key, form in COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    """Generative perplexity (without a judge self-BLEU) and unigram entropy against evaluations, a
+    line for every sampler."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    judged = result["data"]["generative_perplexity"] is not None
+    quality = (("generative_perplexity", "generative perplexity (lower is better)") if judged else
+               ("self_bleu", "self-BLEU"))
+    for axis, (key, title) in zip(axes, (quality, (
+            "unigram_entropy", "unigram entropy, nats (as high as the real stories')")),
+            strict=True):
+        for name in dict.fromkeys(line["name"] for line in result["samplers"]):
+            points = sorted((line["evaluations"], line[key]) for line in result["samplers"]
+                            if line["name"] == name)
+            axis.plot(*zip(*points, strict=True), marker=".", label=name)
+        axis.axhline(result["data"][key], color="black", linestyle=":", label="real stories")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("network evaluations a story")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log" if judged else "linear")
+    axes[1].legend(fontsize=8)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+# ---- infilling -----------------------------------------------------------------------------------
+
+SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"'\u201d\u2019]*\s*|[^.!?]+$")
+
+
+def middle_sentence(text: str) -> tuple[int, int] | None:
+    """Where the middle sentence of a text begins and ends, without the white space around it; None
+    for a text of fewer than three sentences."""
+    spans = [match.span() for match in SENTENCE.finditer(text) if match[0].strip()]
+    if len(spans) < 3:
+        return None
+    start, end = spans[len(spans) // 2]
+    inside = text[start:end]
+    return start + len(inside) - len(inside.lstrip()), start + len(inside.rstrip())
+
+
+def hide_middle(row: np.ndarray, tokenizer) -> np.ndarray | None:
+    """The row of a whole story with the tokens of its middle sentence hidden; None if it has none.
+
+    A token belongs to the sentence in which it ends, for a word brings the space before it.
+    """
+    pieces = [tokenizer.decode([int(i)]) for i in row[1:-1]]
+    text = "".join(pieces)
+    span = middle_sentence(text)
+    if span is None or text != decode(tokenizer, row[1:-1]):  # a letter cut in two by its bytes
+        return None
+    ends = np.cumsum([len(piece) for piece in pieces])
+    gap = (span[0] < ends) & (ends <= span[1])
+    hidden = row.copy()
+    hidden[1:-1][gap] = MASK
+    return hidden if gap.any() else None
+
+
+class GapOf:
+    """`hide` of diffusion.measure_nats for gaps: k of a gap's tokens, k uniform on 1..n."""
+
+    def __init__(self, gaps: list[np.ndarray], draws: int, seed: int):
+        self.gaps, self.draws, self.seed = gaps, draws, seed
+
+    def __call__(self, clean: torch.Tensor, numbers: np.ndarray):
+        for draw in range(self.draws):
+            masked = torch.zeros_like(clean, dtype=torch.bool)
+            k = torch.zeros(len(clean), dtype=torch.int64)
+            for i, number in enumerate(numbers):
+                rng = np.random.default_rng([GAP_STREAM, self.seed, number, draw])
+                positions = rng.permutation(np.flatnonzero(self.gaps[number] == MASK))
+                k[i] = int((draw + rng.random()) / self.draws * len(positions)) + 1
+                masked[i, positions[:k[i]]] = True
+            yield Corrupted(clean, clean.masked_fill(masked, MASK), masked, masked.float(),
+                            masked.sum(1) / maskable(clean).sum(1)), k
+
+
+def gap_nats(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray], draws: int,
+             seed: int) -> float:
+    """Nats per token of the gaps: the any-order bound given both sides, or for the twin the exact
+    -log p given the left side."""
+    total = 0.0
+    for number, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
+        clean = torch.from_numpy(row)[None]
+        hidden = torch.from_numpy(gap == MASK)[None]
+        size = int(hidden.sum())
+        if model.config.causal:
+            before = torch.nn.functional.pad(clean[:, :-1], (1, 0), value=PAD)
+            seen = Corrupted(clean, before, hidden, hidden.float(), torch.ones(1))
+            with torch.no_grad():
+                total += float(row_sums(model, seen, device_of(model))[0][0])
+        else:
+            bound = measure_nats(model, [row[None]], GapOf(gaps, draws, seed),
+                                 [np.array([number])])
+            total += size * float((bound.nats / bound.k).mean())
+    return total / sum(int((gap == MASK).sum()) for gap in gaps)
+
+
+def infilling(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray],
+              sampler: Sampler, tokenizer, draws: int, seed: int) -> dict:
+    """Exact match (share), BLEU (0 to 100) and nats/token of the filled gaps against the real."""
+    from sacrebleu.metrics import BLEU
+    if model.config.causal:
+        filled = [fill_from_the_left(model, gap[None], sampler.temperature, seed + i, False)[0]
+                  for i, gap in enumerate(gaps)]
+    else:
+        filled = fill(numpy_step(model, sampler), gaps, sampler, seed)
+    made, real = ([decode(tokenizer, row[gap == MASK]).strip()
+                   for row, gap in zip(group, gaps, strict=True)] for group in (filled, rows))
+    return {"exact_match": float(np.mean([a == b for a, b in zip(made, real, strict=True)])),
+            "bleu": BLEU().corpus_score(made, [real]).score,
+            "nats_per_token": gap_nats(model, rows, gaps, draws, seed),
+            "examples": [{"left": decode(tokenizer, row[:np.argmax(gap == MASK)]), "made": a,
+                          "real": b} for row, gap, a, b in zip(rows, gaps, made, real, strict=True)
+                         ][:10]}

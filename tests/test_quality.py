@@ -1,0 +1,173 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TableModel
+
+import train
+from data_prep import BOS, EOS, MASK, TokenRows, decode, load_tokenizer
+from evaluate import main
+from model import ModelConfig
+from quality import (
+    SAMPLERS,
+    Judge,
+    diversity,
+    ends_properly,
+    entropy,
+    gap_nats,
+    hide_middle,
+    middle_sentence,
+    settings,
+    table,
+    words,
+)
+from sampler import ADAPTIVE_PACES, Sampler
+
+
+def test_diversity_of_known_texts():
+    same = diversity(["the cat sat on the mat"] * 2, [[9, 10, 11, 12, 9, 13]] * 2)
+    assert same["distinct_1"] == 5 / 12 and same["distinct_2"] == 5 / 10
+    assert same["distinct_3"] == 4 / 8 and same["self_bleu"] == pytest.approx(100)
+    assert same["unigram_entropy"] == pytest.approx(
+        -(4 / 6 * math.log(1 / 6) + 2 / 6 * math.log(2 / 6)))
+    assert same["tokens_per_story"] == 6
+    other = diversity(["a dog ran far away", "birds sing in tall trees"], [[4, 5], [6, 7]])
+    assert other["distinct_1"] == 1 and other["self_bleu"] < 10
+    assert entropy([5, 5, 5]) == 0
+    assert words('"Don\'t," said Tom.') == ["don't", "said", "tom"]
+
+
+def test_a_proper_end_is_the_end_of_a_sentence():
+    for text in ("It was fun.", 'He said, "Yes!"', "What? ", "\u201cBye.\u201d\n"):
+        assert ends_properly(text)
+    for text in ("It was", "and so on,", "", '"'):
+        assert not ends_properly(text)
+
+
+def test_every_sampler_makes_sense_at_every_cost():
+    for name in SAMPLERS:
+        kinds = list(settings(Sampler(temperature=0.7), name, (4, 16)))
+        for sampler in kinds:
+            sampler.check()
+            assert sampler.temperature == 0.7
+        adaptive = kinds[0].pace in ADAPTIVE_PACES
+        assert len(set(kinds)) == len(kinds) == (6 if adaptive else 2)
+        assert {sampler.steps for sampler in kinds} == ({16} if adaptive else {4, 16})
+
+
+class Coin(torch.nn.Module):
+    """A twin that gives every one of 8 tokens the same probability, but token 4 twice as much."""
+
+    def hidden(self, tokens, t=None, context=None):
+        return torch.zeros(*tokens.shape, 1)
+
+    def scores(self, hidden, targets):
+        return -torch.where(targets == 4, 2 / 9, 1 / 9).log(), targets == 4
+
+
+def test_the_judge_counts_the_end_too():
+    rows = [np.array([BOS, 5, 6, EOS]), np.array([BOS, 4, EOS])]
+    nats = -(4 * math.log(1 / 9) + math.log(2 / 9))
+    assert Judge(Coin()).perplexity(rows) == pytest.approx(math.exp(nats / 5))
+
+
+@pytest.fixture(scope="module")
+def twin(long_data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twin")
+    train.Trainer(train.TrainConfig(
+        data_dir=str(long_data_dir), checkpoint_dir=str(folder), model_config="micro", max_steps=3,
+        batch_tokens=1024, precision="fp32", device="cpu", valid_every=3, valid_rows=4,
+        num_samples=0, objective="autoregressive")).run()
+    return folder / "best.pt"
+
+
+# ---- infilling -----------------------------------------------------------------------------------
+
+def test_the_middle_sentence():
+    text = 'Tom ran. He said, "Hi!" Then it rained... He slept.'
+    assert text[slice(*middle_sentence(text))] == "Then it rained..."
+    text = 'One day. "Go!" she said. End'
+    assert text[slice(*middle_sentence(text))] == "she said."
+    assert middle_sentence("One. Two.") is None and middle_sentence("") is None
+
+
+def test_hiding_the_middle_sentence_hides_its_tokens_and_no_more(long_data_dir):
+    tokenizer = load_tokenizer((long_data_dir / "tokenizer.json").read_text())
+    rows = TokenRows(long_data_dir, "val")
+    for i in range(len(rows)):
+        row = rows[i].astype(np.int64)
+        gap = hide_middle(row, tokenizer)
+        hidden = gap == MASK
+        assert np.array_equal(gap[~hidden], row[~hidden]) and 0 < hidden.sum() < len(row) - 2
+        positions = np.flatnonzero(hidden)
+        assert np.array_equal(positions, np.arange(positions[0], positions[-1] + 1))
+        whole = decode(tokenizer, row[1:-1])
+        assert decode(tokenizer, row[hidden]).strip() == whole[slice(*middle_sentence(whole))]
+
+
+def test_nats_of_a_gap_are_those_given_what_is_seen():
+    """A twin of known probabilities, and the enumerable network with one and two hidden tokens."""
+    coin = Coin()
+    coin.config = ModelConfig(causal=True)
+    rows = [np.array([BOS, 4, 5, 6, EOS])]
+    gaps = [np.array([BOS, MASK, MASK, 6, EOS])]
+    assert gap_nats(coin, rows, gaps, 1, 0) == pytest.approx(
+        -(math.log(2 / 9) + math.log(1 / 9)) / 2)
+    table = TableModel()
+    table.config = ModelConfig()
+    last = [np.array([BOS, 4, MASK, 6, EOS])]
+    first, second, both = (table.probabilities(seen) for seen in (
+        (MASK, 5, 6), (4, MASK, 6), (MASK, MASK, 6)))
+    assert gap_nats(table, rows, last, 1, 0) == pytest.approx(-math.log(second[1, 1]), rel=1e-5)
+    # two tokens: the mean over both orders
+    orders = [-math.log(both[0, 0] * second[1, 1]), -math.log(both[1, 1] * first[0, 0])]
+    assert gap_nats(table, rows, gaps, 4000, 0) == pytest.approx(sum(orders) / 4, rel=0.03)
+
+
+def test_infilling_of_both_sides(checkpoint, twin, long_data_dir, tmp_path, capsys):
+    target = tmp_path / "infilling.json"
+    main(["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--infilling",
+          "--num_samples", "4", "--steps", "3", "--twin", str(twin), "--output", str(target),
+          "--precision", "fp32", "--draws", "2"])
+    text, result = capsys.readouterr().out, json.loads(target.read_text())
+    assert set(result["arms"]) == {"this model", "left to right"} and result["stories"] == 4
+    for arm in result["arms"].values():
+        assert 0 <= arm["exact_match"] <= 1 and 0 <= arm["bleu"] <= 100
+        assert 2 < arm["nats_per_token"] < 7 and len(arm["examples"]) == 4
+        assert f"{arm['nats_per_token']:.3f}" in text
+        assert all(example["real"] for example in arm["examples"])
+
+
+# ---- the table of samplers -----------------------------------------------------------------------
+
+
+def test_the_table_of_samplers(checkpoint, twin, long_data_dir, tmp_path, capsys, fails):
+    target = tmp_path / "sampling.json"
+    argv = ["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--sampling",
+            "--num_samples", "3", "--evaluations", "2", "5", "--output", str(target), "--samplers",
+            "random", "random, corrector", "entropy, entropy_bound"]
+    main([*argv, "--twin", str(twin), "--precision", "fp32"])
+    text, result = capsys.readouterr().out, json.loads(target.read_text())
+    assert (tmp_path / "sampling_pareto.png").stat().st_size > 5000
+    assert table(result) in text and text.count("\n| ") == 2 + 2 + 2 + 6
+    lines = result["samplers"]
+    assert [line["evaluations"] for line in lines[:2]] == [2, 5]
+    assert all(line["evaluations"] <= 5 for line in lines)
+    # it is the lengths of the real stories that are filled
+    assert all(line["tokens_per_story"] == result["data"]["tokens_per_story"] for line in lines)
+    rows = TokenRows(long_data_dir, "val")
+    assert result["data"]["tokens_per_story"] <= rows.lengths.max() - 2
+    for figures in (result["data"], *lines):
+        assert 50 < figures["generative_perplexity"] < 3000
+        assert 0 <= figures["end_properly"] <= 1
+    assert result["data"]["end_properly"] == 1  # every made-up story ends with a full stop
+    # without a judge there is no perplexity, and everything else
+    main(argv)
+    result = json.loads(target.read_text())
+    assert result["data"]["generative_perplexity"] is None and "| real stories |  |  |  | " in (
+        capsys.readouterr().out)
+    assert "where one of the kind autoregressive is needed" in fails(main, *argv, "--twin",
+                                                                     checkpoint)
+    assert "it has no samplers" in fails(main, *argv, "--checkpoint", twin)
