@@ -14,8 +14,8 @@ Notable features of the DiffusionTransformer
   under rotary positions head 1 attends to the token before, head 2 to the one after, and so on. It
   costs nothing, any attention kernel works with it, and training may unlearn it (`neighbour_init`)
 - zero-initialised output projections: a new block is the identity
-- one matrix for embedding and vocabulary head; the ids that can never be predicted have probability 0 (SUBS, arXiv
-  2406.07524 section 3.2)
+- one matrix for embedding and vocabulary head (`tied_head`); the ids that can never be predicted
+  have probability 0 (SUBS, arXiv 2406.07524 section 3.2)
 - no time input by default: the number of [MASK] already tells it (arXiv 2406.03736);
   `time_conditioning="sinusoidal"` adds one
 - FP32 weights, computed in `precision`: "fp32", "bf16" or "fp16" (see `set_precision`)
