@@ -165,20 +165,32 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
+def dropout_factors(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
+    """0 with probability `dropout`, rounded to 256ths, else what keeps the mean; as `like` is.
+
+    Eight factors come from every random number: one for each, as torch draws them, would take a
+    third of a step on a CPU.
+    """
+    count = math.prod(shape)
+    words = torch.randint(-2**63, 2**63 - 1, (-(-count // 8),), device=like.device)
+    dropped = min(255, max(1, round(256 * dropout)))  # of the 256 values of a byte
+    kept = words.view(torch.uint8)[:count].view(shape) >= dropped
+    return kept.to(like.dtype).mul_(256 / (256 - dropped))
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.attention = Attention(config)
         self.up = Linear(config.width, config.mlp_ratio * config.width)
         self.down = Linear(config.mlp_ratio * config.width, config.width, std=0.0)
-        self.dropout = config.dropout
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self._drop(self.attention(rms_norm(x), cos, sin))
-        return x + self._drop(self.down(F.relu(self.up(rms_norm(x))).square()))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keep: Tensor | None = None) -> Tensor:
+        """`keep` (2, B, L, D) is dropout's factor for what attention and MLP add."""
+        y = self.attention(rms_norm(x), cos, sin)
+        x = x + (y if keep is None else y * keep[0])
+        y = self.down(F.relu(self.up(rms_norm(x))).square())
+        return x + (y if keep is None else y * keep[1])
 
 
 class DiffusionTransformer(nn.Module):
@@ -234,8 +246,11 @@ class DiffusionTransformer(nn.Module):
             x = x + self.time(self._time_features(t).to(x.dtype))[:, None]  # (B, 1, D)
         x = rms_norm(x)
         cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
-        for block in self.blocks:
-            x = block(x, cos, sin)
+        keep = [None] * len(self.blocks)
+        if self.config.dropout and self.training:
+            keep = dropout_factors((len(keep), 2, *x.shape), self.config.dropout, x)
+        for block, factors in zip(self.blocks, keep, strict=True):
+            x = block(x, cos, sin, factors)
         return rms_norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -359,8 +374,8 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", kind: str | Non
             f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
     missing = [key for key in CHECKPOINT_KEYS if key not in contents]
     require(not missing, f"{path} lacks {', '.join(missing)}: it was not written by train.py")
-    require(kind in (None, contents["kind"]), f"{path} holds a model of the kind "
-            f"{contents['kind']}, where one of the kind {kind} is needed")
+    require(kind in (None, contents["kind"]), f"{path}: {contents['kind']} model; "
+            f"what is needed here is of the kind: {kind} model")
     return contents
 
 

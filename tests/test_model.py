@@ -145,6 +145,22 @@ def test_tied_head_shares_its_matrix():
     assert untied.count_parameters()[1] == tied.count_parameters()[1]
 
 
+@pytest.mark.parametrize("dropout, share", [(0.25, 0.25), (0.1, 26 / 256), (1e-6, 1 / 256),
+                                            (0.9999, 255 / 256)])
+def test_dropout_drops_its_share_and_keeps_the_mean(dropout, share):
+    torch.manual_seed(0)
+    factors = model_module.dropout_factors((2, 3, 99, 101), dropout, torch.ones(1))
+    assert factors.shape == (2, 3, 99, 101) and factors.dtype == torch.float32
+    assert factors.unique().tolist() == [0.0, pytest.approx(1 / (1 - share))]
+    dropped = (factors == 0).float().flatten()
+    error = (share * (1 - share) / len(dropped)) ** 0.5
+    assert abs(dropped.mean() - share) < 4 * error
+    # neighbours know nothing of each other
+    for distance in (1, 7, 8, 101):
+        both = (dropped[distance:] * dropped[:-distance]).mean()
+        assert abs(both - share ** 2) < 6 * (share ** 2 / len(dropped)) ** 0.5
+
+
 def test_dropout_acts_only_in_training():
     model, tokens = random_model(dropout=0.5), random_tokens()
     assert torch.equal(model(tokens), model(tokens))

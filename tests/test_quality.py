@@ -168,6 +168,6 @@ def test_the_table_of_samplers(checkpoint, twin, long_data_dir, tmp_path, capsys
     result = json.loads(target.read_text())
     assert result["data"]["generative_perplexity"] is None and "| real stories |  |  |  | " in (
         capsys.readouterr().out)
-    assert "where one of the kind autoregressive is needed" in fails(main, *argv, "--twin",
+    assert "needed here is of the kind: autoregressive model" in fails(main, *argv, "--twin",
                                                                      checkpoint)
     assert "it has no samplers" in fails(main, *argv, "--checkpoint", twin)
