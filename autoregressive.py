@@ -20,6 +20,11 @@ from model import device_of
 from sampler import Sampler, blank_story, draw_length, fill, step_noise
 
 
+def before_each(tokens: Tensor) -> Tensor:
+    """What stands to the left of every token: (B, L) moved by one, [PAD] at the start."""
+    return F.pad(tokens[:, :-1], (1, 0), value=PAD)
+
+
 class Autoregressive:
     """Loss, likelihood and sampling of a causal model, with the interface of DiscreteDiffusion."""
 
@@ -27,9 +32,8 @@ class Autoregressive:
 
     def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Corrupted:
         """Input and targets of next-token prediction for rows (B, L); nothing is random."""
-        before = F.pad(tokens[:, :-1], (1, 0), value=PAD)  # (B, L)
         wanted = (tokens >= EOS)  # text and [EOS]; never [MASK] in training
-        return Corrupted(tokens, before, wanted, wanted.float() / wanted.sum(),
+        return Corrupted(tokens, before_each(tokens), wanted, wanted.float() / wanted.sum(),
                          torch.ones(len(tokens)))
 
     def loss(self, model: nn.Module, batch: Corrupted) -> Tensor:

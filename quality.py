@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive import Autoregressive, fill_from_the_left
+from autoregressive import Autoregressive, before_each, fill_from_the_left
 from cli import atomic_file
-from data_prep import EOS, MASK, PAD, bucket_batches, decode, pad_rows
+from data_prep import EOS, MASK, bucket_batches, decode, pad_rows
 from diffusion import Corrupted, maskable, measure_nats, numpy_step, row_sums
 from model import device_of
 from sampler import ADAPTIVE_PACES, Sampler, State, blank_story, fill, unmask_rows
@@ -238,44 +238,34 @@ def hide_middle(row: np.ndarray, tokenizer) -> np.ndarray | None:
     return hidden if gap.any() else None
 
 
-class GapOf:
-    """`hide` of diffusion.measure_nats for gaps: k of a gap's tokens, k uniform on 1..n."""
-
-    def __init__(self, gaps: list[np.ndarray], draws: int, seed: int):
-        self.gaps, self.draws, self.seed = gaps, draws, seed
-
-    def __call__(self, clean: torch.Tensor, numbers: np.ndarray):
-        for draw in range(self.draws):
-            masked = torch.zeros_like(clean, dtype=torch.bool)
-            k = torch.zeros(len(clean), dtype=torch.int64)
-            for i, number in enumerate(numbers):
-                rng = np.random.default_rng([GAP_STREAM, self.seed, number, draw])
-                positions = rng.permutation(np.flatnonzero(self.gaps[number] == MASK))
-                k[i] = int((draw + rng.random()) / self.draws * len(positions)) + 1
-                masked[i, positions[:k[i]]] = True
-            yield Corrupted(clean, clean.masked_fill(masked, MASK), masked, masked.float(),
-                            masked.sum(1) / maskable(clean).sum(1)), k
-
-
 def gap_nats(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray], draws: int,
              seed: int) -> float:
-    """Nats per token of the gaps: the any-order bound given both sides, or for the twin the exact
-    -log p given the left side."""
-    total = 0.0
+    """Nats per token of the gaps: the any-order bound given both sides, with the number of hidden
+    tokens stratified over the draws, or for the twin the exact -log p given the left side."""
+    device, nats, tokens = device_of(model), 0.0, 0
     for number, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
-        clean = torch.from_numpy(row)[None]
-        hidden = torch.from_numpy(gap == MASK)[None]
-        size = int(hidden.sum())
+        places = np.flatnonzero(gap == MASK)
+
+        def hide(clean: torch.Tensor, _, number=number, places=places):
+            for draw in range(draws):
+                rng = np.random.default_rng([GAP_STREAM, seed, number, draw])
+                k = int((draw + rng.random()) / draws * len(places)) + 1
+                masked = torch.zeros_like(clean, dtype=torch.bool)
+                masked[0, rng.permutation(places)[:k]] = True
+                yield Corrupted(clean, clean.masked_fill(masked, MASK), masked, masked.float(),
+                                masked.sum(1) / maskable(clean).sum(1)), torch.tensor([k])
+
         if model.config.causal:
-            before = torch.nn.functional.pad(clean[:, :-1], (1, 0), value=PAD)
-            seen = Corrupted(clean, before, hidden, hidden.float(), torch.ones(1))
+            clean = torch.from_numpy(row)[None]
+            hidden = torch.from_numpy(gap == MASK)[None]
+            seen = Corrupted(clean, before_each(clean), hidden, hidden.float(), torch.ones(1))
             with torch.no_grad():
-                total += float(row_sums(model, seen, device_of(model))[0][0])
+                nats += float(row_sums(model, seen, device)[0][0])
         else:
-            bound = measure_nats(model, [row[None]], GapOf(gaps, draws, seed),
-                                 [np.array([number])])
-            total += size * float((bound.nats / bound.k).mean())
-    return total / sum(int((gap == MASK).sum()) for gap in gaps)
+            bound = measure_nats(model, [row[None]], hide)
+            nats += len(places) * float((bound.nats / bound.k).mean())
+        tokens += len(places)
+    return nats / tokens
 
 
 def infilling(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray],
