@@ -160,6 +160,8 @@ class Textbook(nn.Module):
         self.layers = nn.TransformerEncoder(layer, size.layers, nn.LayerNorm(size.width),
                                             enable_nested_tensor=False)
         self.head = nn.Linear(size.width, config.vocab_size, bias=False)
+        self.head.weight = self.tokens.weight  # one matrix for both, as in this project's model
+        nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)

@@ -159,7 +159,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
 # again. At 1.0, 0.6, 0.5, 0.4 and 0 a step of the small model (16 x 256 tokens, one thread of a
 # Zen 4) had its peak at 1.34, 1.16, 1.10, 1.08 and 0.97 GB; 1.0 and 0.6 took equally long, 0.4 a
 # twentieth more.
-MEMORY_BUDGET = 0.6
+MEMORY_BUDGET = 0.5
 
 
 def compile_blocks(model: DiffusionTransformer, device: torch.device, length: int) -> str | None:
