@@ -333,8 +333,10 @@ def main(argv: list[str] | None = None) -> None:
                                          formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("benchmark", choices=list(names))
         parser.parse_args(argv[:1])
-    config, _ = parse(names[argv[0]], __doc__, argv[1:])
+    config, given = parse(names[argv[0]], __doc__, argv[1:])
     config.check()
+    if isinstance(config, Sampler):
+        config.check_used(given)
     if config.json:
         check_writable(Path(config.json).parent, "--json")
     result = run_benchmark(config)

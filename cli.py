@@ -82,6 +82,12 @@ def parse(cls: type[Config], doc: str | None, argv: Sequence[str] | None = None,
     return cls(**given), set(given)
 
 
+def preset(config: Config, values: dict[str, Any], given: set[str]) -> Config:
+    """`config` with `values` in the fields that were not given on the command line."""
+    return dataclasses.replace(config, **{  # type: ignore[type-var]
+        name: value for name, value in values.items() if name not in given})
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a mistake of the user ends in one line on stderr, not a traceback."""
     for stream in (sys.stdout, sys.stderr):

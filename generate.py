@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from cli import check_writable, flag, parse, require, run
+from cli import check_writable, flag, parse, preset, require, run
 from data_prep import BOS, EOS, MASK, decode
-from sampler import Sampler, Step, blank_story, draw_length, unmask_rows
+from sampler import PRESETS, Sampler, Step, blank_story, draw_length, unmask_rows
 from viewer import TRACE_FORMATS, Trace
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ GAP = re.compile(r"\[MASK(?::([^\]]*))?\]")
 class GenerateConfig(Sampler):
     temperature: float = flag(0.8, "0 is greedy, 1 the model's own distribution")
     checkpoint: str | None = flag(None, "checkpoint to use (default: the newest */best.pt)")
+    preset: str | None = flag(None, "a sampler chosen from the README's table: fast, balanced or "
+                                    "best; flags beside it change it", tuple(PRESETS))
     num_samples: int = flag(3, "stories to make")
     prompt: str | None = flag(None, "how the story begins")
     infill: str | None = flag(None, "a text with gaps: [MASK:n] hides n tokens")
@@ -127,8 +129,11 @@ def text_with_gaps(tokenizer: "Tokenizer", row: np.ndarray) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = parse(GenerateConfig, __doc__, argv)
+    config, given = parse(GenerateConfig, __doc__, argv)
+    if config.preset:
+        config = preset(config, PRESETS[config.preset], given)
     config.check()
+    config.check_used(given)
     # torch is needed from here on, not for --help or a mistyped flag
     from diffusion import numpy_step
     from model import (

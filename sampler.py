@@ -27,6 +27,9 @@ ADAPTIVE_PACES = ("threshold", "entropy_bound")
 PACES = PLANNED_PACES + ADAPTIVE_PACES
 REMASKS = ("none", "remdm_cap", "remdm_rescale", "remdm_confidence", "corrector")
 MAX_STEPS = 100_000
+# `generate.py --preset`, chosen from the README's table of samplers
+PRESETS = {"fast": dict(steps=16, temperature=0.8), "balanced": dict(steps=32, temperature=0.9),
+           "best": dict(steps=128, remask="remdm_cap", eta=0.02)}
 # First numbers of the seeds, so that no two uses of randomness share a stream. (3 and 4 are those
 # of the evaluation masks in diffusion.py.)
 LENGTH_STREAM, NOISE_STREAM, HITTING_STREAM, REMASK_STREAM = 1, 2, 5, 6
@@ -75,6 +78,14 @@ class Sampler:
                 f"--temperature {self.temperature}: must be 0 (greedy) or more")
         require(self.top_k >= 0, f"--top_k {self.top_k}: must be 0 (off) or more")
         require(0 < self.top_p <= 1, f"--top_p {self.top_p}: must lie in (0, 1]")
+
+    def check_used(self, given: set[str]) -> None:
+        """Refuses flags that were given and would change nothing."""
+        for name, used, by in (("threshold", self.pace == "threshold", "--pace threshold"),
+                               ("gamma", self.pace == "entropy_bound", "--pace entropy_bound"),
+                               ("eta", self.remask != "none", "a --remask other than none")):
+            require(used or name not in given, f"--{name} belongs to {by}: add it, or leave "
+                                               f"--{name} out")
 
 
 @dataclass(frozen=True)

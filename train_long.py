@@ -21,7 +21,7 @@ from pathlib import Path
 import data_prep
 import evaluate
 from autoregressive import tell_stories
-from cli import UserError, atomic_file, check_writable, parse, require, run
+from cli import UserError, atomic_file, check_writable, parse, preset, require, run
 from data_prep import decode, load_meta
 from metrics import MetricsLog, machine
 from model import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
@@ -69,9 +69,8 @@ class LongRun:
             require(config.overwrite or not (self.folder / "last.pt").exists(),
                     f"{self.folder} holds a run of train.py: name another --checkpoint_dir, or "
                     "give --overwrite")
-            preset = {name: value for name, value in PRESETS[config.preset].items()
-                      if name not in given and not (name == "minutes" and "max_steps" in given)}
-            config = dataclasses.replace(config, **preset)
+            settled = given | ({"minutes"} if "max_steps" in given else set())
+            config = preset(config, PRESETS[config.preset], settled)
         if config.data_dir is None:
             config.data_dir = str(self.folder / "data")
         return config

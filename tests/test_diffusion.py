@@ -16,6 +16,7 @@ from diffusion import (
     DiscreteDiffusion,
     Nelbo,
     UnmaskStep,
+    draw,
     draw_exactly,
     keep_likeliest,
     numpy_step,
@@ -448,6 +449,29 @@ def test_draws_are_exact_at_the_edges():
     # a token of probability 1e-9 is drawn when its turn comes; FP32 noise would never reach it
     logits = torch.tensor([[0.0, math.log(1e-9)]])
     assert draw_exactly(logits, torch.tensor([1 - 1e-10], dtype=torch.float64)).item() == 1
+
+
+def test_many_steps_of_any_random_pace_are_the_process_itself(table_model):
+    """One token at a time in random order, whatever the pace: the mean over all orders."""
+    exact = enumerated_samples(table_model, made("random", "linear", 3))
+    for sampler in (made("random", "first_hitting", 400), made("random", "linear", 400),
+                    made("random", "cosine", 400)):
+        inner = sample_table(table_model, sampler)[:, 1:4]
+        observed = Counter(map(tuple, inner.tolist()))
+        p = chi_squared_p(*(np.array([count[row] for row in all_rows()]) for count in (
+            observed, {row: value * len(inner) for row, value in exact.items()})))
+        assert p > 0.001, sampler
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=str)
+def test_draws_of_either_precision_have_the_distribution(precision):
+    """Uniforms of FP32 are what MPS has; logits may be of either precision too."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(40, generator=generator, dtype=precision)
+    uniform = torch.rand(40_000, generator=generator, dtype=precision)
+    drawn = draw(logits.expand(len(uniform), -1), uniform, torch.tensor(1.0))
+    expected = (logits.double().softmax(-1) * len(uniform)).numpy()
+    assert chi_squared_p(np.bincount(drawn, minlength=40), expected) > 0.001
 
 
 def test_top_p_keeps_the_token_that_crosses():

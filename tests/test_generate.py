@@ -10,7 +10,7 @@ from data_prep import BOS, EOS, MASK, decode
 from diffusion import DiscreteDiffusion
 from generate import GAP, infill_row, main, text_with_gaps
 from model import DiffusionTransformer, ModelConfig, load_checkpoint, tokenizer_from_checkpoint
-from sampler import Sampler
+from sampler import PRESETS, Sampler
 
 
 @pytest.fixture
@@ -107,6 +107,17 @@ def test_options_reach_the_sampler(call):
     assert greedy[0]["tokens"] == greedy[1]["tokens"]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_what_its_flags_are(name, checkpoint, capsys):
+    def told(*argv: str) -> list[dict]:
+        main(["--checkpoint", str(checkpoint), "--json", "--length", "20", *argv])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    flags = [part for key, value in PRESETS[name].items() for part in (f"--{key}", str(value))]
+    assert told("--preset", name) == told(*flags) != told()
+    # a flag beside it counts
+    assert [row["nfe"] for row in told("--preset", name, "--steps", "1")] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--infill", "Tom had a [MASK:0]."], "[MASK:0]"), (["--infill", "[MASK:-2]"], "[MASK:-2]"),
     (["--infill", "[MASK:many]"], "[MASK:many]"), (["--infill", "[MASK:]"], "[MASK:]"),
@@ -119,6 +130,8 @@ def test_options_reach_the_sampler(call):
     (["--order", "best"], "confidence"), (["--top_p", "0"], "--top_p"),
     (["--seed", "-1"], "--seed"), (["--seed", str(2**64)], "--seed"),
     (["--infill", f"[MASK:{'9' * 5000}]"], "[MASK:"), (["--prompt", "\udcff"], "Unicode"),
+    (["--gamma", "0.3"], "--pace entropy_bound"), (["--eta", "0.3"], "--remask"),
+    (["--pace", "linear", "--threshold", "0.5"], "--pace threshold"),
     (["--device", "toaster"], "--device"), (["--temperature", "-1"], "--temperature")])
 def test_bad_input(checkpoint, argv, message, fails):
     assert message in fails(main, "--checkpoint", checkpoint, *argv)
