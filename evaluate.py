@@ -216,7 +216,7 @@ def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, targe
         json.dump(result, file, indent=1)
     quality.plot(result, target.with_name("sampling_pareto.png"))
     print(f"{len(real)} stories of the lengths of real ones, temperature {config.temperature:g}, "
-          f"seed {config.seed}\n\n{quality.table(result)}\n\nwrote {target}")
+          f"seed {config.seed}\n\n{quality.table(result)}\n\n{quality.NOTE}\n\nwrote {target}")
 
 
 def open_twin(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,

@@ -34,6 +34,8 @@ SAMPLERS = {
     "random": dict(),
     "random, linear": dict(pace="linear"),
     "random, first_hitting": dict(pace="first_hitting"),
+    "random, temperature 0.8": dict(temperature=0.8),
+    "random, top_p 0.9": dict(top_p=0.9),
     "confidence": dict(order="confidence"),
     "margin": dict(order="margin"),
     "entropy": dict(order="entropy"),
@@ -159,10 +161,14 @@ COLUMNS = (("gen. ppl", "generative_perplexity", ".1f"), ("entropy", "unigram_en
            ("distinct-1", "distinct_1", ".3f"), ("-2", "distinct_2", ".3f"),
            ("-3", "distinct_3", ".3f"), ("self-BLEU", "self_bleu", ".1f"),
            ("end", "end_properly", ".0%"), ("tokens/s", "tokens_per_second", ".0f"))
+ENTROPY_SHARE = 0.97  # of the real stories': below it a story repeats itself
+NOTE = (f"↓: less than {ENTROPY_SHARE:.0%} of the real stories' entropy. A low perplexity beside it "
+        "is bought with repetition: it does not make a better sampler.")
 
 
 def table(result: dict) -> str:
-    """Markdown, the real stories first."""
+    """Markdown, the real stories first; a low entropy is marked as `NOTE` says."""
+    enough = ENTROPY_SHARE * result["data"]["unigram_entropy"]
     lines = ["| sampler | bound | evaluations | " + " | ".join(name for name, _, _ in COLUMNS)
              + " |", "|---" * (len(COLUMNS) + 3) + "|"]
     for line in [{"name": "real stories"} | result["data"], *result["samplers"]]:
@@ -171,6 +177,7 @@ def table(result: dict) -> str:
         cells = [line["name"], f"{line['sampler'][bound]:g}" if bound else "",
                  f"{line['evaluations']:.0f}" if "evaluations" in line else ""]
         cells += ["" if line.get(key) is None else format(line[key], form)
+                  + " ↓" * (key == "unigram_entropy" and line[key] < enough)
                   for _, key, form in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from data_prep import BOS, EOS, MASK, TokenRows, decode, load_tokenizer
 from evaluate import main
 from model import ModelConfig
 from quality import (
+    COLUMNS,
     SAMPLERS,
     Judge,
     diversity,
@@ -51,7 +52,7 @@ def test_every_sampler_makes_sense_at_every_cost():
         kinds = list(settings(Sampler(temperature=0.7), name, (4, 16)))
         for sampler in kinds:
             sampler.check()
-            assert sampler.temperature == 0.7
+            assert sampler.temperature == SAMPLERS[name].get("temperature", 0.7)
         adaptive = kinds[0].pace in ADAPTIVE_PACES
         assert len(set(kinds)) == len(kinds) == (6 if adaptive else 2)
         assert {sampler.steps for sampler in kinds} == ({16} if adaptive else {4, 16})
@@ -141,6 +142,14 @@ def test_infilling_of_both_sides(checkpoint, twin, long_data_dir, tmp_path, caps
 
 
 # ---- the table of samplers -----------------------------------------------------------------------
+
+def test_a_low_entropy_is_named():
+    figures = {key: 1.0 for _, key, _ in COLUMNS}
+    lines = [{"name": name, "evaluations": 4, "sampler": {"pace": "linear"},
+              **figures, "unigram_entropy": entropy}
+             for name, entropy in (("varied", 0.975), ("alike", 0.965))]
+    text = table({"data": figures, "samplers": lines}).splitlines()
+    assert ["↓" in line for line in text] == [False, False, False, False, True]
 
 
 def test_the_table_of_samplers(checkpoint, twin, long_data_dir, tmp_path, capsys, fails):
