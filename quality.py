@@ -162,8 +162,8 @@ COLUMNS = (("gen. ppl", "generative_perplexity", ".1f"), ("entropy", "unigram_en
            ("-3", "distinct_3", ".3f"), ("self-BLEU", "self_bleu", ".1f"),
            ("end", "end_properly", ".0%"), ("tokens/s", "tokens_per_second", ".0f"))
 ENTROPY_SHARE = 0.97  # of the real stories': below it a story repeats itself
-NOTE = (f"↓: less than {ENTROPY_SHARE:.0%} of the real stories' entropy. A low perplexity beside it "
-        "is bought with repetition: it does not make a better sampler.")
+NOTE = (f"↓: less than {ENTROPY_SHARE:.0%} of the real stories' entropy. A low perplexity beside "
+        "it is bought with repetition: it does not make a better sampler.")
 
 
 def table(result: dict) -> str:
