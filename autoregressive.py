@@ -65,9 +65,10 @@ class Autoregressive:
 
 
 @torch.no_grad()
-def fill_from_the_left(model: nn.Module, rows: np.ndarray, temperature: float = 1.0, seed: int = 0,
+def fill_from_the_left(model: nn.Module, rows: np.ndarray, sampler: Sampler, seed: int = 0,
                        may_end: bool = True) -> np.ndarray:
-    """Draws every [MASK] of the rows (B, L), each from what stands to its left.
+    """Draws every [MASK] of the rows (B, L), each from what stands to its left, at the sampler's
+    temperature, top-k and top-p.
 
     Where an [EOS] is drawn (only with `may_end`) the row ends: the rest of it becomes [PAD]. The
     row up to there goes through the network for every token: this is for looking at a twin, not for
@@ -85,7 +86,8 @@ def fill_from_the_left(model: nn.Module, rows: np.ndarray, temperature: float = 
         if not may_end:
             logits[:, EOS] = -torch.inf
         uniform = torch.tensor([step_noise(seed, int(row), i, 1)[1, 0] for row in wanted])
-        drawn = draw(logits, uniform.to(device), torch.tensor(temperature, device=device)).cpu()
+        drawn = draw(logits, uniform.to(device), torch.tensor(sampler.temperature, device=device),
+                     sampler.top_k, sampler.top_p).cpu()
         rows[wanted, i] = drawn
         ended[wanted] = drawn == EOS
         if ended.all():
@@ -94,12 +96,12 @@ def fill_from_the_left(model: nn.Module, rows: np.ndarray, temperature: float = 
     return rows.numpy()
 
 
-def write_stories(model: nn.Module, count: int, max_len: int, temperature: float = 1.0,
-                  seed: int = 0) -> list[np.ndarray]:
+def write_stories(model: nn.Module, count: int, max_len: int, sampler: Sampler, seed: int = 0,
+                  ) -> list[np.ndarray]:
     """`count` rows [BOS] story, with [EOS] where the model ended it, at most `max_len` long."""
     rows = np.full((count, max_len), MASK)
     rows[:, 0] = BOS
-    return [row[row != PAD] for row in fill_from_the_left(model, rows, temperature, seed)]
+    return [row[row != PAD] for row in fill_from_the_left(model, rows, sampler, seed)]
 
 
 def tell_stories(model: nn.Module, histogram: dict, sampler: Sampler, count: int, seed: int,
@@ -108,6 +110,6 @@ def tell_stories(model: nn.Module, histogram: dict, sampler: Sampler, count: int
     length histogram of meta.json; the twin ends its stories itself, and knows no order or steps."""
     longest = model.config.max_len
     if model.config.causal:
-        return write_stories(model, count, longest, sampler.temperature, seed)
+        return write_stories(model, count, longest, sampler, seed)
     rows = [blank_story(draw_length(histogram, seed, i) or longest - 2) for i in range(count)]
     return fill(numpy_step(model, sampler), rows, sampler, seed)

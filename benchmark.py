@@ -10,9 +10,9 @@ on hidden positions only, Muon, the average of the weights; compiled and eager) 
 step: torch's TransformerEncoder in FP32 with AdamW and logits for every position.
 
 `sample` times the filling of whole rows by one and the same network in the chosen precision: by
-this project's sampler (positions first, tokens drawn only there) and by a textbook one (logits and
-noise for every position in every step). Random weights do for a planned pace; an adaptive one needs
-a checkpoint.
+this project's sampler (positions first, tokens drawn only there) and by a textbook one (ancestral,
+whatever the flags: logits and noise for every position in every step). Random weights do for a
+planned pace; an adaptive one needs a checkpoint.
 
 Both print medians of wall-clock and process CPU-seconds (all threads), their ratio to the textbook,
 tokens per second and per CPU-second, and the peak memory of a process that runs this arm alone;
@@ -101,8 +101,9 @@ class TrainBenchmark(Benchmark):
         work = train_flops(model, self.batch, self.seq_len, hidden)
         for name, arm in arms.items():
             arm["mfu"] = None if name == "textbook" else work / arm["seconds"] / peak
-        return {"what": f"{self.batch} x {self.seq_len} tokens, {hidden} of them hidden, "
-                        f"{work / 1e12:.3f} TFLOP; textbook in fp32", "step_flops": work}
+        return {"what": f"{self.model_config}, {self.batch} x {self.seq_len} tokens, {hidden} of "
+                        f"them hidden, {work / 1e12:.3f} TFLOP; textbook in fp32",
+                "step_flops": work}
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,19 @@ class SampleBenchmark(Benchmark, Sampler):
 
     def model(self) -> nn.Module:
         if self.checkpoint:
-            return model_from_checkpoint(load_checkpoint(self.checkpoint))
+            model = model_from_checkpoint(load_checkpoint(self.checkpoint))
+            require(self.seq_len <= model.config.max_len, f"--seq_len {self.seq_len}: rows of "
+                    f"{self.checkpoint} have at most {model.config.max_len} tokens")
+            return model
         torch.manual_seed(0)
         return create_model(self.model_config, self.vocab_size, max_len=self.seq_len).eval()
 
     def describe(self, peak: float, arms: dict) -> dict:
-        return {"what": f"{self.batch} x {self.seq_len - 2} tokens, {self.order} order, "
-                        f"{self.pace} pace, at most {self.steps} steps, temperature "
-                        f"{self.temperature:g}, " + (self.checkpoint or "random weights")}
+        return {"what": (self.checkpoint or f"{self.model_config}, random weights") +
+                        f", {self.batch} x {self.seq_len - 2} tokens, {self.order} order, "
+                        f"{self.pace} pace, remask {self.remask}, at most {self.steps} steps, "
+                        f"temperature {self.temperature:g}, top_k {self.top_k}, top_p "
+                        f"{self.top_p:g}"}
 
 
 class Textbook(nn.Module):
@@ -185,8 +191,8 @@ def textbook_step(config: TrainBenchmark, device: torch.device) -> Callable[[], 
 
     def step() -> dict:
         logits = model(batch.noisy)  # (B, L, V)
-        loss = F.cross_entropy(logits.transpose(1, 2), batch.tokens, reduction="none")
-        (loss * batch.masked).sum().div(batch.masked.sum()).backward()
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none")
+        (loss * batch.masked.flatten()).sum().div(batch.masked.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -312,7 +318,7 @@ COLUMNS = (("s", "seconds", ".3f"), ("CPU-s", "cpu_seconds", ".3f"),
 
 
 def report(result: dict) -> None:
-    print(f"{result['config']['model_config']}, {result['what']}; {result['precision']}; "
+    print(f"{result['what']}; {result['precision']}; "
           f"{result['machine']}, torch {torch.__version__}; matrix products reach "
           f"{result['peak_flops'] / 1e12:.2f} TFLOP/s in {result['precision']}\n")
     columns = [column for column in COLUMNS
@@ -335,8 +341,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.parse_args(argv[:1])
     config, given = parse(names[argv[0]], __doc__, argv[1:])
     config.check()
-    if isinstance(config, Sampler):
+    if isinstance(config, SampleBenchmark):
         config.check_used(given)
+        unused = sorted({"model_config", "vocab_size"} & given) if config.checkpoint else []
+        require(not unused, f"--{' --'.join(unused)}: the --checkpoint has its own; leave it out")
     if config.json:
         check_writable(Path(config.json).parent, "--json")
     result = run_benchmark(config)

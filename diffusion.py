@@ -379,13 +379,17 @@ class UnmaskStep(nn.Module):
             chosen = best_first(score, most_hidden if adaptive else most_count)  # (B, C)
             positions, logits = candidates.gather(1, chosen), take(every, chosen)
             sure = self.sure(logits) if adaptive else None
+        wanted = torch.arange(positions.shape[1], device=tokens.device) < count[:, None]  # (B, C)
+        if sure is not None:
+            wanted = (wanted | sure) & masked.gather(1, positions)
+            if not torch.compiler.is_exporting():  # a graph's shapes are fixed; else draw no more
+                places = torch.arange(wanted.shape[1], device=tokens.device)
+                needed = int((wanted.any(0) * places).max()) + 1
+                positions, logits, wanted = (x[:, :needed] for x in (positions, logits, wanted))
         # 2. Draw their tokens and write them where the row still has some to uncover.
         drawn = draw(logits, noise[:, 1].gather(1, positions), temperature, sampler.top_k,
                      sampler.top_p)
         probability = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]  # (B, C)
-        wanted = torch.arange(positions.shape[1], device=tokens.device) < count[:, None]  # (B, C)
-        if sure is not None:
-            wanted = (wanted | sure) & masked.gather(1, positions)
         drawn = torch.where(wanted, drawn, tokens.gather(1, positions))
         new = tokens.scatter(1, positions, drawn)
         confidence = torch.zeros_like(tokens, dtype=torch.float32)

@@ -9,9 +9,10 @@ Prints a table and writes evaluation.json beside the checkpoint:
   its standard error, and masked cross-entropy and accuracy by mask ratio
 - distinct-1/2/3, self-BLEU and unigram entropy of samples, beside those of real stories
 With --sampling it compares the samplers instead, at each number of network evaluations: a table,
-sampling.json and sampling_pareto.png (see quality.py). It shows its progress; --max_rows and
---num_samples make it shorter. The autoregressive twin is scored on the same bytes, exactly: its
-"NELBO" is the negative log-likelihood.
+sampling.json and sampling_pareto.png (see quality.py). With --infilling it fills in the middle
+sentence of real stories: exact match, BLEU, nats/token and infilling.json. It shows its progress;
+--max_rows and --num_samples make it shorter. The autoregressive twin is scored on the same bytes,
+exactly: its "NELBO" is the negative log-likelihood.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ from model import (
     tokenizer_from_checkpoint,
 )
 from quality import diversity
-from sampler import Sampler, blank_story, fill
+from sampler import MAX_STEPS, Sampler, blank_story, fill
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class EvaluateConfig(Sampler):
     data_dir: str | None = flag(None, "data folder with the held-out stories (default: the one "
                                       "that the checkpoint was trained on)")
     split: str = flag("val", "val or train", ("val", "train"))
-    max_rows: int | None = flag(None, "score only the first rows of the split")
+    max_rows: int | None = flag(None, "score only so many rows, evenly spread over the "
+                                     "split")
     draws: int = flag(4, "masks drawn for every row")
     num_samples: int = flag(64, "stories generated and compared with as many real ones, 0 for none")
     sampling: bool = flag(False, "compare samplers instead")
@@ -82,7 +84,8 @@ class EvaluateConfig(Sampler):
         for name in self.samplers:
             require(name in quality.SAMPLERS, f"--samplers {name!r}: choose from "
                                               + ", ".join(map(repr, quality.SAMPLERS)))
-        require(min(self.evaluations) >= 1, "--evaluations: must be at least 1")
+        require(1 <= min(self.evaluations) and max(self.evaluations) <= MAX_STEPS,
+                f"--evaluations: must be from 1 to {MAX_STEPS}")
 
 
 def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.ndarray) -> dict:
@@ -107,8 +110,7 @@ def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenR
     (but for the twin's, which end where it ends them)."""
     real = [rows[i] for i in stories]
     if model.config.causal:
-        made = write_stories(model, len(real), model.config.max_len, config.temperature,
-                             config.seed)
+        made = write_stories(model, len(real), model.config.max_len, config, config.seed)
     else:
         made = fill(numpy_step(model, config), [blank_story(len(row) - 2) for row in real], config,
                     config.seed)
@@ -149,13 +151,14 @@ def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
     precision = {value: key for key, value in PRECISIONS.items()}[model.compute_dtype]
     stories = choose_stories(config, rows)
     count = min(len(rows), config.max_rows or len(rows))
-    batches = bucket_batches(rows.lengths[:count], 8192, merge=False)
+    chosen = np.arange(count) * len(rows) // count
+    batches = bucket_batches(rows.lengths, 8192, chosen, merge=False)
     bar = tqdm(batches, desc="scoring", unit=" batches", leave=False, disable=None)
     process = Autoregressive() if model.config.causal else DiscreteDiffusion()
     bound = process.nelbo(model, map(rows.batch, bar), config.seed, config.draws, numbers=batches)
     how = ("exact likelihood, left to right, [EOS] predicted" if model.config.causal else
            f"any-order NELBO, mask count stratified over 1..n, {config.draws} masks a row")
-    scored = [rows[i] for i in range(count)]
+    scored = [rows[i] for i in chosen]
     weights = "EMA weights" if checkpoint.get("ema") is not None else "last weights"
     result = {
         "checkpoint": str(path), "kind": checkpoint["kind"], "step": checkpoint.get("step"),
@@ -203,20 +206,22 @@ def report(result: dict) -> None:
 
 
 def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
-    """The table of samplers; writes `target` and sampling_pareto.png beside it."""
+    """The table of samplers; writes `target` and a plot beside it."""
     require(checkpoint["kind"] == "diffusion", f"{path} is autoregressive: it has no samplers")
     model, rows, tokenizer = open_model(config, path, checkpoint)
     twin = open_twin(config, model, rows)
     real = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
+    require(len(real) > 1, f"{rows.data_dir}: --sampling needs two stories that fit into a row")
     result = {"checkpoint": str(path), "judge": config.twin, "stories": len(real),
               "config": dataclasses.asdict(config),
               **quality.measure(model, config, real, tokenizer, twin and quality.Judge(twin),
                                 config.seed, config.samplers, tuple(config.evaluations))}
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
-    quality.plot(result, target.with_name("sampling_pareto.png"))
+    quality.plot(result, target.with_name(target.stem + "_pareto.png"))
     print(f"{len(real)} stories of the lengths of real ones, temperature {config.temperature:g}, "
-          f"seed {config.seed}\n\n{quality.table(result)}\n\n{quality.NOTE}\n\nwrote {target}")
+          f"top_k {config.top_k}, top_p {config.top_p:g}, seed {config.seed}\n\n"
+          f"{quality.table(result)}\n\n{quality.NOTE}\n\nwrote {target}")
 
 
 def open_twin(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
@@ -256,6 +261,22 @@ def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, targ
     print(f"\nwrote {target}")
 
 
+def check_used(config: EvaluateConfig, kind: str, given: set[str]) -> None:
+    """Refuses flags that were given and would change nothing."""
+    drawing = {"temperature", "top_k", "top_p"}
+    sampler = {field.name for field in dataclasses.fields(Sampler)} - drawing
+    compared = {"samplers", "evaluations"}
+    unused, why = ((sampler | {"draws", "max_rows"}, "with --sampling") if config.sampling else
+                   (compared | {"max_rows"}, "with --infilling") if config.infilling else
+                   (compared, "without --sampling"))
+    if kind == "autoregressive":
+        unused, why = unused | sampler | {"draws"}, "for an autoregressive model"
+    unused = sorted(unused & given)
+    require(not unused, f"--{' --'.join(unused)}: without effect {why}; leave it out")
+    if kind == "diffusion":
+        config.check_used(given)
+
+
 def write(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
     """Evaluates the checkpoint read from `path`, writes `target` and prints the table."""
     result = evaluate(config, path, checkpoint)
@@ -266,10 +287,11 @@ def write(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = parse(EvaluateConfig, __doc__, argv)
+    config, given = parse(EvaluateConfig, __doc__, argv)
     config.check()
     path = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(path, kind=None)
+    check_used(config, checkpoint["kind"], given)
     name, do = (("sampling.json", compare_samplers) if config.sampling else
                 ("infilling.json", compare_infilling) if config.infilling else
                 ("evaluation.json", write))

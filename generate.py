@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from cli import check_writable, flag, parse, preset, require, run
+from cli import UserError, check_writable, flag, parse, preset, require, run
 from data_prep import BOS, EOS, MASK, decode
 from sampler import PRESETS, Sampler, Step, blank_story, draw_length, unmask_rows
 from viewer import TRACE_FORMATS, Trace
@@ -132,7 +132,13 @@ def main(argv: list[str] | None = None) -> None:
     config, given = parse(GenerateConfig, __doc__, argv)
     if config.preset:
         config = preset(config, PRESETS[config.preset], given)
-    config.check()
+    try:
+        config.check()
+    except UserError as error:
+        settings = "".join(f" --{name} {value}" for name, value in PRESETS.get(
+            config.preset, {}).items() if name not in given)
+        raise UserError(f"{error}" + f" (--preset {config.preset} sets{settings})" * bool(settings)
+                        ) from error
     config.check_used(given)
     # torch is needed from here on, not for --help or a mistyped flag
     from diffusion import numpy_step
@@ -171,8 +177,8 @@ def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokeniz
              trace: Trace | None = None) -> tuple[list[np.ndarray], list[int], int]:
     """Fills the rows.
 
-    Returns: the filled rows, in order; how many network evaluations uncovered something in each;
-        and the network evaluations of all batches together.
+    Returns: the filled rows, in order; how many network evaluations each of them took; and the
+        network evaluations of all batches together.
     """
     filled, row_evaluations, evaluations = list(rows), [0] * len(rows), 0
     states = unmask_rows(step, rows, config, config.seed, config.batch_size)
@@ -181,9 +187,9 @@ def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokeniz
         evaluations += state.nfe > 0
         if trace:
             trace.add(part, state)
-        for i, tokens, uncovered in zip(part, state.tokens, state.uncovered, strict=True):
+        for i, tokens, evaluated in zip(part, state.tokens, state.evaluated, strict=True):
             filled[i] = tokens[:len(rows[i])]
-            row_evaluations[i] += bool(uncovered.any())
+            row_evaluations[i] += bool(evaluated)
             if config.show_steps:
                 # on stderr beside --json, whose lines must stay parseable
                 print(f"[story {i + 1}, step {state.step}] {text_with_gaps(tokenizer, filled[i])}",

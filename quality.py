@@ -24,7 +24,7 @@ from cli import atomic_file
 from data_prep import EOS, MASK, bucket_batches, decode, pad_rows
 from diffusion import Corrupted, maskable, measure_nats, numpy_step, row_sums
 from model import device_of
-from sampler import ADAPTIVE_PACES, Sampler, State, blank_story, fill, unmask_rows
+from sampler import ADAPTIVE_PACES, Sampler, blank_story, fill, unmask_rows
 
 GAP_STREAM = 7  # first number of a seed, see sampler.py
 EVALUATIONS = (4, 8, 16, 32, 64, 128, 256)
@@ -51,8 +51,12 @@ SAMPLERS = {
 
 def settings(base: Sampler, name: str, evaluations: tuple[int, ...] = EVALUATIONS,
              ) -> Iterator[Sampler]:
-    """The samplers of one line of the table: by steps, or by what an adaptive pace is bound by."""
-    sampler = dataclasses.replace(base, **SAMPLERS[name])
+    """The samplers of one line of the table: by steps, or by what an adaptive pace is bound by.
+
+    Of `base` only what says how a token is drawn counts: everything else is what is compared.
+    """
+    sampler = Sampler(temperature=base.temperature, top_k=base.top_k, top_p=base.top_p)
+    sampler = dataclasses.replace(sampler, **SAMPLERS[name])
     if sampler.pace not in ADAPTIVE_PACES:
         for steps in evaluations:
             yield dataclasses.replace(sampler, steps=steps)
@@ -124,12 +128,8 @@ def tell(model: torch.nn.Module, sampler: Sampler, lengths: list[int], seed: int
     for part, state in unmask_rows(numpy_step(model, sampler), rows, sampler, seed):
         for i, number in enumerate(part):
             filled[number] = state.tokens[i, :len(rows[number])]
-            evaluations[number] += changed(state, i)
+            evaluations[number] += state.evaluated[i]
     return filled, float(evaluations.mean()), time.perf_counter() - started
-
-
-def changed(state: State, i: int) -> bool:
-    return bool(state.uncovered[i].any() or state.hidden_again[i].any())
 
 
 def figures(rows: list[np.ndarray], tokenizer, judge: Judge | None) -> dict:
@@ -280,7 +280,7 @@ def infilling(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndar
     """Exact match (share), BLEU (0 to 100) and nats/token of the filled gaps against the real."""
     from sacrebleu.metrics import BLEU
     if model.config.causal:
-        filled = [fill_from_the_left(model, gap[None], sampler.temperature, seed + i, False)[0]
+        filled = [fill_from_the_left(model, gap[None], sampler, seed + i, may_end=False)[0]
                   for i, gap in enumerate(gaps)]
     else:
         filled = fill(numpy_step(model, sampler), gaps, sampler, seed)

@@ -90,7 +90,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class State:
-    """The batch after a step. Arrays are (B, L) and the caller's to keep."""
+    """The batch after a step. Arrays are (B, L) but for the last, and the caller's to keep."""
 
     step: int  # 0 is the start; at most K
     nfe: int  # network evaluations so far
@@ -98,6 +98,7 @@ class State:
     uncovered: np.ndarray  # bool, what was hidden before this step and is not now
     hidden_again: np.ndarray  # bool, what is hidden now and was not before
     confidence: np.ndarray  # float32, probability of each drawn token when it was drawn, else 0
+    evaluated: np.ndarray  # bool (B,), rows that were given to the network
 
 
 def plan(hidden: np.ndarray, steps: int, pace: str) -> np.ndarray:
@@ -154,11 +155,13 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
     lengths = (tokens != PAD).sum(1)
     pacing = Pacing(sampler, wanted.sum(1), seed, rows)
     nothing = np.zeros((size, width), bool)
-    state = State(0, 0, tokens, nothing, nothing, np.zeros((size, width), np.float32))
+    state = State(0, 0, tokens, nothing, nothing, np.zeros((size, width), np.float32),
+                  np.zeros(size, bool))
     yield state
     for k in range(sampler.steps):
         masked = state.tokens == MASK
         counts, again = pacing.counts(k, masked.sum(1))  # (B,) each
+        again = np.where(counts > 0, again, 0)  # a row that rests keeps what it has, in any batch
         active = np.flatnonzero(counts)
         if not len(active):  # nothing to evaluate
             continue
@@ -173,7 +176,8 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         there = wanted & (new != MASK) & (pacing.corrector | ~uncovered)
         gone = pacing.choose(k, there, again, confidence)
         new[gone], confidence[gone] = MASK, 0
-        state = State(k + 1, state.nfe + 1, new, uncovered & ~gone, gone & ~masked, confidence)
+        state = State(k + 1, state.nfe + 1, new, uncovered & ~gone, gone & ~masked, confidence,
+                      counts > 0)
         yield state
 
 
@@ -184,8 +188,10 @@ class Pacing:
     sigma up to sigma_max = (1 - alpha_s) / alpha_t and uncovers more, so that as many are hidden
     after it as without (arXiv 2503.00307). sigma is min(eta, sigma_max) for cap, eta
     sigma_max for rescale; "confidence" spreads the latter over the tokens by exp(-probability with
-    which each was drawn). corrector: after every step a share eta of the uncovered tokens is hidden
-    and drawn anew with one more evaluation (arXiv 2205.14987, as predictor and corrector).
+    which each was drawn), where the paper's sigmas sum to sigma_max over the whole row: at most one
+    token a step there, eta sigma_max of all here. corrector: after every step a share eta of the
+    uncovered tokens is hidden and drawn anew with one more evaluation (arXiv 2205.14987, as
+    predictor and corrector).
     """
 
     def __init__(self, sampler: Sampler, hidden: np.ndarray, seed: int, rows: np.ndarray):

@@ -85,14 +85,14 @@ class EnergyMeter:
     RAPL, INTERVAL = Path("/sys/class/powercap"), 5.0
 
     def __init__(self, device: torch.device):
-        self.device, self.total, self._stop = device, 0.0, threading.Event()
+        self.device, self.total = device, 0.0
+        self._stop, self._lock = threading.Event(), threading.Lock()
 
     def __enter__(self) -> "EnergyMeter":
-        self.before = self._packages() if self.device.type != "cuda" else None
-        if self.device.type == "cuda" and self._watts() is not None:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-            self.before = {}
+        self._known = (self._watts if self.device.type == "cuda" else self._packages)()
+        self._at = time.perf_counter()
+        if self._known is not None:
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
@@ -100,14 +100,26 @@ class EnergyMeter:
 
     def joules(self) -> float | None:
         """Since the beginning; None if this machine does not tell."""
-        if self.before is None or self.device.type == "cuda":
-            return None if self.before is None else self.total
-        now = self._packages()
-        if now is None:
+        if self._known is None:
             return None
-        # a counter starts again at 0 when it is full
-        return sum((now[name][0] - start) % limit for name, (start, limit) in self.before.items()
-                   ) / 1e6
+        self._read()
+        return self.total
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.INTERVAL):  # often: some counters are full after minutes
+            self._read()
+
+    def _read(self) -> None:
+        with self._lock:
+            if self.device.type == "cuda":
+                watts, now = self._watts(), time.perf_counter()
+                self.total += (watts or 0.0) * (now - self._at)
+                self._at = now
+            elif (now := self._packages()) is not None:
+                # a counter starts again at 0 when it is full
+                self.total += sum((now[name][0] - before) % limit for name, (before, limit)
+                                  in self._known.items()) / 1e6
+                self._known = now
 
     def _packages(self) -> dict[str, tuple[int, int]] | None:
         try:
@@ -118,19 +130,15 @@ class EnergyMeter:
             return None
 
     def _watts(self) -> float | None:
-        command = ["nvidia-smi", f"--id={self.device.index or 0}", "--query-gpu=power.draw",
+        # by its UUID: CUDA may count the GPUs in another order, or see only some of them
+        name = (f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+                if torch.cuda.is_available() else self.device.index or 0)
+        command = ["nvidia-smi", f"--id={name}", "--query-gpu=power.draw",
                    "--format=csv,noheader,nounits"]
         try:
             return float(subprocess.run(command, capture_output=True, text=True, timeout=5).stdout)
         except (OSError, ValueError, subprocess.TimeoutExpired):
             return None
-
-    def _watch(self) -> None:
-        before = time.perf_counter()
-        while not self._stop.wait(self.INTERVAL):
-            watts, now = self._watts(), time.perf_counter()
-            self.total += (watts or 0.0) * (now - before)
-            before = now
 
 
 @contextmanager

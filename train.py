@@ -191,7 +191,7 @@ class Trainer:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(),
                                                     config.grad_clip or math.inf)).item()
         loss, = self.processes.sum([loss])
-        overflow = self.scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips the step
+        overflow = self.scaler.is_enabled() and not math.isfinite(norm)  # a step to be skipped
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             raise Stopped(f"the loss is not finite at step {self.step} (loss {loss}, gradient norm "
                           f"{norm}); {self.folder / 'last.pt'} holds the last good state: lower "
@@ -200,7 +200,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            self.scaler.step(optimizer)
+            if not overflow:  # the scaler asks each optimizer's gradients alone; all must skip
+                self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()
         self.update_average()
@@ -280,6 +281,9 @@ class Trainer:
                 if stop and not last:
                     raise Stopped(f"stopped after step {self.step}; the same command with --resume "
                                   "goes on from there", 128 + stop)
+        if not math.isfinite(self.best):  # resumed at its end, before any validation
+            self.validate()
+            self.save("last.pt", resumable=True)
         self.save("final.pt")
         if main:
             self.log.plot()
@@ -301,6 +305,7 @@ class Trainer:
 
     def validate(self) -> dict:
         """Bound, masked cross-entropy and accuracy of the averaged weights, and some stories."""
+        self.average.eval()  # without averaging it is the model in training
         bound = self.valid_bound()
         metrics = self.validation = {
             "valid_nelbo": bound.nats_per_token, "valid_nelbo_se": bound.standard_error,
@@ -383,10 +388,13 @@ class Trainer:
             optimizer.load_state_dict(spread_state(state, optimizer))
             for group, decay in zip(optimizer.param_groups, decays, strict=True):
                 group["weight_decay"] = decay  # this run's, which may differ from the stored one
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty if the run was not in FP16 until now
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         self.seconds, self.best = checkpoint["seconds"], checkpoint["best"]
         self.validation = checkpoint["metrics"]
+        if checkpoint["train_config"]["valid_rows"] != self.config.valid_rows:
+            self.best = math.inf  # that of other rows
         if self.processes.main:
             self.log.rewind(self.step)
 

@@ -36,6 +36,7 @@ class LongConfig(TrainConfig):
     save_every: int = flag(100, "steps between writes of last.pt")
     # the closing evaluation and stories
     draws: int = flag(4, "masks drawn for every validation row")
+    evaluate_rows: int = flag(0, "validation rows scored, spread over the split; 0: all")
     compared_stories: int = flag(64, "stories compared with real ones in diversity")
     written_stories: int = flag(10, "stories in samples.md, unpicked")
     written_steps: int = flag(256, "their unmasking steps")
@@ -45,7 +46,7 @@ class LongConfig(TrainConfig):
         require(not self.quick, "--quick belongs to train.py; choose a --preset here")
         for name in ("draws", "written_steps"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("minutes", "compared_stories", "written_stories"):
+        for name in ("minutes", "evaluate_rows", "compared_stories", "written_stories"):
             require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must be 0 or more")
         require(self.compared_stories != 1, "--compared_stories 1: self-BLEU needs 2 or more")
 
@@ -64,7 +65,7 @@ class LongConfig(TrainConfig):
 
 PRESETS = {
     # 2 CPU cores, under an hour though other programs run too; the slice or a corpus of its size
-    "laptop": dict(model_config="small", batch_tokens=4096, minutes=50.0),
+    "laptop": dict(model_config="small", batch_tokens=4096, minutes=50.0, evaluate_rows=3000),
     # an RTX 5060 Ti: some hours over all of TinyStories (about 475 M tokens an epoch)
     "gpu16gb": dict(model_config="medium", batch_tokens=65_536, grad_accum_steps=2,
                     max_steps=15_000, ema_decay=0.999, valid_rows=2048, save_every=500),

@@ -2,18 +2,23 @@
 
     python train_long.py                                 # 2 CPU cores, about an hour
     python train_long.py --preset gpu16gb --checkpoint_dir long_gpu
-    python train_long.py --data_source train.txt --valid_source valid.txt --minutes 120
-    torchrun --nproc_per_node 8 train_long.py --preset full
+    python train_long.py --data_source train.txt --valid_source valid.txt --checkpoint_dir mine
+    python train_long.py --checkpoint_dir mine --minutes 120      # goes on from its end
+    torchrun --nproc_per_node 8 train_long.py --preset full --checkpoint_dir long_full
 
 Everything goes into --checkpoint_dir (default long_run/): what train.py writes, evaluation.json,
 training_curves.png, samples.md, report.md, and settings.json, the settings of the run. A stage
 whose output is there already is skipped, so the same command goes on after any stop or kill;
---from_stage does one again and all after it. The presets stand in train_config_long.py.
+--from_stage does one again and all after it. With more --minutes or --max_steps a finished run goes
+on: its learning rate rises again to where the longer decay has it. The presets stand in
+train_config_long.py.
 """
 
 import dataclasses
 import json
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +31,7 @@ from data_prep import decode, load_meta
 from metrics import MetricsLog, machine
 from model import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
 from parallel import Processes, start_processes
+from sources import describe_source
 from throughput import EnergyMeter
 from train import COMPILE_FROM, Trainer, refuse_changes
 from train_config_long import PRESETS, STAGES, LongConfig
@@ -33,6 +39,11 @@ from train_config_long import PRESETS, STAGES, LongConfig
 TIMED_STEPS = 8
 # Of --minutes: what validations while training and what the stages after it take, seen on 2 cores.
 VALIDATION_SHARE, CLOSING_SHARE = 0.04, 0.10
+# A stage is done again when one of these has changed.
+STAGE_SETTINGS = {"evaluate": {"draws", "evaluate_rows", "compared_stories", "precision"},
+                  "samples": {"written_stories", "written_steps", "sample_temperature",
+                              "sample_order"}}
+DATA_SETTINGS = {"data_source", "valid_source", "vocab_size", "seq_len"}
 
 
 class LongRun:
@@ -42,9 +53,11 @@ class LongRun:
         self.processes, self.started = processes, time.perf_counter()
         self.folder = Path(config.checkpoint_dir)
         self.sessions: list[dict] = []
+        self.changed: set[str] = set()  # settings of a run that was here before
         self.config = self.settle(config, given)
         self.config.check()
         self.again = STAGES[STAGES.index(self.config.from_stage or "report"):]
+        self.check_data(given)
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -60,9 +73,12 @@ class LongRun:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} does not hold a run's settings; name another "
                                 "--checkpoint_dir, or give --overwrite") from error
-            for name in sorted(given - once):
-                if base[name] != getattr(config, name) and self.processes.main:
-                    print(f"--{name} changes from {base[name]} to {getattr(config, name)}")
+            self.changed = {name for name in given - once if base[name] != getattr(config, name)}
+            require("preset" not in self.changed, f"--preset {config.preset}: the run in "
+                    f"{self.folder} was started with {base['preset']}; name another "
+                    "--checkpoint_dir, or give --overwrite")
+            for name in sorted(self.changed):
+                self.say(f"--{name} changes from {base[name]} to {getattr(config, name)}")
             if "max_steps" in given:
                 config.minutes = 0.0
         else:
@@ -74,6 +90,26 @@ class LongRun:
         if config.data_dir is None:
             config.data_dir = str(self.folder / "data")
         return config
+
+    def check_data(self, given: set[str]) -> None:
+        """Refuses data that is not what the flags say, and to replace data that is another's."""
+        config, path = self.config, Path(self.config.data_dir)
+        if not (path / "meta.json").exists():
+            return
+        meta = load_meta(path)
+        wanted = describe_source(config.data_source, config.valid_source)["source"]
+        if "data" in self.again:
+            require(meta["source"] == wanted or path.parent == self.folder,
+                    f"--from_stage data would replace {path}, prepared from {meta['source']}, by "
+                    f"{wanted}: name another --data_dir")
+            return
+        mend = "name another --data_dir, or give --from_stage data to prepare it again"
+        require(not given & {"data_source", "valid_source"} or meta["source"] == wanted,
+                f"{path} was prepared from {meta['source']}, not from {wanted}: {mend}")
+        different = self.changed & DATA_SETTINGS | (
+            {"seq_len"} if "seq_len" in given and meta["seq_len"] != config.seq_len else set())
+        require(not different, f"{path} was prepared with another "
+                               f"--{' --'.join(sorted(different))}: {mend}")
 
     def store_settings(self) -> None:
         if self.processes.main:
@@ -89,15 +125,21 @@ class LongRun:
     def run(self) -> None:
         check_writable(self.folder, "--checkpoint_dir")
         for stage in STAGES:
+            alone = STAGES.index(stage) > STAGES.index("train")
+            if alone and not self.processes.main:
+                return  # nothing more to do together, and evaluating may outlast their patience
             # one process looks, for the others might look when it has already begun
             done = stage not in self.again and self.processes.main and self.finished(stage)
-            if self.processes.gather(done)[0]:
+            if done if alone else self.processes.gather(done)[0]:
                 self.say(f"[{stage}] is there already")
                 continue
             if stage == "train" or self.processes.main:
                 self.say(f"[{stage}]")
                 getattr(self, f"do_{stage}")()
-            self.processes.barrier()
+            if not alone:
+                self.processes.barrier()
+        if self.changed:
+            self.store_settings()
 
     def say(self, text: str) -> None:
         if self.processes.main:
@@ -105,11 +147,14 @@ class LongRun:
 
     def finished(self, stage: str) -> bool:
         best = self.folder / "best.pt"
+        if self.changed & STAGE_SETTINGS.get(stage, set()):
+            return False
         if stage == "data":
             return (Path(self.config.data_dir) / "meta.json").exists()
         if stage == "train":
             path = self.folder / "final.pt"
-            return (not self.config.overwrite and path.exists() and best.exists()
+            return (not self.config.overwrite and "minutes" not in self.changed
+                    and path.exists() and best.exists()
                     and load_checkpoint(path, kind=None)["step"] >= self.config.max_steps)
         output, source = {"evaluate": ("evaluation.json", best), "samples": ("samples.md", best),
                           "curves": ("training_curves.png", self.folder / "metrics.jsonl"),
@@ -132,15 +177,20 @@ class LongRun:
         start_again = config.overwrite or config.from_stage in ("data", "train")
         last = self.folder / "last.pt"
         resumed = last.exists() and not start_again
-        if not resumed and config.minutes:
-            config.max_steps = self.steps_that_fit()
+        checkpoint = load_checkpoint(last, kind=None) if resumed else None
+        if config.minutes and (not resumed or "minutes" in self.changed):
+            step, seconds = (checkpoint["step"], checkpoint["seconds"]) if resumed else (0, 0.0)
+            require(seconds < 60 * config.minutes, f"--minutes {config.minutes:g}: the run in "
+                    f"{self.folder} has trained for {seconds / 60:.0f} already; give more")
+            config.max_steps = step + self.steps_that_fit(seconds)
         config.valid_every = config.valid_every or max(1, config.max_steps // 10)
-        checkpoint, settings = None, config.train_config(overwrite=start_again, resume=resumed)
+        settings = config.train_config(overwrite=start_again, resume=resumed)
         if resumed:
-            checkpoint = load_checkpoint(last, kind=None)
             refuse_changes(checkpoint["train_config"], dataclasses.asdict(settings),
                            config.checkpoint_dir)
             self.say(f"going on from {last}")
+        else:
+            self.sessions = []
         trainer = Trainer(settings, checkpoint, processes)
         self.store_settings()
         before = trainer.seconds
@@ -149,18 +199,20 @@ class LongRun:
                 trainer.run()
             finally:
                 self.sessions.append({
+                    "command": shlex.join(sys.argv),
                     "machine": machine(trainer.device), "processes": processes.world,
                     "precision": trainer.precision, "compiled": trainer.compiled,
                     "seconds": trainer.seconds - before,
                     "joules": energy.joules() if processes.world == 1 else None})
                 self.store_settings()
 
-    def steps_that_fit(self) -> int:
-        """How many steps fit into --minutes, by timing some here; the same in every process."""
+    def steps_that_fit(self, trained: float = 0.0) -> int:
+        """How many steps fit into what `trained` seconds leave of --minutes, by timing some here;
+        the same in every process."""
         config = self.config
         for length in (COMPILE_FROM, 1):  # a run too short to be compiled is timed as it will be
             compiled, step = self.time_steps(length)
-            spent = time.perf_counter() - self.started
+            spent = trained + time.perf_counter() - self.started
             left = 60 * config.minutes * (1 - VALIDATION_SHARE - CLOSING_SHARE) - spent
             steps = self.processes.gather(max(1, int(left / step)))[0]
             if not compiled or config.compile or steps >= COMPILE_FROM:
@@ -186,8 +238,8 @@ class LongRun:
         config, path = self.config, self.folder / "best.pt"
         settings = evaluate.EvaluateConfig(
             checkpoint=str(path), data_dir=config.data_dir, draws=config.draws,
-            num_samples=config.compared_stories, seed=config.seed, device=config.device,
-            precision=config.precision)
+            max_rows=config.evaluate_rows or None, num_samples=config.compared_stories,
+            seed=config.seed, device=config.device, precision=config.precision)
         evaluate.write(settings, path, load_checkpoint(path, kind=None),
                        self.folder / "evaluation.json")
 
@@ -228,9 +280,13 @@ def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, eval
     last = lines[-1]
     speeds = [line for line in lines if "mfu" in line]
     joules = [session["joules"] for session in sessions]
+    # a killed session has left no figure
+    whole = sum(session["seconds"] for session in sessions) > 0.99 * last["seconds"]
     energy = (f"{sum(joules) / 3.6e6:.3f} kWh ({sum(joules) / last['tokens']:.3f} J/token)"
-              if joules and None not in joules else "not known: this machine does not tell, or "
-              "several processes shared the work")
+              if joules and None not in joules and whole else "not known: this machine does not "
+              "tell, several processes shared the work, or the run was killed in between")
+    commands = "".join(f"`{command}`\n\n" for command in dict.fromkeys(
+        session["command"] for session in sessions))
     rows = [
         ("bits/byte", f"{numbers['bits_per_byte']:.4f} ± "
                       f"{numbers['bits_per_byte_standard_error']:.4f}"),
@@ -251,7 +307,7 @@ def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, eval
             f"{s['machine']}, {s['precision']}" + f", {s['processes']} processes" * (
                 s["processes"] > 1) + ", compiled" * s["compiled"] for s in sessions)))]
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
-    return (f"# {config.model_config}, {config.objective}\n\n`{checkpoint['command']}`\n\n"
+    return (f"# {config.model_config}, {config.objective}\n\n{commands}"
             f"{evaluation['protocol']}.\n\n| | |\n|---|---|\n{table}\n"
             "![training curves](training_curves.png)\n\n")
 

@@ -79,15 +79,15 @@ def test_no_token_sees_a_later_one(twin):
 
 
 def test_drawn_stories_follow_the_distribution(twin):
-    rows = write_stories(twin, 4000, 6, seed=1)
+    rows = write_stories(twin, 4000, 6, Sampler(), seed=1)
     assert all(row[0] == BOS and len(row) <= 6 and (row[1:-1] > EOS).all() for row in rows)
     first = np.bincount([row[1] for row in rows], minlength=7) / len(rows)
     with torch.no_grad():
         expected = twin(torch.tensor([[PAD, BOS]]))[0, 1].softmax(-1).numpy()
     assert np.abs(first - expected).max() < 4 * 0.5 / len(rows) ** 0.5
-    again = write_stories(twin, 3, 6, seed=1)
+    again = write_stories(twin, 3, 6, Sampler(), seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(again, rows, strict=False))
-    greedy = write_stories(twin, 2, 6, temperature=0.0)
+    greedy = write_stories(twin, 2, 6, Sampler(temperature=0.0))
     assert np.array_equal(*greedy)
 
 

@@ -546,6 +546,23 @@ def test_a_story_does_not_depend_on_its_batch(network, kind):
     assert not np.array_equal(other.tokens, together.tokens)
 
 
+@pytest.mark.parametrize("kind", [dict(pace="first_hitting"), dict(remask="remdm_cap"),
+                                  dict(remask="corrector"),
+                                  dict(remask="corrector", pace="first_hitting")], ids=str)
+def test_rows_that_rest_in_some_steps_do_not_depend_on_their_batch(network, kind):
+    """More steps than tokens, and rows of other lengths that go on meanwhile."""
+    sampler = Sampler(steps=40, eta=0.3, **kind)
+    rows = np.full((5, 24), PAD)
+    for i, row in enumerate(rows):
+        row[:2 + 3 * i + 4] = [BOS, *[MASK] * (3 * i + 4), EOS]
+    diffusion = DiscreteDiffusion()
+    states = list(diffusion.unmask(network, rows, sampler, seed=3))
+    for i in range(5):
+        alone = list(diffusion.unmask(network, rows[i:i + 1], sampler, seed=3, rows=[i]))
+        assert np.array_equal(alone[-1].tokens[0], states[-1].tokens[i])
+        assert alone[-1].nfe == sum(int(state.evaluated[i]) for state in states)
+
+
 @pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
 def test_known_tokens_stay_and_nothing_special_is_drawn(network, kind):
     rows = np.full((4, 16), MASK)

@@ -143,6 +143,10 @@ def test_energy_of_the_packages_also_when_a_counter_starts_again(tmp_path, monke
         counter(first, 150)
         counter(second, 20)
         assert energy.joules() == pytest.approx(50 + 30)
+        for joules in (900, 100, 800, 50):  # full twice more between two looks at the sum
+            counter(first, joules)
+            energy._read()
+        assert energy.joules() == pytest.approx(80 + 850 + 100 + 100 + 700 + 250 - 100)
 
 
 def test_energy_is_none_where_the_machine_does_not_tell(tmp_path, monkeypatch):

@@ -84,6 +84,74 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter(argv, capsys):
     assert steps[-4:] == [9, 10, 11, 12]
 
 
+def test_more_minutes_go_on_with_a_finished_run(argv, monkeypatch, capsys, fails):
+    monkeypatch.setattr(train_long.LongRun, "time_steps", lambda self, steps: (False, 0.5))
+    main(argv)
+    folder = folder_of(argv)
+    minutes = ["--checkpoint_dir", str(folder), "--minutes", "0.1"]
+    main(minutes)
+    steps = load_checkpoint(folder / "final.pt")["step"]
+    # 86 % of 6 seconds are 10 steps of half a second, less what the 8 before took
+    assert 8 < steps <= 8 + 10 and f"{steps} of {steps}" in capsys.readouterr().out
+    main(minutes)  # the same command again changes nothing
+    assert load_checkpoint(folder / "final.pt")["step"] == steps
+    assert "has trained for" in fails(main, "--checkpoint_dir", folder, "--minutes", "0.00001")
+
+
+def test_a_change_after_training_does_its_stage_again(argv, capsys):
+    main(argv)
+    capsys.readouterr()
+    main(["--checkpoint_dir", str(folder_of(argv)), "--draws", "2", "--written_stories", "1"])
+    text = capsys.readouterr().out
+    assert text.count("is there already") == 3 and "[evaluate]\n" in text and "[samples]\n" in text
+    assert "2 masks a row" in (folder_of(argv) / "report.md").read_text()
+    main(["--checkpoint_dir", str(folder_of(argv))])
+    assert capsys.readouterr().out.count("is there already") == 5
+
+
+def test_data_of_another_source_is_neither_used_nor_replaced(argv, tmp_path, fails):
+    main(argv)
+    other = tmp_path / "other.txt"
+    other.write_text(Path(argv[1]).read_text())
+    run = ["--checkpoint_dir", folder_of(argv)]
+    for flags, message in ((["--data_source", other], "not from other.txt"),
+                           (["--vocab_size", "290"], "another --vocab_size"),
+                           (["--overwrite", "--data_source", other], "--from_stage data"),
+                           (["--preset", "gpu16gb"], "was started with laptop")):
+        assert message in fails(main, *run, *flags)
+    # a data folder that is not this run's own is never replaced by something else
+    data = tmp_path / "mine"
+    (folder_of(argv) / "data").rename(data)
+    before = (data / "meta.json").read_bytes()
+    assert f"would replace {data}" in fails(main, "--checkpoint_dir", tmp_path / "new",
+                                            "--data_dir", data, "--from_stage", "data")
+    assert (data / "meta.json").read_bytes() == before
+    assert "another --seq_len" in fails(main, "--checkpoint_dir", tmp_path / "new", "--data_dir",
+                                        data, "--seq_len", "32")
+
+
+def test_energy_is_told_for_a_whole_run_only():
+    lines = [{"tokens": 10, "epoch": 1.0, "seconds": 100.0, "mfu": 0.5, "tokens_per_second": 1.0}]
+    evaluation = {"kind": "autoregressive", "protocol": "exact", "likelihood": dict.fromkeys((
+        "bits_per_byte", "bits_per_byte_standard_error", "nelbo_nats_per_token",
+        "nelbo_standard_error", "perplexity"), 1.0)}
+    session = {"command": "train_long.py", "machine": "m", "precision": "fp32", "processes": 1,
+               "compiled": False, "joules": 50.0}
+    for seconds, told in ((100.0, "5.000 J/token"), (60.0, "was killed in between")):
+        assert told in train_long.report_text(LongConfig(), [session | {"seconds": seconds}],
+                                              {"step": 1}, evaluation, lines)
+
+
+def test_other_processes_leave_after_training(tmp_path, monkeypatch):
+    """They would wait for the evaluation, which may take longer than a collective call may."""
+    run = train_long.LongRun(LongConfig(checkpoint_dir=str(tmp_path / "run")), set(),
+                             train_long.Processes(rank=1))
+    monkeypatch.setattr(train_long.LongRun, "do_train", lambda self: done.append("train"))
+    done: list[str] = []
+    run.run()
+    assert done == ["train"]
+
+
 def test_killed_anywhere_it_goes_on(argv):
     """A real process, killed in the middle of its training, and the same command again."""
     folder = folder_of(argv)

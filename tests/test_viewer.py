@@ -16,7 +16,7 @@ from conftest import made_up_data
 from data_prep import BOS, EOS, MASK, load_tokenizer
 from generate import main
 from sampler import State
-from viewer import Trace
+from viewer import Trace, break_lines
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def states(tokenizer, texts: list[str]) -> tuple[np.ndarray, list[State]]:
     for k, (before, row) in enumerate(zip([rows[0], *rows], rows, strict=False)):
         result.append(State(k, k, row[None], ((before == MASK) & (row != MASK))[None],
                             ((before != MASK) & (row == MASK))[None],
-                            np.full((1, len(row)), 0.25, np.float32)))
+                            np.full((1, len(row)), 0.25, np.float32), np.ones(1, bool)))
     return rows[0], result
 
 
@@ -75,6 +75,30 @@ def test_an_animation_has_a_frame_for_every_step(trace, tmp_path):
     trace.write(tmp_path / "story.gif", "a $ title")
     with Image.open(tmp_path / "story.gif") as image:
         assert image.format == "GIF" and image.n_frames == 5
+
+
+def test_a_letter_in_several_tokens_is_whole_once_it_is_there(tokenizer, tmp_path):
+    ids = tokenizer.encode("a \u201cb\u201d \U0001f600").ids
+    assert len(ids) > 6  # this vocabulary has no token for any of the three
+    row = np.array([BOS, *[MASK] * len(ids), EOS])
+    full = np.array([[BOS, *ids, EOS]])
+    trace = Trace(tokenizer, [row])
+    nothing = np.zeros_like(full, dtype=bool)
+    trace.add([0], State(1, 1, full, full > EOS, nothing, np.zeros(full.shape, np.float32),
+                         np.ones(1, bool)))
+    trace.write(tmp_path / "story.html", "letters")
+    drawn = data_of(tmp_path / "story.html")["stories"][0]["steps"][0]["drawn"]
+    assert "".join(text for _, text, _ in drawn) == "a \u201cb\u201d \U0001f600"
+
+
+def test_the_text_of_an_animation_does_not_move(trace):
+    text = "one two three four five"
+    assert break_lines(text, 9) == "one two\nthree\nfour five"
+    assert break_lines("unbreakable word\nnext", 5) == "unbreakable\nword\nnext"
+    assert break_lines(text, 100) == text
+    trace.stories.reverse()
+    assert trace._frames() == ["a\u2591\u2591\u2591\u2591", "ab\u2591\u2591c", "ab\u2591dc",
+                               "a\u2591edc", "agedc"]
 
 
 def test_generate_writes_a_trace(checkpoint, tmp_path, capsys, fails):
