@@ -124,7 +124,7 @@ class SampleBenchmark(Benchmark, Sampler):
 
     def make(self, arm: str, device: torch.device) -> Callable[[], dict]:
         model = self.model().to(device)
-        model.set_precision(pick_precision(device, self.precision))
+        model.set_precision(pick_precision(device, self.precision)).for_inference()
         rows = np.stack([blank_story(self.seq_len - 2)] * self.batch)
         if arm == "textbook":
             return textbook_sampling(self, model, torch.from_numpy(rows).to(device))

@@ -138,7 +138,7 @@ def open_model(config: EvaluateConfig, path: Path, checkpoint: dict) -> tuple:
     check_tokenizer(path, checkpoint, data_dir, rows.meta)
     device = pick_device(config.device)
     precision = pick_precision(device, config.precision)
-    model = model_from_checkpoint(checkpoint).to(device).set_precision(precision)
+    model = model_from_checkpoint(checkpoint).to(device).set_precision(precision).for_inference()
     longest = int(rows.lengths.max())
     require(longest <= model.config.max_len, f"{data_dir} has rows of {longest} tokens, {path} was "
             f"trained on rows of at most {model.config.max_len}")
@@ -233,7 +233,7 @@ def open_twin(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
     check_tokenizer(config.twin, checkpoint, rows.data_dir, rows.meta)
     twin = model_from_checkpoint(checkpoint).to(device_of(model))
     twin.compute_dtype = model.compute_dtype
-    return twin
+    return twin.for_inference()
 
 
 def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:

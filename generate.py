@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = load_checkpoint(path)
     tokenizer = tokenizer_from_checkpoint(checkpoint)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(config.precision)
+    model.for_inference()
     rows = build_rows(config, tokenizer, checkpoint["length_histogram"], model.config.max_len)
     started = time.perf_counter()
     trace = Trace(tokenizer, rows) if config.trace else None

@@ -224,6 +224,11 @@ class DiffusionTransformer(nn.Module):
         self.compute_dtype = PRECISIONS[precision]
         return self
 
+    def for_inference(self) -> "DiffusionTransformer":
+        """Keeps the weights in the compute precision, so that no call has to cast them; what is
+        computed stays the same to the bit."""
+        return self.requires_grad_(False).eval().to(self.compute_dtype)
+
     def hidden(self, tokens: Tensor, t: Tensor | None = None, context: Tensor | None = None,
                ) -> Tensor:
         """Final hidden states.

@@ -8,6 +8,7 @@ import model as model_module
 from cli import UserError
 from data_prep import BOS, EOS, MASK, PAD, load_meta, train_tokenizer
 from model import (
+    PRECISIONS,
     DiffusionTransformer,
     ModelConfig,
     check_tokenizer,
@@ -324,3 +325,16 @@ def test_the_newest_best_checkpoint_is_the_default(tmp_path, monkeypatch):
         os.utime(path, (1000 - age, 1000 - age))
     assert find_checkpoint(None) == model_module.Path("b/best.pt")
     assert find_checkpoint("x/y.pt") == model_module.Path("x/y.pt")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("time_conditioning", ["none", "sinusoidal"])
+def test_inference_weights_compute_the_same(precision, time_conditioning):
+    model = random_model(time_conditioning=time_conditioning).set_precision(precision)
+    tokens, t = torch.randint(4, model.config.vocab_size, (2, 20)), torch.rand(2)
+    tokens[:, 3:9] = MASK
+    with torch.no_grad():
+        before = model(tokens, t)
+        after = model.for_inference()(tokens, t)
+    assert torch.equal(before, after)
+    assert all(p.dtype == PRECISIONS[precision] for p in model.parameters())
