@@ -29,13 +29,13 @@ from sampler import ADAPTIVE_PACES, Sampler, blank_story, fill, unmask_rows
 GAP_STREAM = 7  # first number of a seed, see sampler.py
 EVALUATIONS = (4, 8, 16, 32, 64, 128, 256)
 THRESHOLDS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
-GAMMAS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.2)
+GAMMAS = (32.0, 16.0, 8.0, 4.0, 2.0, 0.5)
 SAMPLERS = {
     "random": dict(),
     "random, linear": dict(pace="linear"),
     "random, first_hitting": dict(pace="first_hitting"),
     "random, temperature 0.8": dict(temperature=0.8),
-    "random, top_p 0.9": dict(top_p=0.9),
+    "random, top_p 0.9": dict(top_p=0.9),  # the presets of generate.py
     "confidence": dict(order="confidence"),
     "margin": dict(order="margin"),
     "entropy": dict(order="entropy"),
@@ -189,13 +189,14 @@ def plot(result: dict, path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
     judged = result["data"]["generative_perplexity"] is not None
     quality = (("generative_perplexity", "generative perplexity (lower is better)") if judged else
                ("self_bleu", "self-BLEU"))
     for axis, (key, title) in zip(axes, (quality, (
             "unigram_entropy", "unigram entropy, nats (as high as the real stories')")),
             strict=True):
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # more lines than usual colours
         for name in dict.fromkeys(line["name"] for line in result["samplers"]):
             points = sorted((line["evaluations"], line[key]) for line in result["samplers"]
                             if line["name"] == name)
@@ -206,7 +207,7 @@ def plot(result: dict, path: Path) -> None:
         axis.set_title(title)
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log" if judged else "linear")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)

@@ -28,8 +28,8 @@ PACES = PLANNED_PACES + ADAPTIVE_PACES
 REMASKS = ("none", "remdm_cap", "remdm_rescale", "remdm_confidence", "corrector")
 MAX_STEPS = 100_000
 # `generate.py --preset`, chosen from the README's table of samplers
-PRESETS = {"fast": dict(steps=16, temperature=0.8), "balanced": dict(steps=32, temperature=0.9),
-           "best": dict(steps=128, remask="remdm_cap", eta=0.02)}
+PRESETS = {name: dict(steps=steps, order="random", temperature=1.0, top_p=0.9)
+           for name, steps in (("fast", 16), ("balanced", 32), ("best", 64))}
 # First numbers of the seeds, so that no two uses of randomness share a stream. (3 and 4 are those
 # of the evaluation masks in diffusion.py.)
 LENGTH_STREAM, NOISE_STREAM, HITTING_STREAM, REMASK_STREAM = 1, 2, 5, 6
