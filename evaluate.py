@@ -11,8 +11,8 @@ Prints a table and writes evaluation.json beside the checkpoint:
 With --sampling it compares the samplers instead, at each number of network evaluations: a table,
 sampling.json and sampling_pareto.png (see quality.py). With --infilling it fills in the middle
 sentence of real stories: exact match, BLEU, nats/token and infilling.json. It shows its progress;
---max_rows and --num_samples make it shorter. The autoregressive twin is scored on the same bytes,
-exactly: its "NELBO" is the negative log-likelihood.
+--num_samples makes it shorter, and --max_rows the scoring. The autoregressive twin is scored on the
+same bytes, exactly: its "NELBO" is the negative log-likelihood.
 """
 
 import dataclasses

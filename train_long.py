@@ -73,12 +73,13 @@ class LongRun:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} does not hold a run's settings; name another "
                                 "--checkpoint_dir, or give --overwrite") from error
-            self.changed = {name for name in given - once if base[name] != getattr(config, name)}
+            self.changed = {name for name in given - once
+                            if base.get(name) != getattr(config, name)}
             require("preset" not in self.changed, f"--preset {config.preset}: the run in "
                     f"{self.folder} was started with {base['preset']}; name another "
                     "--checkpoint_dir, or give --overwrite")
             for name in sorted(self.changed):
-                self.say(f"--{name} changes from {base[name]} to {getattr(config, name)}")
+                self.say(f"--{name} changes from {base.get(name)} to {getattr(config, name)}")
             if "max_steps" in given:
                 config.minutes = 0.0
         else:
@@ -286,7 +287,7 @@ def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, eval
               if joules and None not in joules and whole else "not known: this machine does not "
               "tell, several processes shared the work, or the run was killed in between")
     commands = "".join(f"`{command}`\n\n" for command in dict.fromkeys(
-        session["command"] for session in sessions))
+        session.get("command", checkpoint["command"]) for session in sessions))
     rows = [
         ("bits/byte", f"{numbers['bits_per_byte']:.4f} ± "
                       f"{numbers['bits_per_byte_standard_error']:.4f}"),

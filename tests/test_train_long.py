@@ -139,7 +139,11 @@ def test_energy_is_told_for_a_whole_run_only():
                "compiled": False, "joules": 50.0}
     for seconds, told in ((100.0, "5.000 J/token"), (60.0, "was killed in between")):
         assert told in train_long.report_text(LongConfig(), [session | {"seconds": seconds}],
-                                              {"step": 1}, evaluation, lines)
+                                              {"step": 1, "command": "x"}, evaluation, lines)
+    del session["command"]  # as older runs have it
+    assert "`the command`" in train_long.report_text(
+        LongConfig(), [session | {"seconds": 1.0}], {"step": 1, "command": "the command"},
+        evaluation, lines)
 
 
 def test_other_processes_leave_after_training(tmp_path, monkeypatch):
