@@ -41,11 +41,11 @@ class Autoregressive:
         return weighted_loss(model, batch)
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0, draws: int = 1,
-              numbers: Iterable[np.ndarray] | None = None) -> Nelbo:
+              numbers: Iterable[np.ndarray] | None = None, conditions: None = None) -> Nelbo:
         """The exact -log p of every row, as a `Nelbo` with everything hidden.
 
         [EOS] counts in the nats and not in the tokens, so that nats/token is per token of text as
-        it is for diffusion. `seed` and `draws` change nothing.
+        it is for diffusion. `seed` and `draws` change nothing; the twin has no conditions.
         """
         return measure_nats(model, batches, lambda clean, rows: [
             (self.corrupt_batch(clean), maskable(clean).sum(1))], numbers)
@@ -105,11 +105,12 @@ def write_stories(model: nn.Module, count: int, max_len: int, sampler: Sampler, 
 
 
 def tell_stories(model: nn.Module, histogram: dict, sampler: Sampler, count: int, seed: int,
-                 ) -> list[np.ndarray]:
+                 conditions: np.ndarray | None = None) -> list[np.ndarray]:
     """`count` whole rows of a model of either kind. A diffusion model's lengths are drawn from the
-    length histogram of meta.json; the twin ends its stories itself, and knows no order or steps."""
+    length histogram of meta.json, and `conditions` (count, S) go with them; the twin ends its
+    stories itself, and knows no order or steps."""
     longest = model.config.max_len
     if model.config.causal:
         return write_stories(model, count, longest, sampler, seed)
     rows = [blank_story(draw_length(histogram, seed, i) or longest - 2) for i in range(count)]
-    return fill(numpy_step(model, sampler), rows, sampler, seed)
+    return fill(numpy_step(model, sampler, conditions), rows, sampler, seed)

@@ -38,7 +38,7 @@ class Stopped(UserError):
         self.status = status
 
 
-def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+def flag(default: Any, help: str, choices: Sequence | None = None) -> Any:
     """A dataclass field that `parse` turns into a command-line flag."""
     metadata = {"help": help, "choices": choices}
     if isinstance(default, list):

@@ -14,6 +14,7 @@ The data folder (format version 1)
     train_00000.bin, .idx ...  uint16 token ids; int64 header and row offsets (val_* likewise)
 One row is one story, [BOS] story [EOS]. A story longer than `seq_len` becomes several rows of
 nearly equal length, of which only the first has [BOS] and only the last [EOS].
+prep_conditional_data.py adds train_condition_00000.bin ..., the condition of every row.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import shutil
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -176,24 +177,33 @@ class SplitWriter:
 def prepare(config: DataConfig) -> dict:
     """Runs the whole stage and returns the content of meta.json."""
     check_config(config)
-    target = Path(config.data_dir).resolve()
+    return make_folder(config.data_dir, "--data_dir", config.overwrite,
+                       lambda folder: write_folder(config, folder))
+
+
+def make_folder(data_dir: str, flag: str, overwrite: bool, write: Callable[[Path], dict]) -> dict:
+    """A data folder, whole or not at all: `write` fills another one, which then takes its place.
+
+    Returns what `write` returns, the content of meta.json.
+    """
+    target = Path(data_dir).resolve()
     partial, old = (target.with_name(target.name + end) for end in (".partial", ".old.partial"))
     if old.exists() and not target.exists():
         old.rename(target)  # a replacement was killed between its two renames
     if target.exists():
-        require(target.is_dir(), f"--data_dir {config.data_dir} is a file; name a folder")
+        require(target.is_dir(), f"{flag} {data_dir} is a file; name a folder")
         if any(target.iterdir()):
-            require(config.overwrite, f"{config.data_dir} is already there: use it, or give "
-                                      "--overwrite, or another --data_dir")
+            require(overwrite, f"{data_dir} is already there: use it, or give --overwrite, or "
+                               f"another {flag}")
             # Only what this script wrote is ever replaced, never somebody's folder of that name.
-            require((target / "meta.json").exists(), f"{config.data_dir} holds other files: choose "
-                                                     "another --data_dir")
-    check_writable(target.parent, "--data_dir")
+            require((target / "meta.json").exists(), f"{data_dir} holds other files: choose "
+                                                     f"another {flag}")
+    check_writable(target.parent, flag)
     for leftover in (partial, old):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        meta = write_folder(config, partial)
+        meta = write(partial)
         replace_folder(partial, target, old)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -204,8 +214,7 @@ def prepare(config: DataConfig) -> dict:
 def check_config(config: DataConfig) -> None:
     require(260 <= config.vocab_size <= 65536,
             f"--vocab_size {config.vocab_size}: must be from 260 (the bytes) to 65536 (uint16)")
-    require(config.seq_len >= 16 and config.seq_len % BUCKET == 0,
-            f"--seq_len {config.seq_len}: must be a positive multiple of {BUCKET}")
+    check_row_length("--seq_len", config.seq_len)
     require(0 < config.valid_fraction < 1, f"--valid_fraction {config.valid_fraction}: must lie "
                                            "between 0 and 1")
     for name in ("max_stories", "tokenizer_stories"):
@@ -215,6 +224,11 @@ def check_config(config: DataConfig) -> None:
     require(config.source != ["sample"] or (config.max_stories or 0) <= 100_000,
             f"--max_stories {config.max_stories}: the bundled story maker has 100,000 stories")
     check_source(config.source, config.valid_source)
+
+
+def check_row_length(flag: str, length: int) -> None:
+    require(length >= BUCKET and length % BUCKET == 0,
+            f"{flag} {length}: must be a positive multiple of {BUCKET}")
 
 
 def tokenize_batches(stories: Iterable[tuple[str, str]], tokenizer,
@@ -264,31 +278,37 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
                 bar.update(writers[split].add(text, ids))
             else:
                 dropped += 1
+    # 3. What a reader must know.
+    return finish_folder(
+        folder, writers, tokenizer.to_str(pretty=True), tokenizer.get_vocab_size(),
+        f"no stories in {', '.join(config.source)}: the corpus is empty",
+        **describe_source(config.source, config.valid_source), dropped_empty=dropped,
+        config=dataclasses.asdict(config), seconds=round(time.perf_counter() - started, 2))
+
+
+def finish_folder(folder: Path, writers: dict[str, SplitWriter], tokenizer: str, vocab_size: int,
+                  empty: str, **more: Any) -> dict:
+    """Ends the shards, and writes tokenizer.json and meta.json with `more` in it; returns meta.
+
+    Raises UserError(empty) where there is no training story.
+    """
     for split, writer in writers.items():
         writer.flush()
-        require(writer.counts["stories"], {
-            "train": f"no stories in {', '.join(config.source)}: the corpus is empty",
-            "val": "no validation stories: raise --valid_fraction or --max_stories, or give more "
-                   "text"}[split])
-    # 3. What a reader must know.
+        require(writer.counts["stories"], empty if split == "train" else
+                "no validation stories: raise --valid_fraction or --max_stories, or give more text")
     train = writers["train"]
-    text = tokenizer.to_str(pretty=True)
     text_tokens = train.counts["tokens"] - 2 * train.counts["stories"]  # less [BOS] and [EOS]
     meta = {
-        "format": FORMAT, "format_version": FORMAT_VERSION,
-        **describe_source(config.source, config.valid_source),
-        "vocab_size": tokenizer.get_vocab_size(), "seq_len": config.seq_len,
-        "dropped_empty": dropped,
+        "format": FORMAT, "format_version": FORMAT_VERSION, "vocab_size": vocab_size,
+        "seq_len": train.seq_len,
         "special_ids": dict(zip(SPECIAL_TOKENS, (PAD, MASK, BOS, EOS), strict=True)),
         "bytes_per_token": train.counts["bytes"] / text_tokens,
         "length_histogram": {kind: {str(length): lengths[length] for length in sorted(lengths)}
                              for kind, lengths in train.histogram.items()},
-        "tokenizer_sha256": sha256(text.encode()),
-        "splits": {split: writer.summary() for split, writer in writers.items()},
-        "config": dataclasses.asdict(config), "seconds": round(time.perf_counter() - started, 2),
-    }
+        "tokenizer_sha256": sha256(tokenizer.encode()),
+        "splits": {split: writer.summary() for split, writer in writers.items()}, **more}
     with atomic_file(folder / "tokenizer.json", "w") as file:
-        file.write(text)
+        file.write(tokenizer)
     with atomic_file(folder / "meta.json", "w") as file:
         json.dump(meta, file, indent=1)
     return meta
@@ -383,9 +403,26 @@ class TokenRows:
         offsets, j = self._offsets[shard], i - self._first[shard]
         return self._tokens[shard][offsets[j]:offsets[j + 1]]
 
+    def conditions(self) -> "TokenRows":
+        """The conditions of the rows, with the same numbers."""
+        split = f"{self.split}_condition"
+        require(split in self.meta["splits"], f"{self.data_dir} has no conditions: prepare them "
+                                              "with prep_conditional_data.py and name that folder")
+        rows = TokenRows(self.data_dir, split)
+        require(len(rows) == len(self), f"{self.data_dir} has {len(rows)} conditions for "
+                f"{len(self)} rows of {self.split}; prepare the data again")
+        return rows
+
     def batch(self, indices: Iterable[int]) -> np.ndarray:
         """Rows as (B, L) int64, padded with [PAD] to a multiple of 16."""
         return pad_rows([self[i] for i in indices])
+
+
+def evenly_spread(count: int, rows: int) -> np.ndarray:
+    """Numbers of `count` of the rows (of all, if there are fewer): the beginning of a split may be
+    of another kind than its end."""
+    count = min(count, rows)
+    return np.arange(count) * rows // count
 
 
 def pad_rows(rows: list, multiple: int = BUCKET) -> np.ndarray:
@@ -450,6 +487,7 @@ class BatchStream:
                  position: int = 0, rank: int = 0, world: int = 1):
         self.rows, self.batch_tokens, self.seed = rows, batch_tokens, seed
         self.epoch, self.position, self.rank, self.world = epoch, position, rank, world
+        self.indices = np.zeros(0, np.int64)  # the rows of the batch last given
         self._batches = self._epoch_batches()
 
     def _epoch_batches(self) -> list[np.ndarray]:
@@ -466,9 +504,10 @@ class BatchStream:
         if self.position >= len(self._batches):
             self.epoch, self.position = self.epoch + 1, 0
             self._batches = self._epoch_batches()
-        indices = self._batches[self.position][self.rank::self.world]
+        self.indices = self._batches[self.position][self.rank::self.world]
         self.position += 1
-        return self.rows.batch(indices) if len(indices) else np.zeros((0, BUCKET), np.int64)
+        return (self.rows.batch(self.indices) if len(self.indices)
+                else np.zeros((0, BUCKET), np.int64))
 
     @property
     def epochs(self) -> float:

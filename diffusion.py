@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cli import require
 from data_prep import EOS, MASK, length_nats
-from model import device_of
+from model import Context, device_of
 from sampler import ADAPTIVE_PACES, Sampler, State, Step, unmask
 
 # ---- schedules -----------------------------------------------------------------------------------
@@ -54,6 +54,8 @@ SCHEDULES = {"cosine": CosineSchedule, "linear": LinearSchedule}
 OBJECTIVES = ("elbo", "masked_ce")
 # First numbers of the seeds of the evaluation masks, like those of sampler.py.
 SHIFT_STREAM, MASK_STREAM = 3, 4
+# Numbers of rows (B,) -> their conditions (B, S) int64
+Conditions = Callable[[np.ndarray], np.ndarray]
 
 
 def maskable(tokens: Tensor) -> Tensor:
@@ -65,20 +67,29 @@ def maskable(tokens: Tensor) -> Tensor:
 
 @dataclass
 class Corrupted:
-    """A batch with some tokens hidden. All (B, L) but `mask_ratio`, (B,)."""
+    """A batch with some tokens hidden. All (B, L) but `mask_ratio`, (B,), and `condition`."""
 
     tokens: Tensor  # int64, the clean ones
     noisy: Tensor  # int64, with [MASK]
     masked: Tensor  # bool
     weight: Tensor  # float32: the loss is the sum over masked positions of weight * -log p
     mask_ratio: Tensor  # float32, m(t)
+    condition: Tensor | None = None  # (B, S) int64; [PAD] alone in a row without one
 
     def __getitem__(self, rows) -> "Corrupted":
-        return Corrupted(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        return self._each(lambda x: x[rows])
 
     def to(self, device: torch.device) -> "Corrupted":
-        return Corrupted(*(getattr(self, name).to(device, non_blocking=True)
-                           for name in self.__dataclass_fields__))
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def _each(self, do: Callable[[Tensor], Tensor]) -> "Corrupted":
+        values = (getattr(self, name) for name in self.__dataclass_fields__)
+        return Corrupted(*(None if x is None else do(x) for x in values))
+
+    def hidden(self, model: nn.Module) -> Tensor:
+        """(M, D): what the model makes of the M masked positions."""
+        context = () if self.condition is None else (model.encode(self.condition),)
+        return model.hidden(self.noisy, self.mask_ratio, *context)[self.masked]
 
 
 class DiscreteDiffusion:
@@ -150,7 +161,8 @@ class DiscreteDiffusion:
         return weighted_loss(model, tokens)
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,
-              draws: int = 1, numbers: Iterable[np.ndarray] | None = None) -> "Nelbo":
+              draws: int = 1, numbers: Iterable[np.ndarray] | None = None,
+              conditions: "Conditions | None" = None) -> "Nelbo":
         """The exact any-order bound, stratified over the number of hidden tokens.
 
         For a row of n tokens NELBO = n E_k[mean over the k hidden of -log p], k uniform on 1..n:
@@ -161,6 +173,7 @@ class DiscreteDiffusion:
             batches: (B, L) int64 each.
             numbers: the numbers of the rows of each batch, by default 0, 1, ... Masks depend on
                 (seed, number, draw) alone, so batching changes nothing.
+            conditions: gives the conditions (B, S) of the rows with these numbers.
         """
         def hide(clean: Tensor, rows: np.ndarray) -> Iterator[tuple[Corrupted, Tensor]]:
             for draw in range(draws):
@@ -168,16 +181,20 @@ class DiscreteDiffusion:
                 yield Corrupted(clean, clean.masked_fill(masked, MASK), masked, masked.float(),
                                 (k / n).float()), k
 
-        return measure_nats(model, batches, hide, numbers)
+        return measure_nats(model, batches, hide, numbers, conditions)
 
     def extra_nats(self, meta: dict, rows: Iterable[np.ndarray]) -> float:
         """What a text's code needs besides the tokens: the kind and length of every row."""
         return length_nats(meta, rows)
 
     def unmask(self, model: nn.Module, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
-               rows: Sequence[int] | None = None) -> Iterator[State]:
-        """`sampler.unmask` with this model: fills every [MASK] of `tokens` (B, L), step by step."""
-        return unmask(numpy_step(model, sampler), tokens, sampler, seed, rows)
+               rows: Sequence[int] | None = None, conditions: np.ndarray | None = None,
+               ) -> Iterator[State]:
+        """`sampler.unmask` with this model: fills every [MASK] of `tokens` (B, L), step by step.
+
+        `conditions` (N, S) belong to the rows with the numbers 0 to N - 1.
+        """
+        return unmask(numpy_step(model, sampler, conditions), tokens, sampler, seed, rows)
 
 
 def weighted_loss(model: nn.Module, batch: Corrupted) -> Tensor:
@@ -185,17 +202,17 @@ def weighted_loss(model: nn.Module, batch: Corrupted) -> Tensor:
 
     The vocabulary head runs on these M positions and nowhere else.
     """
-    hidden = model.hidden(batch.noisy, batch.mask_ratio)[batch.masked]  # (M, D)
-    return model.loss(hidden, batch.tokens[batch.masked], batch.weight[batch.masked])
+    return model.loss(batch.hidden(model), batch.tokens[batch.masked], batch.weight[batch.masked])
 
 
 def measure_nats(model: nn.Module, batches: Iterable[np.ndarray],
                  hide: Callable[[Tensor, np.ndarray], Iterable[tuple[Corrupted, Tensor]]],
-                 numbers: Iterable[np.ndarray] | None = None) -> "Nelbo":
+                 numbers: Iterable[np.ndarray] | None = None,
+                 conditions: "Conditions | None" = None) -> "Nelbo":
     """The nats of what `hide` hides in every batch (B, L), in evaluation mode.
 
     `hide(clean, rows)` gives batches with hidden tokens, and the k (B,) of each; `numbers` are the
-    numbers of the rows of each batch, by default 0, 1, ...
+    numbers of the rows of each batch, by default 0, 1, ..., and `conditions` gives theirs.
     """
     columns, seen = [], 0
     training, device = model.training, device_of(model)
@@ -207,7 +224,9 @@ def measure_nats(model: nn.Module, batches: Iterable[np.ndarray],
             rows = next(numbers) if numbers else seen + np.arange(len(clean))
             seen += len(clean)
             n = maskable(clean).sum(1).numpy()
+            told = None if conditions is None else torch.from_numpy(conditions(rows))
             for hidden, k in hide(clean, rows):
+                hidden.condition = told
                 columns.append((rows, n, k.numpy(), *row_sums(model, hidden, device)))
     model.train(training)
     return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
@@ -217,8 +236,7 @@ def row_sums(model: nn.Module, batch: Corrupted, device: torch.device,
              ) -> tuple[np.ndarray, np.ndarray]:
     """For each row (B,): the sum of -log p over its hidden tokens, and how many were likeliest."""
     there = batch.to(device)
-    hidden = model.hidden(there.noisy, there.mask_ratio)[there.masked]  # (M, D)
-    values = model.scores(hidden, there.tokens[there.masked])
+    values = model.scores(there.hidden(model), there.tokens[there.masked])
     owner = batch.masked.nonzero()[:, 0].numpy()  # (M,) the row of each hidden token
     nats, correct = (np.bincount(owner, x.cpu().double().numpy(), minlength=len(batch.tokens))
                      for x in values)
@@ -340,6 +358,10 @@ class UnmaskStep(nn.Module):
     Positions are chosen first, tokens drawn only there. A token is drawn by inverting the
     distribution function in FP64 with one uniform number, which is exact; FP32 Gumbel noise with a
     floor would lower the effective temperature (arXiv 2409.02908).
+
+    With a condition and `guidance` g a token is drawn from p(x | condition)^g p(x)^(1 - g), up to
+    its norm: classifier-free guidance (arXiv 2207.12598 eq. 6, with g = 1 + w). g = 1 is the
+    conditional model alone and g = 0 the unconditional one, both with one network evaluation.
     """
 
     def __init__(self, model: nn.Module, sampler: Sampler):
@@ -347,7 +369,8 @@ class UnmaskStep(nn.Module):
         self.model, self.sampler = model, sampler
 
     def forward(self, tokens: Tensor, count: Tensor, temperature: Tensor, noise: Tensor,
-                most_hidden: int, most_count: int) -> tuple[Tensor, Tensor]:
+                most_hidden: int, most_count: int, context: Context | None = None,
+                ) -> tuple[Tensor, Tensor]:
         """
         Args:
             tokens: (B, L) int64, hidden ones are [MASK].
@@ -356,23 +379,24 @@ class UnmaskStep(nn.Module):
             noise: (B, 2, L) uniforms in [0, 1): for the order, for the token.
             most_hidden, most_count: at least the largest number hidden and of `count` in the batch.
                 Plain numbers, for they are shapes; a graph of fixed shape has both at L.
+            context: of the conditions of these rows, from the model's `encode`.
         Returns: the new tokens (B, L), and confidence (B, L) float32: the probability, at
             temperature 1, of each token drawn now, 0 elsewhere.
         """
         sampler = self.sampler
         masked = tokens == MASK  # (B, L)
         ratio = masked.sum(1) / maskable(tokens).sum(1).clamp(min=1)
-        hidden = self.model.hidden(tokens, ratio)  # (B, L, D)
+        hidden = self.hidden(tokens, ratio, context)
         adaptive = sampler.pace in ADAPTIVE_PACES
         # 1. Score the hidden positions, the best first, and choose `count` of every row, or more
         #    where the pace finds the network sure of them.
         if sampler.order == "random" and not adaptive:
             positions = best_first(noise[:, 0].masked_fill(~masked, -1), most_count)  # (B, C)
-            logits = self.logits(take(hidden, positions))  # (B, C, V)
+            logits = self.logits(hidden, positions)  # (B, C, V)
             sure = None
         else:
             candidates = best_first(masked.int(), most_hidden)  # (B, M)
-            every = self.logits(take(hidden, candidates))  # (B, M, V)
+            every = self.logits(hidden, candidates)  # (B, M, V)
             score = (noise[:, 0].gather(1, candidates) if sampler.order == "random"
                      else SCORES[sampler.order](every))  # (B, M)
             score = score.masked_fill(~masked.gather(1, candidates), -math.inf)
@@ -395,10 +419,22 @@ class UnmaskStep(nn.Module):
         confidence = torch.zeros_like(tokens, dtype=torch.float32)
         return new, confidence.scatter(1, positions, probability * wanted)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """FP32 logits. The head's FP16 stand-in for -inf must not survive a high temperature."""
-        logits = self.model.head(hidden).float()
-        return logits.masked_fill(logits <= -1e4, -math.inf)
+    def hidden(self, tokens: Tensor, ratio: Tensor, context: Context | None) -> list[Tensor]:
+        """(B, L, D) hidden states with the condition, those without it, or for guidance both."""
+        guidance = self.sampler.guidance
+        contexts = ([None] if context is None or guidance == 0 else
+                    [context] if guidance == 1 else [context, None])
+        return [self.model.hidden(tokens, ratio) if x is None else
+                self.model.hidden(tokens, ratio, x) for x in contexts]
+
+    def logits(self, hidden: list[Tensor], positions: Tensor) -> Tensor:
+        """FP32 logits (B, C, V) at positions (B, C)."""
+        first, *second = (self.model.head(take(states, positions)).float() for states in hidden)
+        # The head's FP16 stand-in for -inf must not survive a high temperature.
+        never = first <= -1e4
+        if second:
+            first = second[0] + self.sampler.guidance * (first - second[0])
+        return first.masked_fill(never, -math.inf)
 
     def sure(self, logits: Tensor) -> Tensor:
         """Which of the positions, the best first, an adaptive pace uncovers: (B, C) bool.
@@ -478,21 +514,51 @@ def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def numpy_step(model: nn.Module, sampler: Sampler) -> Step:
-    """The torch step of this model and sampler, for the NumPy loop of sampler.py."""
+def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None) -> Step:
+    """The torch step of this model and sampler, for the NumPy loop of sampler.py.
+
+    `conditions` (N, S) int64 belong to the rows with the numbers 0 to N - 1; one of [PAD] alone is
+    none.
+    """
     sampler.check()
     step = UnmaskStep(model, sampler)
     device = device_of(model)
     temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
     # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.
     precision = torch.float32 if device.type == "mps" else torch.float64
+    contexts = None if conditions is None else Contexts(model, conditions)
 
     @torch.no_grad()  # (FSDP does not know inference mode)
-    def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray):
+    def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray):
         most_hidden = int((tokens == MASK).sum(1).max())
+        context = None if contexts is None or sampler.guidance == 0 else contexts.of(rows)
         new, confidence = step(
             torch.from_numpy(tokens).to(device), torch.from_numpy(count).to(device), temperature,
-            torch.from_numpy(noise).to(precision).to(device), most_hidden, int(count.max()))
+            torch.from_numpy(noise).to(precision).to(device), most_hidden, int(count.max()),
+            context)
         return new.cpu().numpy(), confidence.cpu().numpy()
 
     return run
+
+
+class Contexts:
+    """The context of every row's condition, encoded once: before the row's first step.
+
+    Each alone, so that a story does not depend on its batch. Those of the last `KEPT` rows stay.
+    """
+
+    KEPT = 256
+
+    def __init__(self, model: nn.Module, conditions: np.ndarray):
+        self.model, self.conditions = model, conditions
+        self.known: dict[int, Context] = {}
+
+    def of(self, rows: np.ndarray) -> Context:
+        for row in map(int, rows):
+            # put at the end: the first of the dictionary is the one that was not used for longest
+            self.known[row] = self.known.pop(row, None) or self.model.encode(torch.from_numpy(
+                self.conditions[row:row + 1]).to(device_of(self.model)))
+        keys, values, bias = zip(*(self.known[int(row)] for row in rows), strict=True)
+        for row in list(self.known)[:-max(self.KEPT, len(rows))]:
+            del self.known[row]
+        return Context(torch.cat(keys, dim=1), torch.cat(values, dim=1), torch.cat(bias))

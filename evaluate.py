@@ -3,6 +3,7 @@
     python evaluate.py --checkpoint checkpoints/best.pt --data_dir data
     python evaluate.py --checkpoint checkpoints/best.pt --sampling --twin checkpoints_ar/best.pt
     python evaluate.py --checkpoint checkpoints/best.pt --infilling --twin checkpoints_ar/best.pt
+    python evaluate.py --checkpoint conditional/best.pt --twin checkpoints_ar/best.pt
 
 Prints a table and writes evaluation.json beside the checkpoint:
 - the likelihood bound (NELBO) of held-out stories in bits/byte, nats/token and perplexity, with
@@ -13,6 +14,8 @@ sampling.json and sampling_pareto.png (see quality.py). With --infilling it fill
 sentence of real stories: exact match, BLEU, nats/token and infilling.json. It shows its progress;
 --num_samples makes it shorter, and --max_rows the scoring. The autoregressive twin is scored on the
 same bytes, exactly: its "NELBO" is the negative log-likelihood.
+Of a model with a condition it tells what the condition is worth, at every guidance (see
+conditioning.py), and writes a sheet of ten texts, evaluation.md.
 """
 
 import dataclasses
@@ -25,10 +28,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import conditioning
 import quality
 from autoregressive import Autoregressive, write_stories
 from cli import atomic_file, check_writable, flag, parse, require, run
-from data_prep import EOS, MASK, TokenRows, bucket_batches, decode, row_kind, token_bytes
+from data_prep import (
+    EOS,
+    MASK,
+    TokenRows,
+    bucket_batches,
+    decode,
+    evenly_spread,
+    row_kind,
+    token_bytes,
+)
 from diffusion import DiscreteDiffusion, Nelbo, numpy_step
 from model import (
     PRECISIONS,
@@ -58,9 +71,14 @@ class EvaluateConfig(Sampler):
     sampling: bool = flag(False, "compare samplers instead")
     infilling: bool = flag(False, "fill in the middle sentence of real stories instead")
     twin: str | None = flag(None, "checkpoint of an autoregressive twin: the judge of --sampling, "
-                                  "the other side of --infilling")
+                                  "the other side of --infilling; the judge of a model "
+                                  "with a condition")
     samplers: list[str] = flag(list(quality.SAMPLERS), "which to compare")
     evaluations: list[int] = flag(list(quality.EVALUATIONS), "network evaluations to compare at")
+    guidances: list[float] = flag([0.0, 1.0, 1.5, 2.0, 3.0], "a model with a condition: the "
+                                                             "guidances to compare")
+    plain: str | None = flag(None, "its other side: the checkpoint that gets the condition as a "
+                                   "prompt (default: the model itself, without its condition)")
     seed: int = flag(0, "seed of masks and stories")
     output: str | None = flag(None, "file to write (default: evaluation.json, sampling.json or "
                                     "infilling.json by the checkpoint)")
@@ -78,7 +96,8 @@ class EvaluateConfig(Sampler):
         require(self.num_samples != 1, "--num_samples 1: self-BLEU needs at least 2 stories")
         other = self.sampling or self.infilling
         require(not (self.sampling and self.infilling), "--sampling and --infilling: choose one")
-        require(self.twin is None or other, "--twin is for --sampling and --infilling")
+        require(min(self.guidances) >= 0 and math.isfinite(max(self.guidances)),
+                "--guidances: must be 0 or more")
         require(self.num_samples or not other, "--sampling and --infilling compare stories: give "
                                                "--num_samples 2 or more")
         for name in self.samplers:
@@ -150,8 +169,7 @@ def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
     model, rows, tokenizer = open_model(config, path, checkpoint)
     precision = {value: key for key, value in PRECISIONS.items()}[model.compute_dtype]
     stories = choose_stories(config, rows)
-    count = min(len(rows), config.max_rows or len(rows))
-    chosen = np.arange(count) * len(rows) // count
+    chosen = evenly_spread(config.max_rows or len(rows), len(rows))
     batches = bucket_batches(rows.lengths, 8192, chosen, merge=False)
     bar = tqdm(batches, desc="scoring", unit=" batches", leave=False, disable=None)
     process = Autoregressive() if model.config.causal else DiscreteDiffusion()
@@ -164,9 +182,9 @@ def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
         "checkpoint": str(path), "kind": checkpoint["kind"], "step": checkpoint.get("step"),
         "tokens_seen": checkpoint.get("tokens_seen"), "data": rows.meta["source"],
         "split": config.split,
-        "protocol": f"{how}, {count} rows of {config.split}, seed {config.seed}, {precision}, "
-                    f"{weights}; bits/byte include the code of the row lengths, nats/token and "
-                    "perplexity do not",
+        "protocol": f"{how}, {len(chosen)} rows of {config.split}, seed {config.seed}, "
+                    f"{precision}, {weights}; bits/byte include the code of the row lengths, "
+                    "nats/token and perplexity do not",
         "likelihood": likelihood(bound, scored, process.extra_nats(rows.meta, scored),
                                  token_bytes(tokenizer)),
         "masked_ce": bound.masked_ce, "masked_accuracy": bound.masked_accuracy,
@@ -209,7 +227,7 @@ def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, targe
     """The table of samplers; writes `target` and a plot beside it."""
     require(checkpoint["kind"] == "diffusion", f"{path} is autoregressive: it has no samplers")
     model, rows, tokenizer = open_model(config, path, checkpoint)
-    twin = open_twin(config, model, rows)
+    twin = open_beside(config, config.twin, "autoregressive", model, rows)
     real = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
     require(len(real) > 1, f"{rows.data_dir}: --sampling needs two stories that fit into a row")
     result = {"checkpoint": str(path), "judge": config.twin, "stories": len(real),
@@ -224,22 +242,23 @@ def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, targe
           f"{quality.table(result)}\n\n{quality.NOTE}\n\nwrote {target}")
 
 
-def open_twin(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
-              ) -> torch.nn.Module | None:
-    """The model of --twin, on the device and in the precision of `model`; None without one."""
-    if config.twin is None:
+def open_beside(config: EvaluateConfig, path: str | None, kind: str, model: torch.nn.Module,
+                rows: TokenRows) -> torch.nn.Module | None:
+    """The model of another checkpoint, on the device and in the precision of `model`; None without
+    a path."""
+    if path is None:
         return None
-    checkpoint = load_checkpoint(config.twin, kind="autoregressive")
-    check_tokenizer(config.twin, checkpoint, rows.data_dir, rows.meta)
-    twin = model_from_checkpoint(checkpoint).to(device_of(model))
-    twin.compute_dtype = model.compute_dtype
-    return twin.for_inference()
+    checkpoint = load_checkpoint(path, kind=kind)
+    check_tokenizer(path, checkpoint, rows.data_dir, rows.meta)
+    beside = model_from_checkpoint(checkpoint).to(device_of(model))
+    beside.compute_dtype = model.compute_dtype
+    return beside.for_inference()
 
 
 def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
     """The middle sentence of real stories, filled in by this model and by the twin."""
     model, rows, tokenizer = open_model(config, path, checkpoint)
-    twin = open_twin(config, model, rows)
+    twin = open_beside(config, config.twin, "autoregressive", model, rows)
     stories = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
     pairs = [(row, gap) for row in stories
              if (gap := quality.hide_middle(row, tokenizer)) is not None]
@@ -261,19 +280,67 @@ def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, targ
     print(f"\nwrote {target}")
 
 
+def evaluate_conditional(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path,
+                         ) -> None:
+    """What the condition is worth; writes `target` and a sheet of texts beside it."""
+    model, rows, tokenizer = open_model(config, path, checkpoint)
+    twin, plain = (open_beside(config, name, kind, model, rows) for name, kind in (
+        (config.twin, "autoregressive"), (config.plain, "diffusion")))
+    pairs = conditioning.Pairs(rows, tokenizer, model.config.max_len)
+    require(len(pairs) > 1, f"{rows.data_dir}: no two texts fit into a row with their condition")
+    scored = pairs.some(evenly_spread(config.max_rows or len(pairs), len(pairs)))
+    arms = conditioning.bounds(model, scored, config.draws, config.seed, plain)
+    extra = DiscreteDiffusion().extra_nats(rows.meta, scored.texts)
+    sizes = token_bytes(tokenizer)
+    own = arms["its own condition"]
+    result = {"checkpoint": str(path), "kind": checkpoint["kind"], "step": checkpoint.get("step"),
+              "data": rows.meta["source"], "split": config.split, "texts": len(scored),
+              "plain": config.plain, "judge": config.twin, "config": dataclasses.asdict(config),
+              "likelihood": {}, "generation": {}}
+    for name, arm in arms.items():
+        better, error = conditioning.gain(own, arm)
+        numbers = likelihood(arm, scored.texts, extra, sizes)
+        result["likelihood"][name] = {
+            "nats_per_token": arm.nats_per_token, "standard_error": arm.standard_error,
+            "bits_per_byte": numbers["bits_per_byte"],
+            **({} if arm is own else {"gain": better, "gain_standard_error": error})}
+    if config.num_samples:
+        told = pairs.some(np.random.default_rng(config.seed).permutation(len(pairs))
+                          [:config.num_samples])
+        wanted = conditioning.training_words(TokenRows(rows.data_dir, "train"), tokenizer)
+        result["generation"], texts = conditioning.generation(
+            model, told, config, config.guidances, tokenizer, wanted, twin, config.seed, plain)
+        with atomic_file(target.with_suffix(".md"), "w") as file:
+            file.write(conditioning.sheet([decode(tokenizer, ids) for ids in told.told], texts))
+    with atomic_file(target, "w") as file:
+        json.dump(result, file, indent=1)
+    print(f"{path}, step {result['step']}; {len(scored)} texts of {config.split} of one row with "
+          f"their condition, {config.draws} masks each, {config.steps} steps, temperature "
+          f"{config.temperature:g}, top_p {config.top_p:g}, seed {config.seed}\n\n"
+          f"{conditioning.tables(result)}\n\nwrote {target}")
+
+
 def check_used(config: EvaluateConfig, kind: str, given: set[str]) -> None:
     """Refuses flags that were given and would change nothing."""
     drawing = {"temperature", "top_k", "top_p"}
     sampler = {field.name for field in dataclasses.fields(Sampler)} - drawing
-    compared = {"samplers", "evaluations"}
-    unused, why = ((sampler | {"draws", "max_rows"}, "with --sampling") if config.sampling else
-                   (compared | {"max_rows"}, "with --infilling") if config.infilling else
-                   (compared, "without --sampling"))
+    compared, told = {"samplers", "evaluations"}, {"guidance", "guidances", "plain"}
+    if kind == "conditional":
+        unused = compared | {"sampling", "infilling", "guidance"}
+        why = "for a model with a condition"
+    else:
+        unused, why = ((sampler | {"draws", "max_rows"}, "with --sampling") if config.sampling else
+                       (compared | {"max_rows"}, "with --infilling") if config.infilling else
+                       (compared, "without --sampling"))
+        require(not told & given, f"--{' --'.join(sorted(told & given))}: without effect for a "
+                                  "model without a condition; leave it out")
     if kind == "autoregressive":
         unused, why = unused | sampler | {"draws"}, "for an autoregressive model"
     unused = sorted(unused & given)
     require(not unused, f"--{' --'.join(unused)}: without effect {why}; leave it out")
-    if kind == "diffusion":
+    require(config.twin is None or config.sampling or config.infilling or kind == "conditional",
+            "--twin is for --sampling and --infilling, and for models with a condition")
+    if kind != "autoregressive":
         config.check_used(given)
 
 
@@ -294,6 +361,8 @@ def main(argv: list[str] | None = None) -> None:
     check_used(config, checkpoint["kind"], given)
     name, do = (("sampling.json", compare_samplers) if config.sampling else
                 ("infilling.json", compare_infilling) if config.infilling else
+                ("evaluation.json", evaluate_conditional) if checkpoint["kind"] == "conditional"
+                else
                 ("evaluation.json", write))
     target = Path(config.output) if config.output else path.parent / name
     require(target.parent.is_dir() and not target.is_dir(),

@@ -5,11 +5,17 @@
     python generate.py --infill "Tom had a [MASK:6] and he was happy." --show_steps
     python generate.py --num_samples 100 --json > stories.jsonl
     python generate.py --num_samples 1 --steps 32 --trace story.html
+    python generate.py --checkpoint conditional/best.pt --condition "Lily found a shiny key."
+    python generate.py --checkpoint conditional/best.pt --conditions first_sentences.txt --json
 
 Starts from a row of [MASK] and uncovers it step by step. `[MASK:n]` in --infill hides n tokens
 (a token is about four letters); the space before a gap belongs to it. Prints the stories and the
 speed; with --json one JSON object a line, and the speed on stderr. Three stories in 64 steps with
 the small model take about 10 s on 2 CPU cores in FP32.
+
+A model with a condition (train.py --stage 2) goes on from the sentence that it is given;
+--conditions reads one a line, or the key "condition" of a .jsonl file. Without one it is the model
+that it was before.
 """
 
 import json
@@ -25,7 +31,8 @@ from tqdm import tqdm
 
 from cli import UserError, check_writable, flag, parse, preset, require, run
 from data_prep import BOS, EOS, MASK, decode
-from sampler import PRESETS, Sampler, Step, blank_story, draw_length, unmask_rows
+from sampler import PRESETS, Sampler, Step, blank_story, condition_row, draw_length, unmask_rows
+from sources import read_json_lines
 from viewer import TRACE_FORMATS, Trace
 
 if TYPE_CHECKING:
@@ -43,6 +50,10 @@ class GenerateConfig(Sampler):
     num_samples: int = flag(3, "stories to make")
     prompt: str | None = flag(None, "how the story begins")
     infill: str | None = flag(None, "a text with gaps: [MASK:n] hides n tokens")
+    condition: str | None = flag(None, "what the story follows from, for a model of train.py "
+                                       "--stage 2 or 3")
+    conditions: str | None = flag(None, "file of conditions, .txt (one a line) or .jsonl; "
+                                        "--num_samples stories of each (default: one)")
     length: int | None = flag(None, "tokens in the story (default: drawn from the data's lengths)")
     seed: int = flag(0, "the same seed gives the same stories")
     batch_size: int = flag(32, "stories made together; does not change them")
@@ -65,10 +76,48 @@ class GenerateConfig(Sampler):
                 "--infill fixes the whole row: leave out --prompt and --length")
         require(self.trace is None or Path(self.trace).suffix in TRACE_FORMATS,
                 f"--trace {self.trace}: name a file that ends in {' or '.join(TRACE_FORMATS)}")
-        for name in ("prompt", "infill"):
+        require(self.condition is None or self.conditions is None,
+                "--condition and --conditions: give one of them")
+        require(self.conditions is None or Path(self.conditions).is_file(),
+                f"--conditions {self.conditions}: no such file")
+        for name in ("prompt", "infill", "condition"):
             text = getattr(self, name) or ""
             require(text.isascii() or text.encode(errors="replace").decode() == text,
                     f"--{name} is not valid Unicode; check the encoding of the terminal")
+
+
+    def check_used(self, given: set[str]) -> None:
+        super().check_used(given)
+        told = self.condition is not None or self.conditions is not None
+        require(told or "guidance" not in given, "--guidance belongs to --condition and "
+                                                 "--conditions: add one, or leave it out")
+
+
+def read_conditions(path: Path) -> list[str]:
+    """One a line, or the key "condition" of every line of a .jsonl file."""
+    try:
+        lines = ([text for text, in read_json_lines(path, ("condition",))]
+                 if path.suffix == ".jsonl" else
+                 path.read_text(encoding="utf-8-sig").splitlines())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8"
+                        ) from error
+    conditions = [line.strip() for line in lines if line.strip()]
+    require(conditions, f"{path} holds no condition")
+    return conditions
+
+
+def condition_rows(texts: list[str], tokenizer: "Tokenizer", max_len: int) -> np.ndarray:
+    """(N, max_len) token ids; says on stderr which conditions are too long and get cut."""
+    rows = []
+    for text in texts:
+        require(text.strip(), "the condition is empty: write a sentence, or leave out --condition")
+        ids = tokenizer.encode(text.strip()).ids
+        if len(ids) > max_len - 2:
+            print(f"a condition of {len(ids)} tokens is cut to the {max_len - 2} that this model "
+                  f"reads: {text[:40]!r} ...", file=sys.stderr)
+        rows.append(condition_row(ids, max_len))
+    return np.stack(rows)
 
 
 def prompt_row(ids: list[int], length: int) -> np.ndarray:
@@ -100,10 +149,10 @@ def infill_row(text: str, tokenizer: "Tokenizer", max_len: int) -> np.ndarray:
 
 
 def build_rows(config: GenerateConfig, tokenizer: "Tokenizer", histogram: dict, max_len: int,
-               ) -> list[np.ndarray]:
-    """The rows to fill, each (length,) int64 with [MASK] where text is wanted."""
+               count: int) -> list[np.ndarray]:
+    """`count` rows to fill, each (length,) int64 with [MASK] where text is wanted."""
     if config.infill is not None:
-        return [infill_row(config.infill, tokenizer, max_len)] * config.num_samples
+        return [infill_row(config.infill, tokenizer, max_len)] * count
     # As in training: no white space around a story, and a word brings the space before it.
     ids = tokenizer.encode((config.prompt or "").strip()).ids
     longest = max_len - 2  # [BOS] and [EOS]
@@ -112,7 +161,7 @@ def build_rows(config: GenerateConfig, tokenizer: "Tokenizer", histogram: dict, 
     require(len(ids) < (config.length or longest), f"--prompt has {len(ids)} tokens and leaves no "
             f"room in a story of {config.length or longest} tokens; shorten it")
     rows = []
-    for i in range(config.num_samples):
+    for i in range(count):
         # A prompt longer than every story of the data: continue to the end of the row.
         length = config.length or draw_length(histogram, config.seed, i, len(ids) + 1) or longest
         rows.append(prompt_row(ids, min(length, longest)))
@@ -140,6 +189,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{error}" + f" (--preset {config.preset} sets{settings})" * bool(settings)
                         ) from error
     config.check_used(given)
+    if config.conditions:
+        config = preset(config, {"num_samples": 1}, given)
+    texts = (read_conditions(Path(config.conditions)) if config.conditions else
+             [config.condition] if config.condition is not None else [])
     # torch is needed from here on, not for --help or a mistyped flag
     from diffusion import numpy_step
     from model import (
@@ -153,21 +206,27 @@ def main(argv: list[str] | None = None) -> None:
     if config.trace:
         check_writable(Path(config.trace).parent, "--trace")
     device = pick_device(config.device)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, kind="conditional" if texts else
+                                 ("diffusion", "conditional"))
     tokenizer = tokenizer_from_checkpoint(checkpoint)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(config.precision)
     model.for_inference()
-    rows = build_rows(config, tokenizer, checkpoint["length_histogram"], model.config.max_len)
+    told = np.repeat(condition_rows(texts, tokenizer, model.encoder.config.max_len),
+                     config.num_samples, axis=0) if texts else None
+    texts = [text for text in texts for _ in range(config.num_samples)]
+    rows = build_rows(config, tokenizer, checkpoint["length_histogram"], model.config.max_len,
+                      len(texts) or config.num_samples)
     started = time.perf_counter()
     trace = Trace(tokenizer, rows) if config.trace else None
-    filled, row_evaluations, evaluations = generate(numpy_step(model, config), rows, config,
-                                                    tokenizer, trace)
+    filled, row_evaluations, evaluations = generate(
+        numpy_step(model, config, told), rows, config, tokenizer, trace,
+        config.evaluations_per_step if texts else 1)
     seconds = time.perf_counter() - started
     if trace:
         Path(config.trace).parent.mkdir(parents=True, exist_ok=True)
         trace.write(config.trace, f"{max(row_evaluations)} steps, {config.order} order, "
                                   f"{config.pace} pace, temperature {config.temperature:g}")
-    show(filled, row_evaluations, config, tokenizer, str(path))
+    show(filled, row_evaluations, config, tokenizer, str(path), texts)
     tokens = sum(int((row == MASK).sum()) for row in rows)
     print(f"{tokens:,} tokens in {len(rows)} stories, {evaluations} network evaluations, "
           f"{seconds:.2f} s: {tokens / seconds:.1f} tokens/s",
@@ -175,8 +234,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokenizer: "Tokenizer",
-             trace: Trace | None = None) -> tuple[list[np.ndarray], list[int], int]:
-    """Fills the rows.
+             trace: Trace | None = None, each: int = 1,
+             ) -> tuple[list[np.ndarray], list[int], int]:
+    """Fills the rows; a step takes `each` network evaluations.
 
     Returns: the filled rows, in order; how many network evaluations each of them took; and the
         network evaluations of all batches together.
@@ -185,12 +245,12 @@ def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokeniz
     states = unmask_rows(step, rows, config, config.seed, config.batch_size)
     hide_bar = True if config.show_steps else None  # None: hidden where there is no terminal
     for part, state in tqdm(states, desc="unmasking", unit=" steps", leave=False, disable=hide_bar):
-        evaluations += state.nfe > 0
+        evaluations += each * (state.nfe > 0)
         if trace:
             trace.add(part, state)
         for i, tokens, evaluated in zip(part, state.tokens, state.evaluated, strict=True):
             filled[i] = tokens[:len(rows[i])]
-            row_evaluations[i] += bool(evaluated)
+            row_evaluations[i] += each * bool(evaluated)
             if config.show_steps:
                 # on stderr beside --json, whose lines must stay parseable
                 print(f"[story {i + 1}, step {state.step}] {text_with_gaps(tokenizer, filled[i])}",
@@ -199,14 +259,17 @@ def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokeniz
 
 
 def show(filled: list[np.ndarray], row_evaluations: list[int], config: GenerateConfig,
-         tokenizer: "Tokenizer", checkpoint: str) -> None:
+         tokenizer: "Tokenizer", checkpoint: str, conditions: list[str]) -> None:
     for i, row in enumerate(filled):
         text = decode(tokenizer, row)
         if config.json:
-            print(json.dumps({"text": text, "tokens": row.tolist(), "nfe": row_evaluations[i],
-                              "seed": config.seed, "row": i, "checkpoint": checkpoint},
-                             ensure_ascii=False))
+            told = {"condition": conditions[i], "guidance": config.guidance} if conditions else {}
+            print(json.dumps({**told, "text": text, "tokens": row.tolist(),
+                              "nfe": row_evaluations[i], "seed": config.seed, "row": i,
+                              "checkpoint": checkpoint}, ensure_ascii=False))
         else:
+            if conditions:  # a text that is the rest of a story brings its space
+                text = conditions[i] + (text if text[:1].isspace() else f"\n{text}")
             print(f"--- {i + 1} ---\n{text}\n")
 
 

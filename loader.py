@@ -29,13 +29,16 @@ class BatchLoader:
     """Endless training batches from (seed, step): no state but the cursor of the last batch given.
 
     `corrupt` makes a Corrupted of tokens (B, L) and a generator. The whole batch is corrupted at
-    once, so that t is stratified over all of it.
+    once, so that t is stratified over all of it. `conditions` are the conditions of all rows;
+    a share `dropout` of them becomes [PAD], which is none.
     """
 
     def __init__(self, rows: TokenRows, batch_tokens: int, seed: int, corrupt: Any, step: int = 0,
-                 cursor: dict | None = None):
+                 cursor: dict | None = None, conditions: TokenRows | None = None,
+                 dropout: float = 0.0):
         self.stream = BatchStream(rows, batch_tokens, seed, **(cursor or {}))
         self.seed, self.corrupt, self.step = seed, corrupt, step
+        self.conditions, self.dropout = conditions, dropout
         self.cursor, self.epochs = self._position()
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._coming = None
@@ -46,7 +49,12 @@ class BatchLoader:
 
     def _prepare(self, step: int) -> Batch:
         tokens = torch.from_numpy(next(self.stream))  # (B, L)
-        corrupted = self.corrupt(tokens, torch.Generator().manual_seed(step_seed(self.seed, step)))
+        generator = torch.Generator().manual_seed(step_seed(self.seed, step))
+        corrupted = self.corrupt(tokens, generator)
+        if self.conditions is not None:
+            told = torch.from_numpy(self.conditions.batch(self.stream.indices))  # (B, S)
+            dropped = torch.rand(len(told), generator=generator) < self.dropout
+            corrupted.condition = told.masked_fill(dropped[:, None], PAD)
         return Batch(corrupted, int((tokens != PAD).sum()), int(corrupted.masked.sum()),
                      *self._position())
 

@@ -16,6 +16,8 @@ Notable features of the DiffusionTransformer
 - zero-initialised output projections: a new block is the identity
 - one matrix for embedding and vocabulary head (`tied_head`); the ids that can never be predicted
   have probability 0 (SUBS, arXiv 2406.07524 section 3.2)
+- with a condition (`create_conditional_model`): a bidirectional TextEncoder reads it, and every
+  block attends to what it gives. Until trained that changes nothing, to the bit
 - no time input by default: the number of [MASK] already tells it (arXiv 2406.03736);
   `time_conditioning="sinusoidal"` adds one
 - FP32 weights, computed in `precision`: "fp32", "bf16" or "fp16" (see `set_precision`)
@@ -26,14 +28,14 @@ import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import UserError, atomic_file, require
-from data_prep import EOS, load_tokenizer, sha256
+from data_prep import EOS, PAD, load_tokenizer, sha256
 from head_loss import head_loss, head_scores
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 2
@@ -79,9 +81,13 @@ MODEL_CONFIGS = {
 
 def create_model(name: str, vocab_size: int = 8192, **overrides: Any) -> "DiffusionTransformer":
     """A new model of a size of MODEL_CONFIGS; `overrides` are fields of ModelConfig."""
+    return DiffusionTransformer(size_of(name, vocab_size=vocab_size, **overrides))
+
+
+def size_of(name: str, **overrides: Any) -> ModelConfig:
+    """That size of MODEL_CONFIGS with some of its fields replaced."""
     require(name in MODEL_CONFIGS, f"unknown size {name!r}: choose from {', '.join(MODEL_CONFIGS)}")
-    config = dataclasses.replace(MODEL_CONFIGS[name], vocab_size=vocab_size, **overrides)
-    return DiffusionTransformer(config)
+    return dataclasses.replace(MODEL_CONFIGS[name], **overrides)
 
 
 class Linear(nn.Linear):
@@ -112,14 +118,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, H, L, d)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tensor | None = None,
+              ) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for q (B, H, L, d), k and v (B, H, S, d), and a bias that
+    can be broadcast to (B, H, L, S)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not causal:
         # The CPU's fused kernel leaves its bf16 units idle: plain products with an FP32 softmax
         # took 33 ms against 58 (16 x 6 heads x 256, forward and backward, 2 cores of a Zen 4).
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, L, L)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, L, S)
+        if bias is not None:
+            scores = scores + bias
         return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
 
 
 def neighbour_biases(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -141,6 +151,11 @@ def neighbour_biases(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return query[:, None], key[:, None].clone()
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, L, D) -> (B, H, L, D/H)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -153,15 +168,35 @@ class Attention(nn.Module):
         if config.neighbour_init:
             self.query_bias, self.key_bias = map(nn.Parameter, neighbour_biases(config))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L, D/H)
-                   for part in (self.query, self.key, self.value))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None = None) -> Tensor:
+        q, k, v = (split_heads(part(x), self.heads) for part in (self.query, self.key, self.value))
         if self.query_bias is not None:
             q, k = q + self.query_bias.to(q.dtype), k + self.key_bias.to(k.dtype)
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = attention(q, k, v, self.causal)
+        y = attention(q, k, v, self.causal, bias)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class CrossAttention(nn.Module):
+    """Queries from the story, keys and values from the encoder, whose width E may differ."""
+
+    def __init__(self, config: ModelConfig, context_width: int):
+        super().__init__()
+        self.heads, self.qk_norm = config.heads, config.qk_norm
+        self.query = Linear(config.width, config.width)
+        self.key, self.value = (Linear(context_width, config.width) for _ in range(2))
+        self.out = Linear(config.width, config.width, std=0.0)  # adds nothing at first
+
+    def keys_values(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, E) -> keys and values, (B, H, S, D/H) each: the same in every step."""
+        k, v = (split_heads(part(encoded), self.heads) for part in (self.key, self.value))
+        return rms_norm(k) if self.qk_norm else k, v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        q = split_heads(self.query(x), self.heads)  # (B, H, L, D/H)
+        y = attention(rms_norm(q) if self.qk_norm else q, k, v, bias=bias)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
@@ -184,17 +219,34 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.up = Linear(config.width, config.mlp_ratio * config.width)
         self.down = Linear(config.mlp_ratio * config.width, config.width, std=0.0)
+        self.cross: CrossAttention | None = None  # of a conditional model
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keep: Tensor | None = None) -> Tensor:
-        """`keep` (2, B, L, D) is dropout's factor for what attention and MLP add."""
-        y = self.attention(rms_norm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keep: Tensor | None = None,
+                bias: Tensor | None = None, context: tuple[Tensor, Tensor, Tensor] | None = None,
+                ) -> Tensor:
+        """`keep` (2, B, L, D) is dropout's factor for what attention and MLP add, `bias` is added
+        to the attention scores, `context` has keys, values and bias for the cross-attention."""
+        y = self.attention(rms_norm(x), cos, sin, bias)
         x = x + (y if keep is None else y * keep[0])
+        if self.cross is not None and context is not None:
+            x = x + self.cross(rms_norm(x), *context)
         y = self.down(F.relu(self.up(rms_norm(x))).square())
         return x + (y if keep is None else y * keep[1])
 
 
-class DiffusionTransformer(nn.Module):
-    """Predicts the tokens behind [MASK] from everything visible, to the left and to the right."""
+class Context(NamedTuple):
+    """What the cross-attention of every block needs of a condition; computed once for a story."""
+
+    keys: Tensor  # (layers, B, H, S, D/H)
+    values: Tensor  # (layers, B, H, S, D/H); zeros in a row without a condition
+    bias: Tensor  # (B, 1, 1, S): 0, or HIDDEN where the condition is padded
+
+
+HIDDEN = -1e4  # a score that gets no weight in any precision, and is finite, as graphs need it
+
+
+class Transformer(nn.Module):
+    """Embedding and blocks: what the denoiser and the encoder of its condition have in common."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -202,6 +254,53 @@ class DiffusionTransformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        angles = torch.arange(config.max_len).float()[:, None] * rope_frequencies(config)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (max_len, D/H/2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.compute_dtype = torch.float32
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        return list(self.blocks)
+
+    def set_precision(self, precision: str) -> "Transformer":
+        """Sets what activations are computed in ("fp32", "bf16", "fp16"); weights stay FP32."""
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                module.compute_dtype = PRECISIONS[precision]
+        return self
+
+    def for_inference(self) -> "Transformer":
+        """Keeps the weights in the compute precision, so that no call has to cast them; what is
+        computed stays the same to the bit."""
+        return self.requires_grad_(False).eval().to(self.compute_dtype)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, L) token ids -> (B, L, D) in the compute precision."""
+        if tokens.shape[1] > self.config.max_len:
+            raise ValueError(f"rows of {tokens.shape[1]} tokens, but max_len is "
+                             f"{self.config.max_len}")
+        return self.embedding(tokens).to(self.compute_dtype)
+
+    def through_blocks(self, x: Tensor, bias: Tensor | None = None,
+                       context: Context | None = None) -> Tensor:
+        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised."""
+        x = rms_norm(x)
+        cos, sin = (table[:x.shape[1]].to(x.dtype) for table in (self.cos, self.sin))
+        keep = [None] * len(self.blocks)
+        if self.config.dropout and self.training:
+            keep = dropout_factors((len(keep), 2, *x.shape), self.config.dropout, x)
+        for i, (block, factors) in enumerate(zip(self.blocks, keep, strict=True)):
+            x = block(x, cos, sin, factors, bias, None if context is None else
+                      (context.keys[i], context.values[i], context.bias))
+        return rms_norm(x)
+
+
+class DiffusionTransformer(Transformer):
+    """Predicts the tokens behind [MASK] from everything visible, to the left and to the right."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
         # Nearly zero logits at first: the loss starts at log V whatever the width is.
         self.vocabulary = Linear(config.width, config.vocab_size, std=0.02 * config.width ** -0.5)
         if config.tied_head:
@@ -210,53 +309,33 @@ class DiffusionTransformer(nn.Module):
         if config.time_conditioning == "sinusoidal":
             self.time = nn.Sequential(Linear(config.width, config.width), nn.SiLU(),
                                       Linear(config.width, config.width, std=0.0))
-        angles = torch.arange(config.max_len).float()[:, None] * rope_frequencies(config)
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (max_len, D/H/2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
         # In the twin the end of the story has to be predicted; in diffusion it is always visible.
         never = torch.zeros(config.vocab_size)
         never[:EOS if config.causal else EOS + 1] = -math.inf
         self.register_buffer("never", never, persistent=False)  # added to the logits
-        self.compute_dtype = torch.float32
 
-    def set_precision(self, precision: str) -> "DiffusionTransformer":
-        """Sets what activations are computed in ("fp32", "bf16", "fp16"); weights stay FP32."""
-        self.compute_dtype = PRECISIONS[precision]
-        return self
+    @property
+    def kind(self) -> str:
+        return "autoregressive" if self.config.causal else "diffusion"
 
-    def for_inference(self) -> "DiffusionTransformer":
-        """Keeps the weights in the compute precision, so that no call has to cast them; what is
-        computed stays the same to the bit."""
-        return self.requires_grad_(False).eval().to(self.compute_dtype)
-
-    def hidden(self, tokens: Tensor, t: Tensor | None = None, context: Tensor | None = None,
+    def hidden(self, tokens: Tensor, t: Tensor | None = None, context: Context | None = None,
                ) -> Tensor:
         """Final hidden states.
 
         Args:
             tokens: (B, L) token ids, L at most `max_len`; hidden ones are [MASK].
             t: (B,) diffusion times in (0, 1]; needed only with time conditioning.
-            context: reserved for cross-attention; this network has none.
+            context: what `encode` of a conditional model gives; None is no condition.
         Returns: (B, L, D), normalised, in the compute precision.
         """
-        length = tokens.shape[1]
-        if length > self.config.max_len:
-            raise ValueError(f"rows of {length} tokens, but max_len is {self.config.max_len}")
-        if context is not None:
+        if context is not None and self.kind != "conditional":
             raise ValueError("this model has no cross-attention: it takes no context")
-        x = self.embedding(tokens).to(self.compute_dtype)  # (B, L, D)
+        x = self.embed(tokens)  # (B, L, D)
         if self.time is not None:
             if t is None:
                 raise ValueError("this model is conditioned on time: pass t")
             x = x + self.time(self._time_features(t).to(x.dtype))[:, None]  # (B, 1, D)
-        x = rms_norm(x)
-        cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
-        keep = [None] * len(self.blocks)
-        if self.config.dropout and self.training:
-            keep = dropout_factors((len(keep), 2, *x.shape), self.config.dropout, x)
-        for block, factors in zip(self.blocks, keep, strict=True):
-            x = block(x, cos, sin, factors)
-        return rms_norm(x)
+        return self.through_blocks(x, context=context)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) logits; ids that can never be predicted get -inf."""
@@ -277,7 +356,7 @@ class DiffusionTransformer(nn.Module):
             never = never.clamp(min=-1e4)
         return never.to(hidden.dtype)
 
-    def forward(self, tokens: Tensor, t: Tensor | None = None, context: Tensor | None = None,
+    def forward(self, tokens: Tensor, t: Tensor | None = None, context: Context | None = None,
                 ) -> Tensor:
         """(B, L) token ids -> (B, L, V) logits."""
         return self.head(self.hidden(tokens, t, context))
@@ -291,8 +370,94 @@ class DiffusionTransformer(nn.Module):
     def count_parameters(self) -> tuple[int, int]:
         """(all parameters, those without the embedding and the vocabulary head)."""
         total = sum(p.numel() for p in self.parameters())
-        vocabulary = {id(p): p.numel() for p in (self.embedding.weight, self.vocabulary.weight)}
+        vocabulary = {id(module.weight): module.weight.numel() for name, module in
+                      self.named_modules() if name.endswith(("embedding", "vocabulary"))}
         return total, total - sum(vocabulary.values())
+
+
+# ---- with a condition ----------------------------------------------------------------------------
+
+class TextEncoder(Transformer):
+    """Reads a condition, in both directions."""
+
+    def forward(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        """(B, S) token ids, [PAD] behind the text, and (B, 1, 1, S) for the attention scores ->
+        (B, S, E)."""
+        return self.through_blocks(self.embed(tokens), bias)
+
+
+class ConditionalTransformer(DiffusionTransformer):
+    """A denoiser that attends to a condition, and the encoder that reads it.
+
+    With no context it is the denoiser alone, to the bit.
+    """
+
+    kind = "conditional"
+
+    def __init__(self, config: ModelConfig, encoder_config: ModelConfig):
+        require(not config.causal, "the causal twin takes no condition")
+        require(config.vocab_size == encoder_config.vocab_size, "encoder and denoiser must have "
+                "the same vocabulary")
+        super().__init__(config)
+        for block in self.blocks:
+            block.cross = CrossAttention(config, encoder_config.width)
+        self.encoder = TextEncoder(encoder_config)
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        return [*self.blocks, *self.encoder.blocks]
+
+    def encode(self, condition: Tensor) -> Context:
+        """(B, S) token ids, [PAD] behind them -> what `hidden` takes as its context.
+
+        S is at most the encoder's `max_len`. A row of [PAD] alone has no condition.
+        """
+        given = condition != PAD  # (B, S)
+        none = ~given.any(1)  # (B,)
+        bias = torch.zeros(condition.shape, dtype=self.compute_dtype, device=condition.device)
+        bias = bias.masked_fill(~given & ~none[:, None], HIDDEN)[:, None, None]  # (B, 1, 1, S)
+        encoded = self.encoder(condition, bias)  # (B, S, E)
+        keys, values = map(torch.stack, zip(*(block.cross.keys_values(encoded)
+                                              for block in self.blocks), strict=True))
+        return Context(keys, values.masked_fill(none[:, None, None, None], 0.0), bias)
+
+    def load_decoder(self, weights: dict[str, Tensor]) -> None:
+        """Takes over the weights of a model without a condition."""
+        missing, unexpected = self.load_state_dict(weights, strict=False)
+        if unexpected or not all(map(is_of_condition, missing)):
+            raise RuntimeError("these are not the weights of this denoiser")
+
+    def start_encoder(self) -> None:
+        """Gives the encoder the denoiser's weights: it has learned to read already. Both must have
+        the same sizes."""
+        own = self.encoder.state_dict()
+        self.encoder.load_state_dict({name: self.state_dict()[name] for name in own})
+
+    def freeze_decoder(self) -> None:
+        """Leaves only the encoder and the cross-attention to be trained."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_of_condition(name))
+
+    def unfreeze(self) -> None:
+        self.requires_grad_(True)
+
+
+def is_of_condition(name: str) -> bool:
+    """Whether a parameter of that name belongs to the encoder or the cross-attention."""
+    return name.startswith("encoder.") or ".cross." in name
+
+
+def create_conditional_model(encoder_config: str = "small", decoder_config: str = "small",
+                             vocab_size: int = 8192, condition_len: int = 64, **overrides: Any,
+                             ) -> ConditionalTransformer:
+    """A new model whose denoiser and encoder have sizes of MODEL_CONFIGS.
+
+    `condition_len` is the longest condition in tokens, [BOS] and [EOS] included; `overrides` are
+    fields of the denoiser's ModelConfig.
+    """
+    return ConditionalTransformer(size_of(decoder_config, vocab_size=vocab_size, **overrides),
+                                  size_of(encoder_config, vocab_size=vocab_size,
+                                          max_len=condition_len))
 
 
 # ---- where to run --------------------------------------------------------------------------------
@@ -344,20 +509,21 @@ def save_checkpoint(path: str | Path, model: DiffusionTransformer, tokenizer: st
     """
     contents = {
         "format": CHECKPOINT_FORMAT, "format_version": CHECKPOINT_VERSION,
-        "kind": "autoregressive" if model.config.causal else "diffusion",
-        "model_config": dataclasses.asdict(model.config), "tokenizer": tokenizer,
+        "kind": model.kind, "model_config": dataclasses.asdict(model.config),
+        "encoder_config": (dataclasses.asdict(model.encoder.config)
+                           if model.kind == "conditional" else None), "tokenizer": tokenizer,
         "tokenizer_sha256": sha256(tokenizer.encode()), "length_histogram": length_histogram,
         **({} if "weights" in state else {"weights": model.state_dict()}), **state}
     with atomic_file(path) as file:
         torch.save(contents, file)
 
 
-def load_checkpoint(path: str | Path, map_location: Any = "cpu", kind: str | None = "diffusion",
-                    ) -> dict:
+def load_checkpoint(path: str | Path, map_location: Any = "cpu",
+                    kind: str | tuple[str, ...] | None = "diffusion") -> dict:
     """Reads a checkpoint without running code from it (`weights_only`).
 
     Raises UserError if the file is missing, damaged, foreign, of another format version, or not of
-    this `kind` ("diffusion" or "autoregressive"; None takes both).
+    this `kind` ("diffusion", "conditional", "autoregressive" or several; None takes all).
     """
     path = Path(path)
     require(not path.is_dir(), f"{path} is a folder; name a .pt file in it")
@@ -379,8 +545,9 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", kind: str | Non
             f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
     missing = [key for key in CHECKPOINT_KEYS if key not in contents]
     require(not missing, f"{path} lacks {', '.join(missing)}: it was not written by train.py")
-    require(kind in (None, contents["kind"]), f"{path}: {contents['kind']} model; "
-            f"what is needed here is of the kind: {kind} model")
+    kinds = (kind,) if isinstance(kind, str) else kind
+    require(kinds is None or contents["kind"] in kinds, f"{path}: {contents['kind']} model; "
+            f"what is needed here is of the kind: {' or '.join(kinds or ())} model")
     return contents
 
 
@@ -398,9 +565,11 @@ def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTr
     """The network of a checkpoint, with its averaged (EMA) weights where there are any."""
     average = checkpoint.get("ema") if use_ema else None
     try:
-        model = DiffusionTransformer(ModelConfig(**checkpoint["model_config"]))
+        config = ModelConfig(**checkpoint["model_config"])
+        model = (ConditionalTransformer(config, ModelConfig(**checkpoint["encoder_config"]))
+                 if checkpoint["kind"] == "conditional" else DiffusionTransformer(config))
         model.load_state_dict(checkpoint["weights"] if average is None else average)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, KeyError) as error:
         raise UserError("the checkpoint's weights do not fit its model settings: it was changed "
                         "after train.py wrote it") from error
     return model.eval()

@@ -73,12 +73,13 @@ def make_optimizers(model: DiffusionTransformer, name: str, lr: float, weight_de
                     precision: str) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices and AdamW for the rest, or AdamW for all.
 
-    Weight decay is for the blocks' matrices. `precision` is what the model computes in; FP16 lacks
-    the range for Muon, which then uses FP32.
+    Frozen parameters are left out. Weight decay is for the blocks' matrices. `precision` is what
+    the model computes in; FP16 lacks the range for Muon, which then uses FP32.
     """
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    matrices = [p for block in model.all_blocks for p in block.parameters()
+                if p.ndim == 2 and p.requires_grad]
     inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
+    rest = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
     if name == "adamw":
         groups = [{"params": matrices, "weight_decay": weight_decay},
                   {"params": rest, "weight_decay": 0.0}]

@@ -149,11 +149,12 @@ def shard(model: DiffusionTransformer, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in model.blocks:
+    for block in model.all_blocks:
         fully_shard(block, mesh=mesh)
     # What is left, embedding and head, stays whole from `hidden` on until the backward pass.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "hidden")
+    for method in ("hidden", *(["encode"] if model.kind == "conditional" else [])):
+        register_fsdp_forward_method(model, method)
 
 
 def whole_state(state: Any) -> Any:

@@ -34,9 +34,9 @@ PRESETS = {name: dict(steps=steps, order="random", temperature=1.0, top_p=0.9)
 # of the evaluation masks in diffusion.py.)
 LENGTH_STREAM, NOISE_STREAM, HITTING_STREAM, REMASK_STREAM = 1, 2, 5, 6
 
-# (tokens (B, L) int64, count (B,) int64, noise (B, 2, L) float64)
+# (tokens (B, L) int64, count (B,) int64, noise (B, 2, L) float64, numbers of the rows (B,) int64)
 #   -> (tokens (B, L) int64, confidence (B, L) float32)
-Step = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Step = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ class Sampler:
     eta: float = flag(0.05, "how many: a share of the uncovered (remdm_cap, corrector), or of as "
                             "many as the process allows (remdm_rescale, remdm_confidence)")
 
+    guidance: float = flag(1.0, "how much the condition counts: 0 not at all, 1 as trained, more "
+                                "to stress it (classifier-free guidance, two evaluations a step)")
+
     def check(self) -> None:
+        require(0 <= self.guidance < float("inf"), f"--guidance {self.guidance}: must be 0 or more")
         require(self.order in ORDERS, f"--order {self.order}: choose from {', '.join(ORDERS)}")
         require(self.pace in PACES, f"--pace {self.pace}: choose from {', '.join(PACES)}")
         require(self.remask in REMASKS, f"--remask {self.remask}: choose from {', '.join(REMASKS)}")
@@ -78,6 +82,11 @@ class Sampler:
                 f"--temperature {self.temperature}: must be 0 (greedy) or more")
         require(self.top_k >= 0, f"--top_k {self.top_k}: must be 0 (off) or more")
         require(0 < self.top_p <= 1, f"--top_p {self.top_p}: must lie in (0, 1]")
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """Of a row with a condition."""
+        return 1 if self.guidance in (0, 1) else 2
 
     def check_used(self, given: set[str]) -> None:
         """Refuses flags that were given and would change nothing."""
@@ -169,7 +178,7 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         for line, i in zip(noise, active, strict=True):
             line[:, :lengths[i]] = step_noise(seed, rows[i], k, lengths[i])
         new, confidence = state.tokens.copy(), state.confidence.copy()
-        new[active], drawn = step(state.tokens[active], counts[active], noise)
+        new[active], drawn = step(state.tokens[active], counts[active], noise, rows[active])
         uncovered = masked & (new != MASK)
         confidence[active] = np.where(uncovered[active], drawn, confidence[active])
         # what was there before the step, or for the corrector also what came with it
@@ -254,6 +263,12 @@ class Pacing:
 def blank_story(length: int) -> np.ndarray:
     """[BOS], `length` times [MASK], [EOS]."""
     return np.array([BOS, *[MASK] * length, EOS], dtype=np.int64)
+
+
+def condition_row(ids: Sequence[int], max_len: int) -> np.ndarray:
+    """[BOS], the token ids of a condition, [EOS], [PAD] up to `max_len`: always of one length, so
+    that what the encoder makes of it is the same in any company. Ids too many are cut off."""
+    return pad_rows([[BOS, *ids[:max_len - 2], EOS]], max_len)[0]
 
 
 def draw_length(histogram: dict, seed: int, row: int, at_least: int = 1) -> int | None:

@@ -37,6 +37,11 @@ def read_txt(path: Path) -> Iterator[str]:
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
+    return (text for text, in read_json_lines(path, ("text",)))
+
+
+def read_json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The strings of these keys of every line of a file; empty lines are passed over."""
     with open(path, encoding="utf-8-sig") as file:
         number = 0
         while line := file.readline(LONGEST_LINE):
@@ -44,11 +49,13 @@ def read_jsonl(path: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
-                text.encode()  # half a surrogate pair is no text
+                entry = json.loads(line)
+                texts = tuple(entry[key] for key in keys)
+                "".join(texts).encode()  # half a surrogate pair is no text
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f'{path}, line {number}: expected {{"text": "..."}}') from error
-            yield text
+                expected = ", ".join(f'"{key}": "..."' for key in keys)
+                raise UserError(f"{path}, line {number}: expected {{{expected}}}") from error
+            yield texts
 
 
 def read_parquet(path: Path) -> Iterator[str]:
@@ -145,9 +152,12 @@ def read_stories(source: list[str], valid_source: str | None, valid_fraction: fl
         for text in islice(texts, max_stories):
             text = text.strip()
             if split == "both":
-                # By a hash of the text: the same story never lands on both sides.
-                digest = hashlib.sha256(text.encode()).digest()
-                held_out = int.from_bytes(digest[:8], "big") < valid_fraction * 2**64
-                yield "val" if held_out else "train", text
+                yield side_of(text, valid_fraction), text
             else:
                 yield split, text
+
+
+def side_of(text: str, valid_fraction: float) -> str:
+    """"train" or "val" by a hash of the text: the same story never lands on both sides."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return "val" if int.from_bytes(digest[:8], "big") < valid_fraction * 2**64 else "train"

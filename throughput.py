@@ -14,23 +14,39 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data_prep import EOS
 from model import PRECISIONS, DiffusionTransformer
 
 
-def train_flops(model: DiffusionTransformer, rows: int, length: int, predicted: int) -> int:
+def train_flops(model: DiffusionTransformer, rows: int, length: int, predicted: int,
+                condition_length: int = 0) -> int:
     """Floating-point operations that the matrix products of a training step need.
 
     6 for every weight and token (2 forward, 4 backward; arXiv 2001.08361), the vocabulary head only
     for `predicted` positions, and 12 L D a token and layer for attention (causal: the half of it).
+    The encoder runs on `condition_length` tokens of every row; frozen weights need 4.
     Dropout, norms and the optimizer count nothing.
     """
     config = model.config
-    _, blocks = model.count_parameters()
     attention = 12 * config.layers * length * config.width // (2 if config.causal else 1)
-    return (rows * length * (6 * blocks + attention)
-            + 6 * predicted * config.vocab_size * config.width)
+    once = weight_flops(model.blocks) + (weight_flops(model.time) if model.time else 0)
+    total = predicted * weight_flops(model.vocabulary)
+    if condition_length:
+        encoder = model.encoder.config
+        between = [part for block in model.blocks for part in (block.cross.key, block.cross.value)]
+        told = weight_flops(model.encoder.blocks) + sum(map(weight_flops, between))
+        told += 12 * encoder.layers * condition_length * encoder.width
+        once -= sum(map(weight_flops, between))
+        attention += 12 * config.layers * condition_length * config.width
+        total += rows * condition_length * told
+    return rows * length * (once + attention) + total
+
+
+def weight_flops(module: nn.Module) -> int:
+    """Of its weights, for every token: 2 forward, 2 for what is before them, 2 unless frozen."""
+    return sum(p.numel() * (6 if p.requires_grad else 4) for p in module.parameters())
 
 
 def peak_flops(device: torch.device, precision: str, seconds: float = 0.5) -> float:
@@ -183,16 +199,18 @@ def compile_blocks(model: DiffusionTransformer, device: torch.device, length: in
         return "torch.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ is here"
     import torch._functorch.config as functorch_config
     functorch_config.activation_memory_budget = MEMORY_BUDGET
-    for block in model.blocks:
+    for block in model.all_blocks:
         block.compile(dynamic=True)
     training = model.training
     try:
         # Sizes that nothing else in the network has: the compiler takes equal ones for the same.
         for rows, width in ((7, length), (11, max(1, length - 16))):
             tokens = torch.full((rows, width), EOS, device=device)
-            model.train().hidden(tokens, torch.ones(rows, device=device)).sum().backward()
+            context = ((model.train().encode(tokens[:, :model.encoder.config.max_len - rows]),)
+                       if model.kind == "conditional" else ())
+            model.train().hidden(tokens, torch.ones(rows, device=device), *context).sum().backward()
     except Exception as error:  # a compiler has many ways to fail
-        for block in model.blocks:
+        for block in model.all_blocks:
             block._compiled_call_impl = None
         return f"torch.compile failed here ({type(error).__name__}: {first_line(error)})"
     finally:

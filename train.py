@@ -4,6 +4,8 @@
     python train.py --model_config small            # TinyStories, prepared first if it is missing
     python train.py --model_config small --resume   # go on after a stop or a kill
     python train.py --objective autoregressive      # the causal twin, for comparison
+    python train.py --stage 2 --decoder_checkpoint checkpoints/best.pt \
+        --data_dir data_pairs --checkpoint_dir conditional       # a condition in, a story out
     torchrun --nproc_per_node 2 train.py --model_config small    # several processes (DDP)
     torchrun --nproc_per_node 8 train.py --model_config xxlarge --fsdp    # weights spread (FSDP2)
 
@@ -38,6 +40,7 @@ from data_prep import (
     TokenRows,
     bucket_batches,
     decode,
+    evenly_spread,
     load_meta,
     load_tokenizer,
     prepare,
@@ -47,12 +50,22 @@ from data_prep import (
 from diffusion import DiscreteDiffusion, Nelbo
 from loader import BatchLoader, step_seed
 from metrics import MetricsLog, start_wandb
-from model import check_tokenizer, create_model, load_checkpoint, pick_precision, save_checkpoint
-from optimizers import DEFAULT_LR, local, make_optimizers, move_average, whole
+from model import (
+    ConditionalTransformer,
+    DiffusionTransformer,
+    ModelConfig,
+    check_tokenizer,
+    create_model,
+    load_checkpoint,
+    pick_precision,
+    save_checkpoint,
+    size_of,
+)
+from optimizers import local, make_optimizers, move_average, whole
 from parallel import LossOf, Processes, joined, shard, spread_state, start_processes, whole_state
 from sources import describe_source
 from throughput import Speedometer, compile_blocks, peak_flops, train_flops
-from train_config import QUICK, QUICK_DATA, TrainConfig
+from train_config import QUICK, QUICK_DATA, SIZES, TrainConfig
 
 OUTPUTS = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.png")
 
@@ -60,8 +73,8 @@ OUTPUTS = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.p
 COMPILE_FROM = 1000  # steps; compiling takes about as long as it saves in 100 to 400 of them
 # A run cannot go on with another value of these: the weights, the optimizers' state or the place in
 # the data would not fit.
-FIXED = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head",
-         "optimizer", "seed", "batch_tokens")
+FIXED = (*SIZES, "stage", "encoder_config", "decoder_checkpoint", "optimizer", "seed",
+         "batch_tokens")
 
 
 class Trainer:
@@ -79,6 +92,8 @@ class Trainer:
         # 1. Data.
         self.rows, self.valid = (TokenRows(config.data_dir, split) for split in ("train", "val"))
         self.meta = self.rows.meta
+        self.told, self.valid_told = ((self.rows.conditions(), self.valid.conditions())
+                                      if config.stage > 1 else (None, None))
         if checkpoint:
             check_tokenizer(self.folder / "last.pt", checkpoint, config.data_dir, self.meta)
         require(config.batch_tokens >= self.meta["seq_len"], f"--batch_tokens "
@@ -86,8 +101,7 @@ class Trainer:
         self.tokenizer_text = read_tokenizer_file(config.data_dir, self.meta)
         self.tokenizer = load_tokenizer(self.tokenizer_text)
         # Spread over the split: its beginning may be of another kind than its end.
-        count = min(config.valid_rows, len(self.valid))
-        chosen = np.arange(count) * len(self.valid) // count
+        chosen = evenly_spread(config.valid_rows, len(self.valid))
         self.valid_batches = bucket_batches(self.valid.lengths, 8192, chosen, merge=False)
         # 2. Network, on its device and in its precision.
         torch.manual_seed(config.seed)
@@ -96,10 +110,7 @@ class Trainer:
         twin = config.objective == "autoregressive"
         self.process = (Autoregressive() if twin
                         else DiscreteDiffusion(config.schedule, config.objective))
-        self.model = create_model(
-            config.model_config, self.meta["vocab_size"], max_len=self.meta["seq_len"],
-            causal=twin, **{name: getattr(config, name) for name in (
-                "dropout", "qk_norm", "neighbour_init", "tied_head", "time_conditioning")})
+        self.model = self.create_model(checkpoint)
         self.model.set_precision(self.precision)
         valid_rows = [self.valid[i] for i in chosen]
         self.valid_extra_nats = self.process.extra_nats(self.meta, valid_rows)
@@ -111,17 +122,17 @@ class Trainer:
             self.average.load_state_dict(checkpoint["ema"] or checkpoint["weights"])
         self.distribute()
         # 3. Optimizers.
-        self.peak_lr = config.lr or DEFAULT_LR[config.optimizer]
         self.warmup = (config.warmup_steps if config.warmup_steps is not None
                        else math.ceil(0.05 * config.max_steps))
-        self.optimizers = make_optimizers(self.model, config.optimizer, self.peak_lr,
+        self.optimizers = make_optimizers(self.model, config.optimizer, config.peak_lr,
                                           config.weight_decay, self.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         if checkpoint:
             self.restore(checkpoint)
         self.loader = BatchLoader(self.rows, config.batch_tokens, config.seed,
                                   self.process.corrupt_batch, self.step,
-                                  checkpoint["cursor"] if checkpoint else None)
+                                  checkpoint["cursor"] if checkpoint else None, self.told,
+                                  config.condition_dropout if config.stage == 3 else 0.0)
         self.compiled = self.compile()
         self.speed = Speedometer(math.inf)  # the machine's peak is measured when the run begins
         self.shown_speed: dict[str, str] = {}
@@ -130,6 +141,47 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)  # now that nothing is wrong
             if config.wandb:
                 self.log.wandb_run = start_wandb(dataclasses.asdict(config), self.folder)
+
+    def create_model(self, checkpoint: dict | None) -> DiffusionTransformer:
+        """A new model (stage 1), or that of --decoder_checkpoint with what a condition needs; with
+        `checkpoint`, whose weights come later, one of its sizes."""
+        config, meta = self.config, self.meta
+        if config.stage == 1:
+            return create_model(
+                config.model_config, meta["vocab_size"], max_len=meta["seq_len"],
+                causal=config.objective == "autoregressive",
+                **{name: getattr(config, name) for name in ("dropout", *SIZES[1:])})
+        path = config.decoder_checkpoint
+        source = checkpoint or load_checkpoint(
+            path, kind="conditional" if config.stage == 3 else ("diffusion", "conditional"))
+        check_tokenizer(path, source, config.data_dir, meta)
+        for name in SIZES:  # for the record, and for whoever goes on from this run
+            setattr(config, name, source["train_config"][name])
+        decoder = dataclasses.replace(ModelConfig(**source["model_config"]),
+                                      dropout=config.dropout)
+        require(meta["seq_len"] <= decoder.max_len, f"{config.data_dir} has rows of up to "
+                f"{meta['seq_len']} tokens, {path} was trained on at most {decoder.max_len}")
+        if source["kind"] == "conditional":
+            encoder = ModelConfig(**source["encoder_config"])
+            require(config.encoder_config is None or checkpoint, f"--encoder_config: {path} has an "
+                                                                 "encoder already; leave it out")
+        else:
+            encoder = dataclasses.replace(
+                size_of(config.encoder_config, vocab_size=decoder.vocab_size)
+                if config.encoder_config else decoder,
+                max_len=meta["condition"]["max_len"], time_conditioning="none", dropout=0.0)
+        model = ConditionalTransformer(decoder, encoder)
+        if not checkpoint:
+            weights = source["weights"] if source["ema"] is None else source["ema"]
+            if source["kind"] == "conditional":
+                model.load_state_dict(weights)
+            else:
+                model.load_decoder(weights)
+                if not config.encoder_config:
+                    model.start_encoder()
+        if config.stage == 2:
+            model.freeze_decoder()
+        return model
 
     def distribute(self) -> None:
         """Puts the model on its device and, of several processes, into their common work."""
@@ -164,10 +216,11 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then cosine decay to min_lr_ratio, for the step with this number."""
         if step < self.warmup:
-            return self.peak_lr * (step + 1) / self.warmup
+            return self.config.peak_lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.config.max_steps - self.warmup)
         low = self.config.min_lr_ratio
-        return self.peak_lr * (low + (1 - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+        shape = low + (1 - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return self.config.peak_lr * shape
 
     def train_step(self) -> dict:
         """One optimizer step; returns its metrics. A non-finite loss changes no weight."""
@@ -207,8 +260,10 @@ class Trainer:
         self.update_average()
         self.step += 1
         self.tokens_seen += batch.tokens
+        told = batch.corrupted.condition
         self.speed.count(batch.tokens, train_flops(
-            self.model, *batch.corrupted.tokens.shape, batch.predicted))
+            self.model, *batch.corrupted.tokens.shape, batch.predicted,
+            0 if told is None else told.shape[1]))
         return {"loss": loss, "lr": lr, "grad_norm": norm}
 
     def synchronise_gradients(self, wanted: bool) -> None:
@@ -235,8 +290,11 @@ class Trainer:
         self.speed = Speedometer(peak_flops(self.device, self.precision) * processes.world)
         if processes.main:
             total, blocks = self.model.count_parameters()
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             print(f"{config.model_config}: {total / 1e6:.1f}M parameters ({blocks / 1e6:.1f}M "
-                  f"without the vocabulary matrices), {self.precision} on {self.device}"
+                  "without the vocabulary matrices"
+                  + f", {trained / 1e6:.1f}M trained" * (config.stage == 2)
+                  + f"), {self.precision} on {self.device}"
                   + f" in {processes.world} processes" * (processes.world > 1)
                   + ", compiled" * self.compiled + f"; {len(self.rows):,} training rows, "
                   f"{len(self.valid):,} for validation; matrix products reach "
@@ -335,16 +393,25 @@ class Trainer:
     def valid_bound(self) -> Nelbo:
         """The bound of the averaged weights on the validation rows, worked out together."""
         batches = self.processes.own(self.valid_batches)
-        bound = self.process.nelbo(self.average, map(self.valid.batch, batches), numbers=batches)
+        bound = self.process.nelbo(self.average, map(self.valid.batch, batches), numbers=batches,
+                                   conditions=None if self.valid_told is None
+                                   else self.valid_told.batch)
         columns = [getattr(bound, field.name) for field in dataclasses.fields(bound)]
         return Nelbo(*joined(self.processes.gather(columns)))
 
     def stories(self) -> list[str]:
         """`num_samples` stories, the same noise every time, so that progress shows."""
         config = self.config
+        told = None
+        if self.valid_told is not None and config.num_samples:
+            told = self.valid_told.batch(evenly_spread(config.num_samples, len(self.valid)))
         filled = tell_stories(self.average, self.meta["length_histogram"], config.sampler(),
-                              config.num_samples, config.seed)
-        return [decode(self.tokenizer, row) for row in filled]
+                              config.num_samples, config.seed, told)
+        texts = [decode(self.tokenizer, row) for row in filled]
+        if told is not None:
+            texts = [f"({decode(self.tokenizer, condition)}) {text}"
+                     for condition, text in zip(told, texts, strict=True)]
+        return texts
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -408,7 +475,7 @@ def resumed_config(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, d
     checkpoint = load_checkpoint(path, kind=None)
     require("optimizer" in checkpoint, f"{path} holds no optimizer state: only a last.pt that "
                                        "train.py wrote can be resumed")
-    stored = checkpoint["train_config"]
+    stored = dataclasses.asdict(TrainConfig()) | checkpoint["train_config"]
     changed = {name: getattr(config, name) for name in sorted(given - {"resume", "checkpoint_dir",
                                                                        "quick"})
                if getattr(config, name) != stored[name]}
@@ -417,11 +484,14 @@ def resumed_config(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, d
         print(f"--{name} changes from {stored[name]} to {value}")
     settings = {**stored, **{name: getattr(config, name) for name in given}}
     settings.update(checkpoint_dir=config.checkpoint_dir, resume=True, overwrite=False)
-    return TrainConfig(**settings), checkpoint
+    merged = TrainConfig(**settings)
+    merged.check_used(given)
+    return merged, checkpoint
 
 
 def refuse_changes(stored: dict, changed: dict, folder: str) -> None:
     """Refuses new values of settings with which a run cannot go on."""
+    stored = dataclasses.asdict(TrainConfig()) | stored  # an older run lacks the newest ones
     for name, value in changed.items():
         twin = name == "objective" and "autoregressive" in (value, stored[name])
         require(name not in FIXED and not twin or value == stored[name], f"--{name} {value}: the "
@@ -446,6 +516,8 @@ def find_data(config: TrainConfig, given: set[str]) -> None:
                 f"{config.data_dir} was prepared from {source}, not from {wanted['source']}: name "
                 "another --data_dir or leave out --data_source")
         return
+    require(config.stage == 1, f"no data in {config.data_dir}: prepare conditions and texts with "
+                               "prep_conditional_data.py, and name that folder with --data_dir")
     print(f"no data in {config.data_dir}: preparing it from {', '.join(config.data_source)}")
     prepare(DataConfig(source=config.data_source, data_dir=config.data_dir,
                        **(QUICK_DATA if config.quick else {})))
@@ -472,6 +544,8 @@ def main(argv: list[str] | None = None) -> None:
         config = dataclasses.replace(config, overwrite=config.overwrite or own_folder, **{
             name: value for name, value in QUICK.items() if name not in given})
     config.check()
+    if not config.resume:
+        config.check_used(given)
     with start_processes(config.device) as processes:
         make_trainer(config, given, processes).run()
 

@@ -12,6 +12,9 @@ from model import MODEL_CONFIGS, PRECISIONS
 from optimizers import DEFAULT_LR, OPTIMIZERS
 from sampler import ORDERS, Sampler
 
+# What a later stage takes over from the model that it starts from
+SIZES = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head")
+
 
 @dataclass
 class TrainConfig:
@@ -31,6 +34,17 @@ class TrainConfig:
                                       "the usual initialisation")
     time_conditioning: str = flag("none", "input of the mask ratio", ("none", "sinusoidal"))
     tied_head: bool = flag(True, "one matrix for embedding and vocabulary head")
+    # condition
+    stage: int = flag(1, "1 trains a model without a condition; 2 adds encoder and cross-attention "
+                         "to one and trains only these; 3 then trains everything, more gently",
+                      (1, 2, 3))
+    decoder_checkpoint: str | None = flag(None, "stage 2: the model to start from; stage 3: that "
+                                                "of stage 2")
+    encoder_config: str | None = flag(None, "stage 2: size of the encoder (default: that of the "
+                                            "model, and it starts with the model's weights)")
+    condition_dropout: float = flag(0.1, "stage 3: share of the rows that are trained without "
+                                         "their condition, for guidance (in stage 2 the model "
+                                         "without it cannot change)")
     # diffusion
     objective: str = flag("masked_ce", "training loss; autoregressive trains the causal twin",
                           (*OBJECTIVES, "autoregressive"))
@@ -42,7 +56,7 @@ class TrainConfig:
     optimizer: str = flag("muon", "muon: the blocks' matrices by Muon, the rest by AdamW",
                           OPTIMIZERS)
     lr: float | None = flag(None, "peak learning rate (default: " + ", ".join(
-        f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + ")")
+        f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + "; a tenth of it in stage 3)")
     warmup_steps: int | None = flag(None, "steps of linear warm-up (default: 5 % of max_steps)")
     min_lr_ratio: float = flag(0.0, "the cosine decay ends at this share of the peak")
     weight_decay: float = flag(0.0, "decoupled weight decay of the blocks' matrices")
@@ -79,12 +93,32 @@ class TrainConfig:
                     f"--{name} {getattr(self, name)}: must be 0 or more")
         require(self.warmup_steps is None or self.warmup_steps >= 0,
                 f"--warmup_steps {self.warmup_steps}: must be 0 or more")
-        for name in ("dropout", "ema_decay"):
+        require(self.encoder_config in (None, *MODEL_CONFIGS), f"--encoder_config "
+                f"{self.encoder_config}: unknown size, choose from {', '.join(MODEL_CONFIGS)}")
+        require(self.stage == 1 or self.objective != "autoregressive",
+                f"--stage {self.stage}: the autoregressive twin takes no condition")
+        require(self.stage == 1 or self.decoder_checkpoint or self.resume, f"--stage "
+                f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
+        for name in ("dropout", "ema_decay", "condition_dropout"):
             require(0 <= getattr(self, name) < 1,
                     f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
         self.sampler().check()
         require(self.lr is None or 0 < self.lr < math.inf, f"--lr {self.lr}: must be positive")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+
+    def check_used(self, given: set[str]) -> None:
+        """Refuses flags that were given and would change nothing."""
+        for name, stages in (("decoder_checkpoint", (2, 3)), ("encoder_config", (2,)),
+                             ("condition_dropout", (3,))):
+            require(name not in given or self.stage in stages, f"--{name} belongs to --stage "
+                    f"{' or '.join(map(str, stages))}: leave it out of stage {self.stage}")
+        unused = sorted(given & set(SIZES)) if self.stage > 1 else []
+        require(not unused, f"--{' --'.join(unused)}: stage {self.stage} goes on with the model of "
+                            f"{self.decoder_checkpoint}; leave it out")
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr or DEFAULT_LR[self.optimizer] * (0.1 if self.stage == 3 else 1)
 
     def sampler(self) -> Sampler:
         return Sampler(steps=self.sample_steps, temperature=self.sample_temperature,

@@ -44,6 +44,7 @@ class LongConfig(TrainConfig):
     def check(self) -> None:
         self.train_config(valid_every=self.valid_every or 1).check()
         require(not self.quick, "--quick belongs to train.py; choose a --preset here")
+        require(self.stage == 1, f"--stage {self.stage} belongs to train.py")
         for name in ("draws", "written_steps"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("minutes", "evaluate_rows", "compared_stories", "written_stories"):

@@ -75,7 +75,7 @@ def test_the_corrector_spends_every_second_evaluation():
 
 def next_number(calls):
     """A step that uncovers the leftmost hidden tokens of a row with the number of the call."""
-    def step(tokens, count, noise):
+    def step(tokens, count, noise, rows):
         calls.append((count.copy(), noise.copy()))
         new = tokens.copy()
         for row, n in zip(new, count, strict=True):

@@ -1,0 +1,272 @@
+"""How much a condition counts: for the likelihood of a text and in generated ones. A library of
+evaluate.py.
+
+The likelihood of the same texts, under the same masks, given their own condition, that of another
+story, none, and with the condition as a plain prompt before the text and no cross-attention.
+Stories at every guidance, beside the real ones: whether they take up the names and nouns of their
+condition, BLEU and chrF against the real text, perplexity under the twin, diversity.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import quality
+from data_prep import BOS, EOS, MASK, TokenRows, bucket_batches, decode, pad_rows, row_kind
+from diffusion import (
+    Corrupted,
+    DiscreteDiffusion,
+    Nelbo,
+    maskable,
+    measure_nats,
+    numpy_step,
+    stratified_masks,
+)
+from sampler import Sampler, blank_story, condition_row, fill
+
+DETERMINERS = frozenset("a an the his her their my your our its some this that".split())
+FUNCTION_WORDS = DETERMINERS | frozenset(
+    "and or but to of in on at with for from by as so if when who that which it he she they we i "
+    "you him them was were is are be had has have did do does not said could would can will up "
+    "down out into over then there named called who".split())
+RARE = 5  # a word seen less often says too little about itself
+FORMULAS = frozenset(("time", "day"))  # nouns of "Once upon a time" and "One day"
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+class Pairs:
+    """Whole texts of one row that fit into one together with their condition.
+
+    `numbers` are those of the rows; `texts` [BOS] text [EOS]; `told` the conditions' token ids;
+    `prompted` [BOS] condition, text [EOS]; `starts` where the text begins in those.
+    """
+
+    def __init__(self, rows: TokenRows, tokenizer, longest: int):
+        conditions = rows.conditions()
+        # behind a first sentence the text brings its own white space
+        between = ([] if rows.meta["condition"]["kind"] == "first sentence"
+                   else tokenizer.encode("\n").ids)
+        self.numbers, self.texts, self.told, self.prompted, self.starts = [], [], [], [], []
+        for i in range(len(rows)):
+            text, told = (source[i].astype(np.int64) for source in (rows, conditions))
+            prompt = [*told[:-1], *between]  # [BOS] condition
+            if row_kind(text) == "story" and len(prompt) + len(text) - 1 <= longest:
+                self.numbers.append(i)
+                self.texts.append(text)
+                self.told.append(told[1:-1])
+                self.prompted.append(np.array([*prompt, *text[1:]], np.int64))
+                self.starts.append(len(prompt))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def some(self, chosen: Iterable[int]) -> "Pairs":
+        part = object.__new__(Pairs)
+        for name, values in vars(self).items():
+            setattr(part, name, [values[i] for i in chosen])
+        return part
+
+
+def names_and_nouns(texts: Iterable[str]) -> set[str]:
+    """Words that are names or nouns in these texts, by where they stand: no tagger is needed.
+
+    A name has a capital letter in most of its places inside sentences. A noun stands in a tenth of
+    its places or more right behind a determiner, and in half of them before a mark or a function
+    word, where adjectives do not.
+    """
+    seen, inside, capital, behind, before = (Counter() for _ in range(5))
+    for text in texts:
+        pieces = re.findall(r"\w+(?:'\w+)?|[^\w\s]", text)
+        lower = [piece.lower() for piece in pieces]
+        for i, (piece, word) in enumerate(zip(pieces, lower, strict=True)):
+            if not word[0].isalpha():
+                continue
+            seen[word] += 1
+            if i and lower[i - 1][0].isalpha():
+                inside[word] += 1
+                capital[word] += piece[0].isupper()
+                behind[word] += lower[i - 1] in DETERMINERS
+            after = lower[i + 1] if i + 1 < len(lower) else "."
+            before[word] += not after[0].isalpha() or after in FUNCTION_WORDS
+    return {word for word, count in seen.items()
+            if count >= RARE and word not in FUNCTION_WORDS and word not in FORMULAS
+            and (capital[word] > inside[word] / 2
+                 or (behind[word] >= count / 10 and before[word] >= count / 2))}
+
+
+def taken_up(conditions: list[str], texts: list[str], wanted: set[str]) -> float:
+    """Of the `wanted` words in all conditions the share that the text takes up, as it is or with a
+    plural s."""
+    found = total = 0
+    for condition, text in zip(conditions, texts, strict=True):
+        there = set(quality.words(text))
+        there |= {word.removesuffix("'s") for word in there}
+        for word in set(quality.words(condition)) & wanted:
+            found += not there.isdisjoint((word, word + "s", word.removesuffix("s")))
+            total += 1
+    return found / max(1, total)
+
+
+# ---- likelihood ----------------------------------------------------------------------------------
+
+def bounds(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int,
+           plain: torch.nn.Module | None = None) -> dict[str, Nelbo]:
+    """The bound of the texts in every arm, all with the same masks.
+
+    The prompted arm is that of `plain`, by default this model without its condition.
+    """
+    lengths = np.array([len(text) for text in pairs.texts])
+    batches = bucket_batches(lengths, 8192, merge=False)
+    told = [np.array([BOS, *ids, EOS]) for ids in pairs.told]
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)  # every text gets the condition of another one
+    arms = {"its own condition": lambda rows: pad_rows([told[i] for i in rows]),
+            "another story's": lambda rows: pad_rows([told[other[i]] for i in rows]),
+            "no condition": None}
+    result = {}
+    for name, conditions in arms.items():
+        bar = tqdm(batches, desc=name, unit=" batches", leave=False, disable=None)
+        result[name] = DiscreteDiffusion().nelbo(
+            model, (pad_rows([pairs.texts[i] for i in part]) for part in bar), seed, draws,
+            numbers=batches, conditions=conditions)
+    if len(pairs) > 1:
+        result["as a prompt"] = prompted_bound(plain or model, pairs, draws, seed)
+    return result
+
+
+def prompted_bound(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int) -> Nelbo:
+    """The bound of the texts behind their conditions in one row, under the masks of `bounds`."""
+    batches = bucket_batches(np.array([len(row) for row in pairs.prompted]), 8192, merge=False)
+
+    def texts_only(part: np.ndarray) -> np.ndarray:
+        rows = pad_rows([pairs.prompted[i] for i in part])
+        for row, i in zip(rows, part, strict=True):
+            row[:pairs.starts[i]] = BOS  # which is never hidden
+        return rows
+
+    def hide(clean: torch.Tensor, part: np.ndarray):
+        whole = torch.from_numpy(pad_rows([pairs.prompted[i] for i in part]))
+        text = maskable(whole).sum(1)
+        for draw in range(draws):
+            masked, k, _ = stratified_masks(clean, part, draw, draws, seed)
+            yield Corrupted(whole, whole.masked_fill(masked, MASK), masked, masked.float(),
+                            (k / text).float()), k
+
+    bar = tqdm(batches, desc="as a prompt", unit=" batches", leave=False, disable=None)
+    return measure_nats(model, map(texts_only, bar), hide, numbers=batches)
+
+
+def gain(better: Nelbo, worse: Nelbo) -> tuple[float, float]:
+    """By how many nats/token the first is lower, and the standard error of that: row by row."""
+    (a, tokens), (b, _) = better.row_nats(), worse.row_nats()
+    mean = float((b - a).sum() / tokens.sum())
+    residual = b - a - mean * tokens
+    count = len(tokens)
+    return mean, float(math.sqrt(count / max(1, count - 1) * (residual ** 2).sum()) / tokens.sum())
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+def continuations(model: torch.nn.Module, pairs: Pairs, sampler: Sampler, seed: int,
+                  condition_len: int, prompted: bool = False) -> list[np.ndarray]:
+    """A text of the real one's length for every condition: rows [BOS] text [EOS]."""
+    if not prompted:
+        told = np.stack([condition_row(ids, condition_len) for ids in pairs.told])
+        return fill(numpy_step(model, sampler, told),
+                    [blank_story(len(text) - 2) for text in pairs.texts], sampler, seed)
+    rows = []
+    for row, start in zip(pairs.prompted, pairs.starts, strict=True):
+        rows.append(np.array([*row[:start], *[MASK] * (len(row) - start - 1), EOS], np.int64))
+    filled = fill(numpy_step(model, sampler), rows, sampler, seed)
+    return [np.array([BOS, *row[start:]]) for row, start in zip(filled, pairs.starts, strict=True)]
+
+
+def figures(made: list[np.ndarray], pairs: Pairs, tokenizer, wanted: set[str],
+            twin: torch.nn.Module | None) -> dict:
+    """What is told of a group of texts, one for every pair."""
+    from sacrebleu.metrics import BLEU, CHRF
+    ids = [[int(i) for i in row if i > EOS] for row in made]
+    texts, real = ([decode(tokenizer, row).strip() for row in group]
+                   for group in (ids, pairs.texts))
+    perplexity = None
+    if twin is not None:
+        whole = [np.array([*row[:start], *text[1:]], np.int64)
+                 for row, start, text in zip(pairs.prompted, pairs.starts, made, strict=True)]
+        hidden = [np.where((np.arange(len(row)) >= start) & (row > EOS), MASK, row)
+                  for row, start in zip(whole, pairs.starts, strict=True)]
+        perplexity = math.exp(quality.gap_nats(twin, whole, hidden, 1, 0))
+    return {"take_up": taken_up([decode(tokenizer, told) for told in pairs.told], texts, wanted),
+            "bleu": BLEU().corpus_score(texts, [real]).score,
+            "chrf": CHRF().corpus_score(texts, [real]).score,
+            "generative_perplexity": perplexity, **quality.diversity(texts, ids)}
+
+
+def generation(model: torch.nn.Module, pairs: Pairs, sampler: Sampler, guidances: list[float],
+               tokenizer, wanted: set[str], twin: torch.nn.Module | None, seed: int,
+               plain: torch.nn.Module | None = None) -> tuple[dict, dict[str, list[str]]]:
+    """{line of the table: its figures}, and the texts of every line but the real one's."""
+    limit = model.encoder.config.max_len
+    lines = {"real texts": figures(pairs.texts, pairs, tokenizer, wanted, twin)}
+    texts = {}
+    for guidance in [*guidances, None]:
+        prompted = guidance is None  # the condition as a prompt
+        name = "as a prompt" if prompted else f"guidance {guidance:g}"
+        settings = dataclasses.replace(sampler, guidance=1.0 if prompted else guidance)
+        made = continuations((plain or model) if prompted else model, pairs, settings, seed, limit,
+                             prompted)
+        lines[name] = figures(made, pairs, tokenizer, wanted, twin)
+        texts[name] = [decode(tokenizer, row) for row in made]
+    return lines, texts
+
+
+def training_words(rows: TokenRows, tokenizer, limit: int = 20_000) -> set[str]:
+    """`names_and_nouns` of the first rows of a split, conditions included."""
+    conditions = rows.conditions()
+    both = (decode(tokenizer, conditions[i]) + decode(tokenizer, rows[i])
+            for i in range(len(rows)))
+    return names_and_nouns(islice(both, limit))
+
+
+COLUMNS = (("take-up", "take_up", ".1%"), ("gen. ppl", "generative_perplexity", ".1f"),
+           ("entropy", "unigram_entropy", ".3f"), ("BLEU", "bleu", ".2f"), ("chrF", "chrf", ".1f"),
+           ("distinct-1", "distinct_1", ".3f"), ("-2", "distinct_2", ".3f"))
+
+
+def tables(result: dict) -> str:
+    """Markdown: the likelihood by arm, and the texts by guidance."""
+    lines = ["| the text given | nats/token | bits/byte | its own is better by, nats/token |",
+             "|---|---|---|---|"]
+    for name, arm in result["likelihood"].items():
+        better = (f"{arm['gain']:.3f} ± {arm['gain_standard_error']:.3f}" if "gain" in arm else "")
+        lines.append(f"| {name} | {arm['nats_per_token']:.3f} ± {arm['standard_error']:.3f} | "
+                     f"{arm['bits_per_byte']:.3f} | {better} |")
+    if result["generation"]:
+        lines += ["", "| texts | " + " | ".join(name for name, _, _ in COLUMNS) + " |",
+                  "|---" * (len(COLUMNS) + 1) + "|"]
+        for name, line in result["generation"].items():
+            cells = ["" if line[key] is None else format(line[key], form)
+                     for _, key, form in COLUMNS]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sheet(conditions: list[str], texts: dict[str, list[str]], count: int = 10) -> str:
+    """The first texts of two lines of the table, beside their conditions; unpicked."""
+    def on_one_line(text: str) -> str:
+        return " ".join(text.split())
+
+    lines = [f"# The first {min(count, len(conditions))} conditions and what follows, unpicked"]
+    for i, condition in enumerate(conditions[:count]):
+        lines += ["", f"**{on_one_line(condition)}**"]
+        for name, made in texts.items():
+            lines += ["", f"> {name}: {on_one_line(made[i])}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,144 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_conditional import conditional_checkpoint, pairs_dir, small_conditional  # noqa: F401
+
+import conditioning
+import train
+from conditioning import Pairs, bounds, gain, names_and_nouns, taken_up
+from data_prep import BOS, EOS, TokenRows
+from diffusion import DiscreteDiffusion
+from evaluate import main
+from model import load_checkpoint, tokenizer_from_checkpoint
+from sample_stories import sample_stories
+
+
+@pytest.fixture(scope="module")
+def twin(long_data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twin")
+    train.main(["--objective", "autoregressive", "--model_config", "tiny", "--max_steps", "4",
+                "--data_dir", str(long_data_dir), "--checkpoint_dir", str(folder), "--device",
+                "cpu", "--batch_tokens", "1024", "--num_samples", "0", "--valid_rows", "8"])
+    return folder / "best.pt"
+
+
+@pytest.fixture
+def pairs(pairs_dir, checkpoint):  # noqa: F811
+    tokenizer = tokenizer_from_checkpoint(load_checkpoint(checkpoint))
+    return Pairs(TokenRows(pairs_dir, "val"), tokenizer, 256)
+
+
+def test_names_and_nouns_are_found_where_they_stand():
+    found = names_and_nouns(sample_stories(400))
+    assert {"lily", "tom", "scarf", "ball", "bench", "garden"} <= found
+    assert not {"the", "and", "little", "happy", "wanted", "said", "then", "was", "old"} & found
+
+
+def test_take_up_is_the_share_of_the_wanted_words():
+    wanted = {"lily", "key", "dog", "berries"}
+    assert taken_up(["Lily has a key.", "A big dog ate berries."],
+                    ["Lily's keys were old.", "The cat ran."], wanted) == pytest.approx(2 / 4)
+    assert taken_up(["Nothing"], ["else"], wanted) == 0
+
+
+def test_pairs_fit_into_a_row_with_their_condition(pairs_dir, pairs):  # noqa: F811
+    rows = TokenRows(pairs_dir, "val")
+    assert 10 < len(pairs) <= len(rows)
+    for i in range(len(pairs)):
+        start, row = pairs.starts[i], pairs.prompted[i]
+        assert row[0] == BOS and row[-1] == EOS and len(row) <= 256
+        assert row[1:start].tolist() == pairs.told[i].tolist()
+        assert row[start:].tolist() == pairs.texts[i][1:].tolist()
+    few = pairs.some([2, 0])
+    assert len(few) == 2 and few.numbers == [pairs.numbers[2], pairs.numbers[0]]
+
+
+def test_the_arms_share_their_masks(pairs, checkpoint):
+    """A network that sees nothing of what differs scores all arms alike."""
+    model = small_conditional(vocab_size=400, max_len=256)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attention.out.weight)  # tokens do not see one another
+    pairs = pairs.some(range(12))
+    model.encode = lambda told: None
+    arms = bounds(model, pairs, draws=2, seed=3)
+    assert list(arms) == ["its own condition", "another story's", "no condition", "as a prompt"]
+    for arm in arms.values():
+        assert arm.total_nats == pytest.approx(arms["no condition"].total_nats, rel=1e-5)
+        assert arm.row_nats()[1].sum() == sum(len(text) - 2 for text in pairs.texts)
+        assert gain(arms["no condition"], arm) == pytest.approx((0, 0), abs=1e-5)
+
+
+def test_the_prompted_arm_hides_the_text_alone(pairs):
+    hidden = []
+
+    class Spy(torch.nn.Module):
+        def hidden(self, tokens, t=None):
+            hidden.append((tokens, t))
+            return torch.zeros(*tokens.shape, 1)
+
+        def scores(self, states, targets):
+            return torch.ones(len(targets)), torch.zeros(len(targets))
+    pairs = pairs.some([0, 1])
+    bound = conditioning.prompted_bound(Spy(), pairs, draws=3, seed=0)
+    assert bound.nats_per_token == pytest.approx(1.0)
+    for tokens, _ in hidden:
+        for row in tokens.numpy():
+            which = [i for i in range(2) if np.array_equal(
+                row[:pairs.starts[i]], pairs.prompted[i][:pairs.starts[i]])]
+            assert which and 1 in row[pairs.starts[which[0]]:]
+
+
+def test_a_gain_is_paired_row_by_row():
+    model = small_conditional()
+    tokens = np.array([[BOS, 7, 8, 9, EOS, *[0] * 11], [BOS, 10, 11, EOS, *[0] * 12]])
+    a = DiscreteDiffusion().nelbo(model, [tokens], draws=4)
+    b = DiscreteDiffusion().nelbo(model, [tokens], draws=4)
+    b.nats = b.nats + 0.5 * b.k
+    mean, error = gain(a, b)
+    assert mean == pytest.approx(0.5) and error == pytest.approx(0, abs=1e-9)
+
+
+def test_the_evaluation_of_a_conditional_model(conditional_checkpoint, checkpoint, twin,  # noqa: F811
+                                               pairs_dir, tmp_path, capsys):  # noqa: F811
+    target = tmp_path / "evaluation.json"
+    main(["--checkpoint", str(conditional_checkpoint), "--twin", str(twin), "--plain",
+          str(checkpoint), "--output", str(target), "--steps", "3", "--num_samples", "4",
+          "--guidances", "0", "1", "2", "--draws", "2", "--max_rows", "12", "--precision", "fp32"])
+    result, text = json.loads(target.read_text()), capsys.readouterr().out
+    assert list(result["generation"]) == ["real texts", "guidance 0", "guidance 1", "guidance 2",
+                                          "as a prompt"]
+    for name, arm in result["likelihood"].items():
+        assert 3 < arm["nats_per_token"] < 10 and arm["bits_per_byte"] > 0
+        assert ("gain" in arm) == (name != "its own condition")
+    own, other = (result["likelihood"][name]["nats_per_token"]
+                  for name in ("its own condition", "another story's"))
+    assert result["likelihood"]["another story's"]["gain"] == pytest.approx(other - own)
+    real = result["generation"]["real texts"]
+    assert real["bleu"] == pytest.approx(100) and real["chrf"] == pytest.approx(100)
+    assert 0.3 < real["take_up"] <= 1 and 1 < real["generative_perplexity"] < math.inf
+    assert "| guidance 2 |" in text and "| as a prompt |" in text
+    sheet = target.with_suffix(".md").read_text()
+    assert sheet.count("**") == 8 and sheet.count("> guidance 1:") == 4
+    # the plain model is that of which the conditional one was made
+    main(["--checkpoint", str(conditional_checkpoint), "--output", str(target), "--num_samples",
+          "0", "--draws", "2", "--max_rows", "12", "--precision", "fp32"])
+    again = json.loads(target.read_text())
+    assert again["generation"] == {}
+    assert again["likelihood"]["as a prompt"] == pytest.approx(result["likelihood"]["as a prompt"])
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--sampling"], "--sampling: without effect for a model with a condition"),
+    (["--guidance", "2"], "--guidance: without effect for a model with a condition"),
+    (["--guidances", "-1"], "must be 0 or more"),
+    (["--twin", "nowhere.pt"], "no checkpoint nowhere.pt")])
+def test_bad_flags(words, message, conditional_checkpoint, fails):  # noqa: F811
+    assert message in fails(main, "--checkpoint", conditional_checkpoint, *words)
+
+
+def test_flags_of_conditions_belong_to_models_with_one(checkpoint, fails):
+    assert "without effect for a model without a condition" in fails(
+        main, "--checkpoint", checkpoint, "--guidances", "1", "2")
