@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cli import require
 from data_prep import EOS, MASK, length_nats
 from model import Context, device_of
-from sampler import ADAPTIVE_PACES, Sampler, State, Step, unmask
+from sampler import ADAPTIVE_PACES, Kept, Sampler, State, Step, unmask
 
 # ---- schedules -----------------------------------------------------------------------------------
 
@@ -514,6 +514,12 @@ def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
+def together(contexts: Sequence[Context]) -> Context:
+    """The contexts of single rows as that of a batch."""
+    keys, values, bias = zip(*contexts, strict=True)
+    return Context(torch.cat(keys, dim=1), torch.cat(values, dim=1), torch.cat(bias))
+
+
 def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None) -> Step:
     """The torch step of this model and sampler, for the NumPy loop of sampler.py.
 
@@ -526,12 +532,13 @@ def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None
     temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
     # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.
     precision = torch.float32 if device.type == "mps" else torch.float64
-    contexts = None if conditions is None else Contexts(model, conditions)
+    kept = None if conditions is None else Kept(lambda row: model.encode(
+        torch.from_numpy(conditions[row:row + 1]).to(device)))
 
     @torch.no_grad()  # (FSDP does not know inference mode)
     def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray):
         most_hidden = int((tokens == MASK).sum(1).max())
-        context = None if contexts is None or sampler.guidance == 0 else contexts.of(rows)
+        context = None if kept is None or sampler.guidance == 0 else together(kept.of(rows))
         new, confidence = step(
             torch.from_numpy(tokens).to(device), torch.from_numpy(count).to(device), temperature,
             torch.from_numpy(noise).to(precision).to(device), most_hidden, int(count.max()),
@@ -539,26 +546,3 @@ def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None
         return new.cpu().numpy(), confidence.cpu().numpy()
 
     return run
-
-
-class Contexts:
-    """The context of every row's condition, encoded once: before the row's first step.
-
-    Each alone, so that a story does not depend on its batch. Those of the last `KEPT` rows stay.
-    """
-
-    KEPT = 256
-
-    def __init__(self, model: nn.Module, conditions: np.ndarray):
-        self.model, self.conditions = model, conditions
-        self.known: dict[int, Context] = {}
-
-    def of(self, rows: np.ndarray) -> Context:
-        for row in map(int, rows):
-            # put at the end: the first of the dictionary is the one that was not used for longest
-            self.known[row] = self.known.pop(row, None) or self.model.encode(torch.from_numpy(
-                self.conditions[row:row + 1]).to(device_of(self.model)))
-        keys, values, bias = zip(*(self.known[int(row)] for row in rows), strict=True)
-        for row in list(self.known)[:-max(self.KEPT, len(rows))]:
-            del self.known[row]
-        return Context(torch.cat(keys, dim=1), torch.cat(values, dim=1), torch.cat(bias))

@@ -150,6 +150,9 @@ def shard(model: DiffusionTransformer, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.all_blocks:
+        if block.cross is not None:  # used by `encode` too, outside of its block
+            fully_shard(block.cross, mesh=mesh)
+            register_fsdp_forward_method(block.cross, "keys_values")
         fully_shard(block, mesh=mesh)
     # What is left, embedding and head, stays whole from `hidden` on until the backward pass.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

@@ -14,6 +14,7 @@ hidden again in `Remasking`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -188,6 +189,27 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         state = State(k + 1, state.nfe + 1, new, uncovered & ~gone, gone & ~masked, confidence,
                       counts > 0)
         yield state
+
+
+class Kept:
+    """What `make` gives for a row, made once: before the row's first step.
+
+    Each alone, so that a story does not depend on its batch. Those of the last `SIZE` rows stay.
+    """
+
+    SIZE = 256
+
+    def __init__(self, make: Callable[[int], Any]):
+        self.make, self.known = make, {}
+
+    def of(self, rows: Sequence[int]) -> list[Any]:
+        for row in map(int, rows):
+            # put at the end: the first of the dictionary is the one that was not used for longest
+            self.known[row] = self.known.pop(row) if row in self.known else self.make(row)
+        values = [self.known[int(row)] for row in rows]
+        for row in list(self.known)[:-max(self.SIZE, len(rows))]:
+            del self.known[row]
+        return values
 
 
 class Pacing:

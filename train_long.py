@@ -218,8 +218,8 @@ class LongRun:
             steps = self.processes.gather(max(1, int(left / step)))[0]
             if not compiled or config.compile or steps >= COMPILE_FROM:
                 break
-        self.say(f"a step takes {step:.2f} s here: {steps:,} steps fit into {config.minutes:g} "
-                 "minutes with everything else")
+        self.say(f"a step takes {step:.2f} s here: {steps:,} {'more ' if trained else ''}steps fit "
+                 f"into {config.minutes:g} minutes with everything else")
         return steps
 
     def time_steps(self, max_steps: int) -> tuple[bool, float]:

@@ -14,7 +14,7 @@ import model as model_module
 import train
 from cli import Stopped
 from data_prep import BOS, EOS, MASK, PAD
-from diffusion import Contexts, Corrupted, DiscreteDiffusion, numpy_step, weighted_loss
+from diffusion import Corrupted, DiscreteDiffusion, numpy_step, weighted_loss
 from model import (
     ConditionalTransformer,
     create_conditional_model,
@@ -26,7 +26,7 @@ from model import (
 )
 from optimizers import make_optimizers
 from prep_conditional_data import main as prep_main
-from sampler import ORDERS, PACES, REMASKS, Sampler, condition_row, fill
+from sampler import ORDERS, PACES, REMASKS, Kept, Sampler, condition_row, fill
 from train import TrainConfig, Trainer
 
 CONDITIONS = np.stack([condition_row(ids, 16) for ids in (
@@ -191,8 +191,7 @@ def test_guidance_1_is_the_conditional_and_0_the_unconditional_model(sampler):
     plain = [row.tolist() for row in fill(numpy_step(model, sampler), rows_to_fill(), sampler, 2)]
     assert told(0.0) == plain
     given = model_module.ConditionalTransformer.hidden
-    contexts = Contexts(model, CONDITIONS)
-    always = contexts.of(np.arange(4))
+    always = model.encode(torch.from_numpy(CONDITIONS))
 
     class Given(torch.nn.Module):
         """The conditional network as if it had no other side."""
@@ -262,11 +261,10 @@ def test_a_condition_is_encoded_once_for_a_text(monkeypatch):
         sampler = Sampler(steps=6, pace=pace, guidance=2.0)
         fill(numpy_step(model, sampler, CONDITIONS), rows_to_fill(), sampler, batch_size=2)
         assert sorted(calls) == sorted([[row.tolist()] for row in CONDITIONS])
-    monkeypatch.setattr(Contexts, "KEPT", 2)
-    contexts = Contexts(model, CONDITIONS)
-    assert contexts.of(np.array([3, 0, 1])).bias.shape[0] == 3
-    contexts.of(np.array([0]))
-    assert list(contexts.known) == [1, 0]
+    monkeypatch.setattr(Kept, "SIZE", 2)
+    kept = Kept(lambda row: row + 10)
+    assert kept.of(np.array([3, 0, 1])) == [13, 10, 11] and kept.of(np.array([0])) == [10]
+    assert list(kept.known) == [1, 0]
 
 
 def test_bound_of_a_conditional_model(pairs_dir):

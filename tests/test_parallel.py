@@ -173,3 +173,20 @@ def test_only_a_broken_connection_is_called_one():
         with pytest.raises(RuntimeError, match=text):
             with processes.losing_one_is_no_bug(str):
                 raise RuntimeError(text)
+
+
+def test_two_processes_train_a_condition_as_one_does(data_dir, runs, tmp_path):
+    call(python(ROOT / "prep_conditional_data.py", "--data_dir", data_dir, "--output_dir",
+                tmp_path / "pairs"))
+    argv = settings(tmp_path / "pairs", tmp_path / "one", "--max_steps", 8, "--stage", 2,
+                    "--decoder_checkpoint", runs["one"] / "last.pt")
+    at = argv.index("--model_config")
+    del argv[at:at + 2]  # a later stage goes on with the model that it is given
+    call(python(ROOT / "train.py", *argv))
+    for name, more in (("ddp", []), ("fsdp", ["--fsdp"])):
+        argv[argv.index("--checkpoint_dir") + 1] = tmp_path / name
+        call(torchrun(2, *argv, *more))
+        for key in ("loss", "grad_norm", "valid_nelbo"):
+            alone, together = (curve(tmp_path / which, key) for which in ("one", name))
+            assert len(alone) == len(together) > 1
+            np.testing.assert_allclose(together, alone, **TOLERANCE)

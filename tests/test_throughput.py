@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import throughput
 from diffusion import Corrupted
-from model import DiffusionTransformer, ModelConfig
+from model import DiffusionTransformer, ModelConfig, create_conditional_model
 from throughput import (
     EnergyMeter,
     Speedometer,
@@ -37,6 +37,22 @@ def test_flops_are_those_that_torch_counts(length):
         logits[:, 4:].sum().backward()
     assert train_flops(model, 5, length, count) == pytest.approx(counter.get_total_flops(),
                                                                  rel=0.01)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_flops_with_a_condition_are_those_that_torch_counts(frozen):
+    model = create_conditional_model("micro", "tiny", vocab_size=100, max_len=64,
+                                     condition_len=32)
+    if frozen:
+        model.freeze_decoder()
+    tokens, told = (torch.randint(4, 100, (5, length)) for length in (64, 32))
+    masked = torch.rand(5, 64) < 0.5
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        logits = model.head(model.hidden(tokens, context=model.encode(told))[masked])
+        logits[:, 4:].sum().backward()
+    # frozen, nothing goes back through the first block's attention, which is counted all the same
+    assert train_flops(model, 5, 64, int(masked.sum()), 32) == pytest.approx(
+        counter.get_total_flops(), rel=0.1 if frozen else 0.01)
 
 
 def test_a_causal_mask_halves_the_attention():
