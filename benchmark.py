@@ -14,10 +14,12 @@ this project's sampler (positions first, tokens drawn only there) and by a textb
 whatever the flags: logits and noise for every position in every step). Random weights do for a
 planned pace; an adaptive one needs a checkpoint.
 
-Both print medians of wall-clock and process CPU-seconds (all threads), their ratio to the textbook,
-tokens per second and per CPU-second, and the peak memory of a process that runs this arm alone;
-`train` also the share of the measured peak (MFU). About two minutes for the small model on 2 CPU
-cores.
+`device` and `roofline` are those of benchmark_device.py, for exported steps.
+
+The first two print medians of wall-clock and process CPU-seconds (all threads), their ratio to the
+textbook, tokens per second and per CPU-second, and the peak memory of a process that runs this arm
+alone; `train` also the share of the measured peak (MFU). About two minutes for the small model on 2
+CPU cores.
 """
 
 import argparse
@@ -37,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import benchmark_device
 from cli import atomic_file, check_writable, flag, parse, require, run
 from data_prep import BOS, EOS, MASK
 from diffusion import DiscreteDiffusion, numpy_step
@@ -332,10 +335,14 @@ def report(result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in ("device", "roofline"):
+        benchmark_device.main(argv)
+        return
     names = {"train": TrainBenchmark, "sample": SampleBenchmark}
     if not argv or argv[0] not in names:
         parser = argparse.ArgumentParser(description=__doc__,
-                                         usage="benchmark.py {train,sample} [flags]",
+                                         usage="benchmark.py {train,sample,device,roofline} "
+                                               "[flags]",
                                          formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("benchmark", choices=list(names))
         parser.parse_args(argv[:1])

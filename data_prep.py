@@ -181,10 +181,11 @@ def prepare(config: DataConfig) -> dict:
                        lambda folder: write_folder(config, folder))
 
 
-def make_folder(data_dir: str, flag: str, overwrite: bool, write: Callable[[Path], dict]) -> dict:
-    """A data folder, whole or not at all: `write` fills another one, which then takes its place.
+def make_folder(data_dir: str, flag: str, overwrite: bool, write: Callable[[Path], dict],
+                marker: str = "meta.json") -> dict:
+    """A folder, whole or not at all: `write` fills another one, which then takes its place.
 
-    Returns what `write` returns, the content of meta.json.
+    One that is there is replaced only if it holds the file `marker`. Returns what `write` returns.
     """
     target = Path(data_dir).resolve()
     partial, old = (target.with_name(target.name + end) for end in (".partial", ".old.partial"))
@@ -196,7 +197,7 @@ def make_folder(data_dir: str, flag: str, overwrite: bool, write: Callable[[Path
             require(overwrite, f"{data_dir} is already there: use it, or give --overwrite, or "
                                f"another {flag}")
             # Only what this script wrote is ever replaced, never somebody's folder of that name.
-            require((target / "meta.json").exists(), f"{data_dir} holds other files: choose "
+            require((target / marker).exists(), f"{data_dir} holds other files: choose "
                                                      f"another {flag}")
     check_writable(target.parent, flag)
     for leftover in (partial, old):  # of a run that was killed

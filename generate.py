@@ -7,6 +7,8 @@
     python generate.py --num_samples 1 --steps 32 --trace story.html
     python generate.py --checkpoint conditional/best.pt --condition "Lily found a shiny key."
     python generate.py --checkpoint conditional/best.pt --conditions first_sentences.txt --json
+    python generate.py --onnx jetson_bundle/step_int8.onnx --preset fast        # without torch
+    python generate.py --engine step_fp16.engine --preset fast                  # on the Jetson
 
 Starts from a row of [MASK] and uncovers it step by step. `[MASK:n]` in --infill hides n tokens
 (a token is about four letters); the space before a gap belongs to it. Prints the stories and the
@@ -22,9 +24,10 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -45,6 +48,9 @@ GAP = re.compile(r"\[MASK(?::([^\]]*))?\]")
 class GenerateConfig(Sampler):
     temperature: float = flag(0.8, "0 is greedy, 1 the model's own distribution")
     checkpoint: str | None = flag(None, "checkpoint to use (default: the newest */best.pt)")
+    onnx: str | None = flag(None, "exported step to use instead (of export_jetson.py), in ONNX "
+                                  "Runtime")
+    engine: str | None = flag(None, "or as a TensorRT engine")
     preset: str | None = flag(None, "a sampler chosen from the README's table: fast, balanced or "
                                     "best; flags beside it change it", tuple(PRESETS))
     num_samples: int = flag(3, "stories to make")
@@ -76,6 +82,8 @@ class GenerateConfig(Sampler):
                 "--infill fixes the whole row: leave out --prompt and --length")
         require(self.trace is None or Path(self.trace).suffix in TRACE_FORMATS,
                 f"--trace {self.trace}: name a file that ends in {' or '.join(TRACE_FORMATS)}")
+        sources = [name for name in ("checkpoint", "onnx", "engine") if getattr(self, name)]
+        require(len(sources) < 2, f"--{' and --'.join(sources)}: give one of them")
         require(self.condition is None or self.conditions is None,
                 "--condition and --conditions: give one of them")
         require(self.conditions is None or Path(self.conditions).is_file(),
@@ -91,6 +99,8 @@ class GenerateConfig(Sampler):
         told = self.condition is not None or self.conditions is not None
         require(told or "guidance" not in given, "--guidance belongs to --condition and "
                                                  "--conditions: add one, or leave it out")
+        unused = sorted(given & {"device", "precision"}) if self.onnx or self.engine else []
+        require(not unused, f"--{' --'.join(unused)}: an exported step has its own; leave it out")
 
 
 def read_conditions(path: Path) -> list[str]:
@@ -193,7 +203,46 @@ def main(argv: list[str] | None = None) -> None:
         config = preset(config, {"num_samples": 1}, given)
     texts = (read_conditions(Path(config.conditions)) if config.conditions else
              [config.condition] if config.condition is not None else [])
-    # torch is needed from here on, not for --help or a mistyped flag
+    if config.trace:
+        check_writable(Path(config.trace).parent, "--trace")
+    source = open_exported(config, bool(texts)) if config.onnx or config.engine else open_torch(
+        config, bool(texts))
+    tokenizer = source.tokenizer
+    told = np.repeat(condition_rows(texts, tokenizer, source.condition_len),
+                     config.num_samples, axis=0) if texts else None
+    texts = [text for text in texts for _ in range(config.num_samples)]
+    rows = build_rows(config, tokenizer, source.histogram, source.max_len,
+                      len(texts) or config.num_samples)
+    step = source.step(config, told)
+    started = time.perf_counter()
+    trace = Trace(tokenizer, rows) if config.trace else None
+    filled, row_evaluations, evaluations = generate(
+        step, rows, config, tokenizer, trace,
+        config.evaluations_per_step if texts else 1)
+    seconds = time.perf_counter() - started
+    if trace:
+        Path(config.trace).parent.mkdir(parents=True, exist_ok=True)
+        trace.write(config.trace, f"{max(row_evaluations)} steps, {config.order} order, "
+                                  f"{config.pace} pace, temperature {config.temperature:g}")
+    show(filled, row_evaluations, config, tokenizer, source.name, texts)
+    tokens = sum(int((row == MASK).sum()) for row in rows)
+    print(f"{tokens:,} tokens in {len(rows)} stories, {evaluations} network evaluations, "
+          f"{seconds:.2f} s: {tokens / seconds:.1f} tokens/s",
+          file=sys.stderr if config.json else sys.stdout)
+
+
+class Source(NamedTuple):
+    """What tells the stories: a checkpoint or an exported step."""
+
+    name: str
+    tokenizer: "Tokenizer"
+    histogram: dict  # of lengths
+    max_len: int
+    condition_len: int | None
+    step: Callable[[Sampler, np.ndarray | None], Step]
+
+
+def open_torch(config: GenerateConfig, told: bool) -> Source:
     from diffusion import numpy_step
     from model import (
         find_checkpoint,
@@ -203,34 +252,30 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer_from_checkpoint,
     )
     path = find_checkpoint(config.checkpoint)
-    if config.trace:
-        check_writable(Path(config.trace).parent, "--trace")
     device = pick_device(config.device)
-    checkpoint = load_checkpoint(path, kind="conditional" if texts else
+    checkpoint = load_checkpoint(path, kind="conditional" if told else
                                  ("diffusion", "conditional"))
-    tokenizer = tokenizer_from_checkpoint(checkpoint)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(config.precision)
     model.for_inference()
-    told = np.repeat(condition_rows(texts, tokenizer, model.encoder.config.max_len),
-                     config.num_samples, axis=0) if texts else None
-    texts = [text for text in texts for _ in range(config.num_samples)]
-    rows = build_rows(config, tokenizer, checkpoint["length_histogram"], model.config.max_len,
-                      len(texts) or config.num_samples)
-    started = time.perf_counter()
-    trace = Trace(tokenizer, rows) if config.trace else None
-    filled, row_evaluations, evaluations = generate(
-        numpy_step(model, config, told), rows, config, tokenizer, trace,
-        config.evaluations_per_step if texts else 1)
-    seconds = time.perf_counter() - started
-    if trace:
-        Path(config.trace).parent.mkdir(parents=True, exist_ok=True)
-        trace.write(config.trace, f"{max(row_evaluations)} steps, {config.order} order, "
-                                  f"{config.pace} pace, temperature {config.temperature:g}")
-    show(filled, row_evaluations, config, tokenizer, str(path), texts)
-    tokens = sum(int((row == MASK).sum()) for row in rows)
-    print(f"{tokens:,} tokens in {len(rows)} stories, {evaluations} network evaluations, "
-          f"{seconds:.2f} s: {tokens / seconds:.1f} tokens/s",
-          file=sys.stderr if config.json else sys.stdout)
+    return Source(str(path), tokenizer_from_checkpoint(checkpoint),
+                  checkpoint["length_histogram"], model.config.max_len,
+                  model.encoder.config.max_len if told else None,
+                  lambda sampler, conditions: numpy_step(model, sampler, conditions))
+
+
+def open_exported(config: GenerateConfig, told: bool) -> Source:
+    """No torch is imported on this way."""
+    from engine_runtime import Bundle
+    path = config.onnx or config.engine
+    suffix = ".onnx" if config.onnx else ".engine"
+    require(Path(path).suffix == suffix, f"--{suffix[1:]} {path}: name a file that ends in "
+                                         f"{suffix}")
+    bundle = Bundle(path)
+    require(not told or bundle.kind == "conditional", f"{path}: {bundle.kind} model; what is "
+            "needed here is of the kind: conditional model")
+    bundle.check(config, told)
+    return Source(path, bundle.tokenizer, bundle.contents["length_histogram"], bundle.max_len,
+                  bundle.condition_len, bundle.step)
 
 
 def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokenizer: "Tokenizer",

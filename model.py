@@ -122,12 +122,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tenso
               ) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v for q (B, H, L, d), k and v (B, H, S, d), and a bias that
     can be broadcast to (B, H, L, S)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not causal:
+    half_graph = q.dtype == torch.float16 and torch.compiler.is_exporting()
+    if not causal and (q.device.type == "cpu" and q.dtype == torch.bfloat16 or half_graph):
         # The CPU's fused kernel leaves its bf16 units idle: plain products with an FP32 softmax
         # took 33 ms against 58 (16 x 6 heads x 256, forward and backward, 2 cores of a Zen 4).
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, L, S)
         if bias is not None:
             scores = scores + bias
+        if half_graph:  # which must itself say that its softmax is in FP32
+            return torch.softmax(scores.float(), dim=-1).to(q.dtype) @ v
         return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
 
@@ -319,13 +322,15 @@ class DiffusionTransformer(Transformer):
         return "autoregressive" if self.config.causal else "diffusion"
 
     def hidden(self, tokens: Tensor, t: Tensor | None = None, context: Context | None = None,
-               ) -> Tensor:
+               bias: Tensor | None = None) -> Tensor:
         """Final hidden states.
 
         Args:
             tokens: (B, L) token ids, L at most `max_len`; hidden ones are [MASK].
             t: (B,) diffusion times in (0, 1]; needed only with time conditioning.
             context: what `encode` of a conditional model gives; None is no condition.
+            bias: (B, 1, 1, L), added to the attention scores: hides positions in a graph whose
+                rows are longer than the story's.
         Returns: (B, L, D), normalised, in the compute precision.
         """
         if context is not None and self.kind != "conditional":
@@ -335,7 +340,7 @@ class DiffusionTransformer(Transformer):
             if t is None:
                 raise ValueError("this model is conditioned on time: pass t")
             x = x + self.time(self._time_features(t).to(x.dtype))[:, None]  # (B, 1, D)
-        return self.through_blocks(x, context=context)
+        return self.through_blocks(x, bias, context)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) logits; ids that can never be predicted get -inf."""

@@ -1,0 +1,438 @@
+"""How fast a bundle is where it runs, what it could be, and what fits. Needs no torch.
+
+    python benchmark_device.py device --bundle jetson_bundle          # here: ONNX Runtime
+    python benchmark_device.py device --bundle . --power              # in the folder on the Jetson
+    python benchmark.py device --checkpoint long_run/best.pt --twin checkpoints_ar/best.pt
+    python benchmark.py roofline --device orin_nano_8gb --measured device_benchmark.json
+
+`device` times every graph and every engine of a bundle, in turn and in one process: a step, and a
+story at each number of steps (median and 95th percentile), tokens/s; in a process of its own the
+cold start and the peak memory. Beside them the quality: the NELBO of each precision from the
+bundle's report, and with --twin the generative perplexity at each number of steps. On a Jetson it
+reads power and the board's memory from tegrastats; what cannot be measured is printed as not
+measured. Writes device_benchmark.json and device_benchmark.png.
+
+`roofline` works out, for each size and precision, the operations and bytes of a step, the least
+time that the device needs for them, and the memory; nothing in it is measured.
+"""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cli import atomic_file, check_writable, flag, parse, require, run
+from engine_runtime import Bundle, read_bundle
+from sampler import Sampler, blank_story, draw_length, fill
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class DeviceBenchmark(Sampler):
+    """Of Sampler the steps are those of --nfe; top_p is that of the presets."""
+
+    top_p: float = flag(0.9, "draw among the likeliest tokens that together reach p")
+    bundle: str = flag("jetson_bundle", "folder of export_jetson.py")
+    nfe: list[int] = flag([8, 16, 32, 64], "network evaluations of a story to time")
+    length: int = flag(0, "tokens of a story; 0: as many as a row has")
+    repeats: int = flag(5, "stories of each kind")
+    checkpoint: str | None = flag(None, "torch checkpoint to time beside them (desktop)")
+    twin: str | None = flag(None, "autoregressive twin that judges the stories (desktop)")
+    judged: int = flag(16, "stories that it judges, of each kind")
+    power: bool = flag(False, "stop if power cannot be read, instead of leaving it out")
+    output: str = flag("device_benchmark.json", "file to write, with a plot beside it")
+    seed: int = flag(0, "seed of the stories")
+
+    def check(self) -> None:
+        super().check()
+        require(min(self.nfe) >= 1, "--nfe: must be 1 or more")
+        for name in ("repeats", "judged"):
+            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
+        require(self.length >= 0, f"--length {self.length}: must be 0 or more")
+        require(self.judged > 1, "--judged 1: diversity needs 2 stories or more")
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+class Board:
+    """Watts and memory of a Jetson while the block runs, read from tegrastats; None elsewhere."""
+
+    def __init__(self):
+        self.watts: list[float] = []
+        self.megabytes: list[int] = []
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Board":
+        if shutil.which("tegrastats"):
+            self.process = subprocess.Popen(["tegrastats", "--interval", "100"], text=True,
+                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+
+    def _watch(self) -> None:
+        for line in self.process.stdout:
+            self.read(line)
+
+    def read(self, line: str) -> None:
+        """`RAM 2871/7620MB ... VDD_IN 5032mW/4990mW ...`: now and on average."""
+        power, memory = re.search(r"VDD_IN (\d+)mW", line), re.search(r"RAM (\d+)/\d+MB", line)
+        if power:
+            self.watts.append(int(power[1]) / 1000)
+        if memory:
+            self.megabytes.append(int(memory[1]))
+
+    def figures(self) -> dict:
+        return {"watts": statistics.mean(self.watts) if self.watts else None,
+                "board_megabytes": max(self.megabytes) if self.megabytes else None}
+
+
+def board_name() -> str:
+    model = Path("/proc/device-tree/model")
+    if model.exists():
+        return model.read_text().strip("\0 \n")
+    return f"{platform.machine()}, {os.cpu_count()} threads"
+
+
+def arms_of(config: DeviceBenchmark) -> dict[str, str]:
+    """{name: file} of all graphs and engines of the bundle, and of the checkpoint."""
+    folder = Path(config.bundle)
+    files = read_bundle(folder)["files"]
+    arms = {f"onnxruntime {name}": str(folder / entry["name"]) for name, entry in files.items()
+            if name != "encoder"}
+    arms |= {f"tensorrt {path.stem.removeprefix('step_')}": str(path)
+             for path in sorted(folder.glob("*.engine"))}
+    if config.checkpoint:
+        arms["torch fp32"] = config.checkpoint
+    return arms
+
+
+def open_arm(path: str) -> Callable[[Sampler], Any]:
+    """A maker of steps."""
+    if not path.endswith(".pt"):
+        return Bundle(path).step
+    from diffusion import numpy_step
+    from model import load_checkpoint, model_from_checkpoint
+    model = model_from_checkpoint(load_checkpoint(path, kind=("diffusion", "conditional")))
+    model.for_inference()
+    return lambda sampler: numpy_step(model, dataclasses.replace(sampler, top_k=64))
+
+
+def alone(config: DeviceBenchmark, path: str, results: Any) -> None:
+    """Cold start and peak memory of one arm, into a queue."""
+    started = time.perf_counter()
+    make = open_arm(path)
+    sampler = dataclasses.replace(plain_sampler(config), steps=1)
+    fill(make(sampler), [row_of(config)], sampler, config.seed)
+    seconds = time.perf_counter() - started
+    sampler = dataclasses.replace(sampler, steps=4)
+    fill(make(sampler), [row_of(config)], sampler, config.seed)
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    results.put((seconds, int(peak[1]) / 1e3 if peak else None))
+
+
+def in_a_process(config: DeviceBenchmark, path: str) -> tuple[float, float | None]:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    child = context.Process(target=alone, args=(config, path, results))
+    child.start()
+    child.join()
+    require(child.exitcode == 0, f"the process that starts {path} failed; see above")
+    return results.get()
+
+
+def plain_sampler(config: DeviceBenchmark) -> Sampler:
+    return Sampler(**{field.name: getattr(config, field.name)
+                      for field in dataclasses.fields(Sampler)})
+
+
+def row_of(config: DeviceBenchmark) -> np.ndarray:
+    longest = read_bundle(Path(config.bundle))["length"] - 2
+    require(config.length <= longest, f"--length {config.length}: this bundle's rows hold at most "
+                                      f"{longest} tokens of text")
+    return blank_story(config.length or longest)
+
+
+def percentile_95(values: list[float]) -> float:
+    return sorted(values)[max(0, math.ceil(0.95 * len(values)) - 1)]
+
+
+def measure(config: DeviceBenchmark) -> dict:
+    """Everything that device_benchmark.json holds."""
+    arms, contents = arms_of(config), read_bundle(Path(config.bundle))
+    row, base = row_of(config), plain_sampler(config)
+    result = {"machine": board_name(), "bundle": config.bundle, "tokens": len(row) - 2,
+              "config": dataclasses.asdict(config), "arms": {}}
+    makers, times = {}, {name: {nfe: [] for nfe in config.nfe} for name in arms}
+    steps: dict[str, list[float]] = {name: [] for name in arms}
+    boards = {name: Board() for name in arms}
+    for name, path in arms.items():
+        makers[name] = open_arm(path)
+    for turn in range(config.repeats + 1):  # the first one warms up
+        for name, make in makers.items():
+            for nfe in config.nfe:
+                sampler = dataclasses.replace(base, steps=nfe)
+                step = timed_step(make(sampler), steps[name] if turn else [])
+                with boards[name]:
+                    started = time.perf_counter()
+                    fill(step, [row], sampler, config.seed + turn)
+                    seconds = time.perf_counter() - started
+                if turn:
+                    times[name][nfe].append(seconds)
+    for name, path in arms.items():
+        cold, peak = in_a_process(config, path)
+        board = boards[name].figures()
+        require(not config.power or board["watts"], "--power: tegrastats is not here or told no "
+                                                    "VDD_IN; leave it out")
+        precision = name.split()[-1]
+        report = contents["reports"].get(precision, {}) if "torch" not in name else {
+            "nelbo": contents["reports"].get("fp32", {}).get("nelbo_torch_fp32")}
+        result["arms"][name] = {
+            "step_seconds": statistics.median(steps[name]),
+            "step_seconds_p95": percentile_95(steps[name]), "cold_start_seconds": cold,
+            "process_megabytes": peak, **board, "nelbo": report.get("nelbo"),
+            "megabytes": report.get("megabytes"),
+            "stories": {str(nfe): {
+                "seconds": statistics.median(values), "seconds_p95": percentile_95(values),
+                "tokens_per_second": (len(row) - 2) / statistics.median(values),
+                "joules": board["watts"] and board["watts"] * statistics.median(values)}
+                for nfe, values in times[name].items()}}
+    if config.twin:
+        judge_stories(config, makers, contents, result)
+    return result
+
+
+def timed_step(step: Callable, seconds: list[float]) -> Callable:
+    def run_timed(*arguments):
+        started = time.perf_counter()
+        done = step(*arguments)
+        seconds.append(time.perf_counter() - started)
+        return done
+    return run_timed
+
+
+def judge_stories(config: DeviceBenchmark, makers: dict, contents: dict, result: dict) -> None:
+    """Generative perplexity and entropy of stories of drawn lengths, at each number of steps."""
+    from data_prep import load_tokenizer
+    from model import load_checkpoint, model_from_checkpoint
+    from quality import Judge, figures
+    twin = load_checkpoint(config.twin, kind="autoregressive")
+    require(twin["tokenizer_sha256"] == contents["tokenizer_sha256"],
+            f"{config.twin} was trained with another tokenizer than {config.bundle}")
+    judge = Judge(model_from_checkpoint(twin).for_inference())
+    tokenizer = load_tokenizer(twin["tokenizer"])
+    rows = [blank_story(draw_length(contents["length_histogram"], config.seed, i) or 64)
+            for i in range(config.judged)]
+    for name, make in makers.items():
+        for nfe in config.nfe:
+            sampler = dataclasses.replace(plain_sampler(config), steps=nfe)
+            made = figures(fill(make(sampler), rows, sampler, config.seed), tokenizer, judge)
+            result["arms"][name]["stories"][str(nfe)] |= {
+                key: made[key] for key in ("generative_perplexity", "unigram_entropy")}
+
+
+def shown(value: Any, form: str) -> str:
+    return NOT_MEASURED if value is None else format(value, form)
+
+
+def table(result: dict) -> str:
+    """Markdown: an arm a line, then an arm and a number of steps a line."""
+    lines = [f"{result['machine']}, {result['tokens']} tokens a story", "",
+             "| arm | size, MB | NELBO | step, ms (p95) | cold start, s | process, MB | board, MB "
+             "| watts |", "|---" * 8 + "|"]
+    for name, arm in result["arms"].items():
+        lines.append(
+            f"| {name} | {shown(arm['megabytes'], '.1f')} | {shown(arm['nelbo'], '.4f')} | "
+            f"{1000 * arm['step_seconds']:.1f} ({1000 * arm['step_seconds_p95']:.1f}) | "
+            f"{arm['cold_start_seconds']:.2f} | {shown(arm['process_megabytes'], '.0f')} | "
+            f"{shown(arm['board_megabytes'], 'd')} | {shown(arm['watts'], '.2f')} |")
+    lines += ["", "| arm | steps | story, s (p95) | tokens/s | joules | gen. ppl | entropy |",
+              "|---" * 7 + "|"]
+    for name, arm in result["arms"].items():
+        for nfe, story in arm["stories"].items():
+            lines.append(
+                f"| {name} | {nfe} | {story['seconds']:.3f} ({story['seconds_p95']:.3f}) | "
+                f"{story['tokens_per_second']:.0f} | {shown(story['joules'], '.2f')} | "
+                f"{shown(story.get('generative_perplexity'), '.1f')} | "
+                f"{shown(story.get('unigram_entropy'), '.3f')} |")
+    if not any(name.startswith("tensorrt") for name in result["arms"]):
+        lines += ["", "No engine in this bundle: TensorRT and the Jetson were not measured."]
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    """Seconds of a story against its steps, and quality against seconds where it was judged."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    judged = any("generative_perplexity" in story for arm in result["arms"].values()
+                 for story in arm["stories"].values())
+    figure, axes = plt.subplots(1, 1 + judged, figsize=(6 + 6 * judged, 4.5),
+                                layout="constrained", squeeze=False)
+    for name, arm in result["arms"].items():
+        steps = [int(nfe) for nfe in arm["stories"]]
+        seconds = [story["seconds"] for story in arm["stories"].values()]
+        axes[0, 0].plot(steps, seconds, marker=".", label=name)
+        if judged:
+            axes[0, 1].plot(seconds, [story["generative_perplexity"]
+                                      for story in arm["stories"].values()], marker=".", label=name)
+    axes[0, 0].set(xlabel="network evaluations a story", ylabel="seconds a story",
+                   title=result["machine"], xscale="log", yscale="log")
+    if judged:
+        axes[0, 1].set(xlabel="seconds a story", ylabel="generative perplexity", xscale="log",
+                       title="quality at a given time (lower left is better)")
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+# ---- what it could be ----------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Device:
+    """Dense operations a second in each precision, bytes a second, megabytes in all."""
+
+    operations: dict
+    bandwidth: float
+    megabytes: int
+
+
+# Orin Nano 8 GB in its Super mode: 67 INT8 TOPS with sparsity, so 33.4 dense, half of it in FP16,
+# 102 GB/s (NVIDIA's data sheet). FP32 outside of the tensor cores: 1024 cores, 2 x 1.02 GHz.
+DEVICES = {"orin_nano_8gb": Device({"fp32": 2.1e12, "fp16": 16.7e12, "int8": 33.4e12}, 102e9, 7620)}
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+# Estimates, to be replaced by measurements: CUDA's context and TensorRT's libraries, a Python
+# process with NumPy and the tokenizer, and what JetPack's system without a desktop keeps.
+CONTEXT_MB, PROCESS_MB, SYSTEM_MB, WORKSPACE_MB = 600, 150, 1500, 256
+
+
+@dataclass(frozen=True)
+class Roofline:
+    device: str = flag("orin_nano_8gb", "device: " + ", ".join(DEVICES), tuple(DEVICES))
+    length: int = flag(256, "tokens of a row")
+    vocab_size: int = flag(8192, "size of the vocabulary")
+    nfe: list[int] = flag([8, 16, 32, 64, 128], "network evaluations of a story")
+    measured: str | None = flag(None, "a device_benchmark.json of that device, to compare with")
+
+    def check(self) -> None:
+        require(self.length >= 1 and self.vocab_size >= 260 and min(self.nfe) >= 1,
+                "--length, --vocab_size and --nfe must be positive, the vocabulary 260 or more")
+        require(self.measured is None or Path(self.measured).is_file(),
+                f"--measured {self.measured}: no such file")
+
+
+def floor_of(size: Any, precision: str, device: Device, length: int) -> dict:
+    """Operations, bytes and least seconds of one step of a batch of 1 with all its logits.
+
+    INT8 is for the blocks' weight products; attention and head stay in FP16.
+    """
+    block = size.layers * size.width ** 2 * (4 + 2 * size.mlp_ratio)  # weights of the blocks
+    head = size.vocab_size * size.width
+    rest = "fp16" if precision == "int8" else precision
+    products = 2 * length * block
+    other = 4 * length ** 2 * size.width * size.layers + 2 * length * head
+    weights = block * WEIGHT_BYTES[precision] + head * WEIGHT_BYTES[rest]
+    compute = products / device.operations[precision] + other / device.operations[rest]
+    return {"gflop": (products + other) / 1e9, "weight_megabytes": weights / 1e6,
+            "compute_seconds": compute, "weight_seconds": weights / device.bandwidth,
+            "floor_seconds": max(compute, weights / device.bandwidth)}
+
+
+def memory_of(size: Any, precision: str, length: int, weights_mb: float) -> dict:
+    """Megabytes that a process with this model needs, weights and estimates."""
+    wide = 4 if precision == "fp32" else 2
+    activations = (length * size.width * (8 + 2 * size.mlp_ratio) * wide
+                   + 2 * size.heads * length ** 2 * 4  # scores and their softmax, in FP32
+                   + 3 * length * size.vocab_size * 4) / 1e6  # logits and what the choice makes
+    parts = {"weights": weights_mb, "activations": activations, "workspace": WORKSPACE_MB,
+             "context": CONTEXT_MB, "process": PROCESS_MB}
+    return parts | {"total": sum(parts.values())}
+
+
+def roofline(config: Roofline) -> str:
+    from model import MODEL_CONFIGS
+    device = DEVICES[config.device]
+    measured = json.loads(Path(config.measured).read_text()) if config.measured else {"arms": {}}
+    lines = [f"{config.device}, batch 1, {config.length} tokens, all logits; worked out, not "
+             "measured", "",
+             "| size | precision | GFLOP | weights, MB | compute, ms | weights, ms "
+             "| floor of a step, ms | of a story at " + "/".join(map(str, config.nfe))
+             + ", s | memory, MB |",
+             "|---" * 9 + "|"]
+    fits = {}
+    for name, size in MODEL_CONFIGS.items():
+        if name == "micro":
+            continue
+        size = dataclasses.replace(size, vocab_size=config.vocab_size)
+        for precision in WEIGHT_BYTES:
+            floor = floor_of(size, precision, device, config.length)
+            memory = memory_of(size, precision, config.length, floor["weight_megabytes"])
+            if memory["total"] + SYSTEM_MB <= device.megabytes:
+                fits[precision] = name
+            stories = "/".join(f"{nfe * floor['floor_seconds']:.3f}" for nfe in config.nfe)
+            lines.append(
+                f"| {name} | {precision} | {floor['gflop']:.1f} | {floor['weight_megabytes']:.0f} "
+                f"| {1000 * floor['compute_seconds']:.2f} | {1000 * floor['weight_seconds']:.2f} "
+                f"| {1000 * floor['floor_seconds']:.2f} | {stories} | {memory['total']:.0f} |")
+    lines += ["", f"Memory is weights, activations, workspace {WORKSPACE_MB}, context {CONTEXT_MB} "
+              f"and process {PROCESS_MB} MB (the last three estimated); of {device.megabytes} MB "
+              f"the system keeps {SYSTEM_MB}. The largest that fits: "
+              + ", ".join(f"{name} in {precision}" for precision, name in fits.items()) + "."]
+    on_it = "Orin Nano" in measured.get("machine", "")
+    for name, arm in measured["arms"].items():
+        if on_it and name.startswith("tensorrt"):
+            lines.append(f"{name}: a step takes {1000 * arm['step_seconds']:.2f} ms, measured")
+    if not on_it:
+        lines.append(f"Share of the floor reached: {NOT_MEASURED} on this device.")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    names = {"device": DeviceBenchmark, "roofline": Roofline}
+    kind = argv[0] if argv and argv[0] in names else None
+    require(kind, "say which benchmark: benchmark_device.py device or roofline, then flags")
+    config, given = parse(names[kind], __doc__, argv[1:])
+    config.check()
+    if kind == "roofline":
+        print(roofline(config))
+        return
+    unused = sorted({"steps", "guidance"} & given)
+    require(not unused, f"--{' --'.join(unused)}: without effect here; leave it out")
+    config.check_used(given)
+    target = Path(config.output)
+    require(target.parent.is_dir(), f"--output {target}: name a file in a folder that exists")
+    check_writable(target.parent, "--output")
+    result = measure(config)
+    with atomic_file(target, "w") as file:
+        json.dump(result, file, indent=1)
+    plot(result, target.with_suffix(".png"))
+    print(f"{table(result)}\n\nwrote {target}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,493 @@
+"""Stage 5: a checkpoint -> ONNX steps in FP32, FP16 and INT8, and the folder to copy to a Jetson.
+
+    python export_jetson.py --checkpoint long_run/best.pt --data_dir long_run/data
+    python export_jetson.py --checkpoint conditional/best.pt --guided   # both sides in a step
+    python export_jetson.py --check rtx --out_dir jetson_bundle         # NVIDIA's compiler, no GPU
+
+then copy `--out_dir` to the Jetson and there, in the folder:
+
+    pip install -r requirements-jetson.txt      # TensorRT itself comes with JetPack
+    python export_jetson.py --build_engine step_fp16.onnx
+    python generate.py --engine step_fp16.engine --preset fast
+
+What is exported is one unmasking step, network and choice of tokens (device_step.py): logits never
+leave it. Each precision comes with a report, printed and kept in bundle.json: size, operators,
+difference of the logits, agreement of the likeliest token and the NELBO of validation rows through
+that very graph. The small model takes about 3 minutes on 2 CPU cores.
+"""
+
+import dataclasses
+import io
+import json
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cli import UserError, atomic_file, flag, parse, require, run
+from engine_runtime import (
+    BUNDLE_FORMAT,
+    BUNDLE_VERSION,
+    OnnxSession,
+    cuda_runtime,
+    engine_key,
+    read_bundle,
+    sha256_of,
+    tensorrt,
+)
+
+if TYPE_CHECKING:  # the Jetson, which builds engines with this script, has neither
+    import onnx
+    import torch
+
+HERE = Path(__file__).parent
+SCRIPTS = ("generate.py", "sampler.py", "viewer.py", "viewer.html", "data_prep.py", "sources.py",
+           "cli.py", "engine_runtime.py", "export_jetson.py")
+PRECISIONS = ("fp32", "fp16", "int8")
+OPSET, NEWEST_IR = 20, 10  # what TensorRT 10 reads; opset 23 has operators that it lacks
+# Those that it takes: onnx-tensorrt, docs/operators.md of its release for TensorRT 10.1
+TENSORRT_OPERATORS = frozenset("""
+Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast
+CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum
+DeformConv DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten
+Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater
+GreaterOrEqual GridSample GroupNormalization GRU HardSigmoid HardSwish Hardmax Identity If
+ImageScaler InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
+LogSoftmax Loop LRN LSTM LpNormalization LpPool MatMul Max MaxPool Mean MeanVarianceNormalization
+Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or Pad ParametricSoftplus Pow PRelu
+QuantizeLinear RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range Reciprocal
+ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
+Relu Reshape Resize ReverseSequence RNN RoiAlign Round ScaledTanh Scan Scatter ScatterElements
+ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth
+Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample
+Where Xor""".split())
+REQUIREMENTS = """\
+# On the Jetson, in an environment made with `python3 -m venv --system-site-packages`: TensorRT is
+# the system's. For --onnx instead of --engine: onnxruntime.
+numpy
+tokenizers
+tqdm
+cuda-python
+"""
+
+
+@dataclass
+class ExportConfig:
+    checkpoint: str | None = flag(None, "checkpoint to export (default: the newest */best.pt)")
+    out_dir: str = flag("jetson_bundle", "folder to write")
+    precisions: list[str] = flag(list(PRECISIONS), "which graphs: " + ", ".join(PRECISIONS))
+    length: int | None = flag(None, "tokens of a row, a multiple of 16 (default: the model's)")
+    batch: int = flag(1, "rows of a step")
+    guided: bool = flag(False, "a model with a condition: both sides in one step, for --guidance "
+                               "other than 0 and 1 (twice the work)")
+    data_dir: str | None = flag(None, "data folder, for INT8's scales and the report (default: "
+                                      "that of the training)")
+    calibration_rows: int = flag(64, "validation rows from which INT8 takes its scales")
+    report_rows: int = flag(64, "validation rows of the report, 0 for none")
+    overwrite: bool = flag(False, "replace a bundle that is already there")
+    check: str | None = flag(None, "rtx: have NVIDIA's TensorRT-RTX compile every graph of "
+                                   "--out_dir (pip install tensorrt-rtx-cu12)", ("rtx",))
+    build_engine: str | None = flag(None, "graph to build an engine of, on the device that runs it")
+    workspace_mb: int = flag(1024, "memory that TensorRT may use while it builds")
+
+    def check_values(self) -> None:
+        for name in self.precisions:
+            require(name in PRECISIONS, f"--precisions {name}: choose from {', '.join(PRECISIONS)}")
+        for name in ("batch", "calibration_rows", "workspace_mb"):
+            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
+        require(self.report_rows >= 0, f"--report_rows {self.report_rows}: must be 0 or more")
+        require(self.length is None or (self.length >= 16 and self.length % 16 == 0),
+                f"--length {self.length}: must be a positive multiple of 16")
+        require(not (self.check and self.build_engine), "--check and --build_engine: choose one")
+
+
+# ---- graphs --------------------------------------------------------------------------------------
+
+def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"]:
+    """Inputs of the shapes that the graph will have."""
+    import torch
+
+    from data_prep import BOS, EOS, MASK
+    tokens = torch.full((batch, length), MASK, dtype=torch.int32)
+    tokens[:, 0], tokens[:, -1] = BOS, EOS
+    inputs = dict(tokens=tokens, count=torch.full((batch,), 4, dtype=torch.int32),
+                  noise=torch.rand(batch, 2, length), options=torch.tensor([1.0, 1, 64, 0, 2, 1]))
+    if model.kind == "conditional":
+        config, told = model.config, model.encoder.config.max_len
+        shape = (config.layers, batch, config.heads, told, config.width // config.heads)
+        inputs |= dict(keys=torch.zeros(shape), values=torch.zeros(shape),
+                       bias=torch.zeros(batch, 1, 1, told))
+    return inputs
+
+
+def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], outputs: list[str],
+            ) -> "onnx.ModelProto":
+    """The module as a graph of these shapes, checked to be one that TensorRT reads."""
+    import logging
+    import warnings
+
+    import onnx
+    import torch
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(module.eval(), tuple(inputs.values()), dynamo=True,
+                                    opset_version=OPSET, external_data=False,
+                                    input_names=list(inputs), output_names=outputs)
+    graph = program.model_proto
+    onnx.checker.check_model(graph)
+    versions = {entry.domain: entry.version for entry in graph.opset_import}
+    if versions.get("") != OPSET or graph.ir_version > NEWEST_IR:
+        raise RuntimeError(f"the exporter gave opset {versions} and IR {graph.ir_version}")
+    return graph
+
+
+def operators(graph: "onnx.ModelProto") -> list[str]:
+    found = sorted({node.op_type for node in graph.graph.node})
+    missing = [name for name in found if name not in TENSORRT_OPERATORS]
+    if missing:
+        raise RuntimeError(f"TensorRT 10 has no {', '.join(missing)}")
+    return found
+
+
+def without_logits(graph: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The same nodes; the logits stay inside."""
+    shipped = type(graph)()
+    shipped.CopyFrom(graph)
+    kept = [output for output in shipped.graph.output if output.name != "logits"]
+    del shipped.graph.output[:]
+    shipped.graph.output.extend(kept)
+    return shipped
+
+
+def encoder_graph(model: Any) -> "onnx.ModelProto":
+    import torch
+
+    class Encode(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, condition):
+            return tuple(part.float() for part in self.model.encode(condition.long()))
+    condition = torch.full((1, model.encoder.config.max_len), 5, dtype=torch.int32)
+    return to_onnx(Encode(), dict(condition=condition), ["keys", "values", "bias"])
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+class NoisyRows:
+    """Validation rows with some of their tokens hidden, the same for every precision."""
+
+    def __init__(self, rows: Any, count: int, length: int, told: Any = None, draws: int = 4):
+        import torch
+
+        from data_prep import BOS, EOS, MASK, evenly_spread, pad_rows
+        from diffusion import stratified_masks
+        usable = np.flatnonzero(rows.lengths <= length)
+        require(len(usable), f"{rows.data_dir} has no row of at most {length} tokens")
+        self.items = []  # clean, noisy (1, W), masked (W,), k, n, condition (1, S)
+        for i in usable[evenly_spread(count, len(usable))]:
+            clean = torch.from_numpy(pad_rows([rows[i]]))
+            for draw in range(draws):
+                masked, k, n = stratified_masks(clean, np.array([i]), draw, draws, 0)
+                self.items.append((clean[0].numpy(), clean.masked_fill(masked, MASK),
+                                   masked[0].numpy(), int(k), int(n),
+                                   None if told is None else told.batch([i])))
+        self.bos, self.eos = BOS, EOS
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def compare(session: OnnxSession, reference: Any, noisy: NoisyRows, condition_len: int | None,
+            ) -> dict:
+    """What the graph (with its logits told) makes of the rows, beside the FP32 torch model."""
+    import torch
+
+    from data_prep import pad_rows
+    batch, length = session.inputs["tokens"][0]
+    worst, agree, nats, plain_nats, tokens = 0.0, [], 0.0, 0.0, 0.0
+    for clean, hidden, masked, k, n, told in noisy.items:
+        context, parts = None, {}
+        if told is not None:
+            padded = pad_rows(list(told), condition_len)
+            context = reference.encode(torch.from_numpy(padded))
+            parts = {name: np.repeat(part.numpy(), batch, axis=0 if name == "bias" else 1)
+                     for name, part in zip(("keys", "values", "bias"), context, strict=True)}
+        with torch.no_grad():
+            expected = reference(hidden, torch.tensor([k / n]), context)[0].numpy()
+        row = np.zeros((batch, length), np.int64)
+        row[:, :hidden.shape[1]] = hidden.numpy()
+        got = session.run(dict(
+            tokens=row, count=np.ones(batch, np.int64), noise=np.zeros((batch, 2, length)),
+            options=np.array([1, 1, 64, 0, 2, 1]), **parts))[2][0, :hidden.shape[1]]
+        a, b = (logits[masked][:, noisy.eos + 1:] for logits in (expected, got))
+        worst = max(worst, float(np.abs(a - b).max()))
+        agree.append(a.argmax(-1) == b.argmax(-1))
+        target = (np.arange(masked.sum()), clean[masked] - noisy.eos - 1)
+        plain_nats -= n / k * log_softmax(a)[target].sum()
+        nats -= n / k * log_softmax(b)[target].sum()
+        tokens += n
+    return {"rows": len(noisy.items), "hidden_tokens": int(sum(map(len, agree))),
+            "max_logit_difference": worst, "argmax_agreement": float(np.concatenate(agree).mean()),
+            "nelbo": nats / tokens, "nelbo_torch_fp32": plain_nats / tokens}
+
+
+# ---- the bundle ----------------------------------------------------------------------------------
+
+def export(config: ExportConfig, folder: Path) -> dict:
+    """Fills the folder and returns the content of bundle.json."""
+    import onnx
+    import torch
+
+    from data_prep import TokenRows
+    from device_step import LIKELIEST, DeviceStep
+    from int8 import activation_scales, quantize
+    from model import check_tokenizer, find_checkpoint, load_checkpoint, model_from_checkpoint
+    path = find_checkpoint(config.checkpoint)
+    checkpoint = load_checkpoint(path, kind=("diffusion", "conditional"))
+    reference = model_from_checkpoint(checkpoint).for_inference()
+    conditional = reference.kind == "conditional"
+    require(conditional or not config.guided, f"--guided: {path} is a model without a condition")
+    length = config.length or reference.config.max_len
+    require(length <= reference.config.max_len, f"--length {length}: {path} has rows of at most "
+                                                f"{reference.config.max_len}")
+    condition_len = reference.encoder.config.max_len if conditional else None
+    noisy = calibration = None
+    if config.report_rows or "int8" in config.precisions:
+        data_dir = config.data_dir or checkpoint.get("train_config", {}).get("data_dir", "data")
+        rows = TokenRows(data_dir, "val")
+        check_tokenizer(path, checkpoint, data_dir, rows.meta)
+        told = rows.conditions() if conditional else None
+        noisy = NoisyRows(rows, config.report_rows, length, told) if config.report_rows else None
+        calibration = NoisyRows(rows, config.calibration_rows, length, told, draws=1)
+    files, reports, scales = {}, {}, None
+    for precision in config.precisions:
+        started = time.perf_counter()
+        model = model_from_checkpoint(checkpoint).set_precision(
+            "fp32" if precision == "fp32" else "fp16").for_inference()
+        step = DeviceStep(model, config.guided)
+        step.tell_logits = True
+        inputs = step_inputs(model, config.batch, length)
+        graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"])
+        if precision == "int8":
+            scales = scales or activation_scales(reference, calibration_inputs(
+                reference, calibration, condition_len))
+            quantize(graph, reference, scales)
+            onnx.checker.check_model(graph)
+        name = f"step_{precision}.onnx"
+        onnx.save(without_logits(graph), folder / name)
+        report = {"megabytes": (folder / name).stat().st_size / 1e6, "opset": OPSET,
+                  "operators": operators(graph)}
+        if noisy:
+            with tempfile.TemporaryDirectory() as scratch:
+                onnx.save(graph, Path(scratch) / name)
+                report |= compare(OnnxSession(Path(scratch) / name), reference, noisy,
+                                  condition_len)
+        reports[precision] = report
+        files[precision] = {"name": name, "sha256": sha256_of(folder / name)}
+        print(line_of(precision, report, time.perf_counter() - started), flush=True)
+    if conditional:
+        onnx.save(encoder_graph(reference), folder / "encoder.onnx")
+        files["encoder"] = {"name": "encoder.onnx", "sha256": sha256_of(folder / "encoder.onnx")}
+    contents = {
+        "format": BUNDLE_FORMAT, "format_version": BUNDLE_VERSION, "kind": reference.kind,
+        "files": files, "batch": config.batch, "length": length, "condition_len": condition_len,
+        "guided": config.guided, "likeliest": LIKELIEST, "reports": reports,
+        "model_config": checkpoint["model_config"], "step": checkpoint.get("step"),
+        "length_histogram": checkpoint["length_histogram"],
+        "tokenizer_sha256": checkpoint["tokenizer_sha256"],
+        "data_source": checkpoint.get("data_source"), "licence": checkpoint.get("licence"),
+        "versions": {"torch": str(torch.__version__), "onnx": onnx.__version__},
+        "config": dataclasses.asdict(config)}
+    write_text(folder / "tokenizer.json", checkpoint["tokenizer"])
+    for script in SCRIPTS:
+        shutil.copyfile(HERE / script, folder / script)
+    write_text(folder / "requirements-jetson.txt", REQUIREMENTS)
+    write_text(folder / "README.md", device_readme(contents))
+    write_text(folder / "bundle.json", json.dumps(contents, indent=1))
+    return contents
+
+
+def calibration_inputs(model: Any, noisy: NoisyRows, condition_len: int | None):
+    """What `activation_scales` runs: hidden rows, and with a condition its context."""
+    import torch
+
+    from data_prep import pad_rows
+    for _, hidden, _, k, n, told in noisy.items:
+        context = () if told is None else (model.encode(torch.from_numpy(
+            pad_rows(list(told), condition_len))),)
+        yield lambda hidden=hidden, k=k, n=n, context=context: model.hidden(
+            hidden, torch.tensor([k / n]), *context)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path, "w") as file:
+        file.write(text)
+
+
+def line_of(precision: str, report: dict, seconds: float) -> str:
+    quality = "" if "nelbo" not in report else (
+        f", logits within {report['max_logit_difference']:.2g} of torch's in FP32, likeliest token "
+        f"the same at {report['argmax_agreement']:.2%} of {report['hidden_tokens']:,} hidden "
+        f"positions, NELBO {report['nelbo']:.4f} (torch {report['nelbo_torch_fp32']:.4f})")
+    return (f"{precision}: {report['megabytes']:.1f} MB, opset {report['opset']}{quality}; "
+            f"{seconds:.0f} s")
+
+
+def device_readme(contents: dict) -> str:
+    step = contents["files"].get("fp16", next(iter(contents["files"].values())))["name"]
+    engine = step.replace(".onnx", ".engine")
+    return f"""# A story model for a Jetson
+
+1. `python3 -m venv --system-site-packages env && . env/bin/activate`
+2. `pip install -r requirements-jetson.txt`
+3. `python export_jetson.py --build_engine {step}` (once, some minutes; on this very device)
+4. `python generate.py --engine {engine} --preset fast`
+5. Without a GPU: `pip install onnxruntime` and `python generate.py --onnx {step} --preset fast`
+"""
+
+
+# ---- TensorRT ------------------------------------------------------------------------------------
+
+def build_engine(path: Path, workspace_mb: int) -> Path:
+    """Builds an engine beside the graph, for the GPU and the TensorRT that are here.
+
+    Types are those of the graph (strongly typed): no precision flag is set, which TensorRT 11 does
+    not have any more. An engine that is there and fits is kept.
+    """
+    require(path.is_file() and path.suffix == ".onnx", f"--build_engine {path}: no such .onnx file")
+    read_bundle(path.parent)
+    runtime, trt = cuda_runtime(), tensorrt()
+    key = engine_key(sha256_of(path), trt, runtime) | {"workspace_mb": workspace_mb}
+    engine, note = path.with_suffix(".engine"), path.with_suffix(".engine.json")
+    if engine.is_file() and note.is_file() and json.loads(note.read_text())["key"] == key:
+        print(f"{engine} is there already, and fits")
+        return engine
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    flags = 0
+    for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED"):  # the first is gone in 11
+        value = getattr(trt.NetworkDefinitionCreationFlag, name, None)
+        flags |= 0 if value is None else 1 << int(value)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(path.read_bytes()):
+        raise UserError(f"TensorRT {trt.__version__} does not take {path}: "
+                        + "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
+    settings = builder.create_builder_config()
+    settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
+    if "fp32" in path.stem:
+        settings.clear_flag(trt.BuilderFlag.TF32)  # or its products would have 10 bits
+    timing = path.with_name("timing.cache")
+    cache = settings.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
+    settings.set_timing_cache(cache, False)
+    settings.progress_monitor = progress(trt)
+    started = time.perf_counter()
+    plan = builder.build_serialized_network(network, settings)
+    require(plan is not None, f"TensorRT could not build {path}: most often the memory is too "
+                              "small; close other programs, or lower --workspace_mb")
+    with atomic_file(timing) as file:
+        file.write(bytes(cache.serialize()))
+    with atomic_file(engine) as file:
+        file.write(bytes(plan))
+    write_text(note, json.dumps({"key": key, "seconds": time.perf_counter() - started}, indent=1))
+    print(f"wrote {engine} in {time.perf_counter() - started:.0f} s")
+    return engine
+
+
+def progress(trt: Any) -> Any:
+    from tqdm import tqdm
+
+    class Progress(trt.IProgressMonitor):
+        """A bar for every phase of the build; Ctrl-C stops it."""
+
+        def __init__(self):
+            super().__init__()
+            self.bars: dict[str, Any] = {}
+
+        def phase_start(self, phase_name, parent_phase, num_steps):
+            self.bars[phase_name] = tqdm(total=num_steps, desc=phase_name, leave=False,
+                                         disable=None)
+
+        def step_complete(self, phase_name, step):
+            self.bars[phase_name].update()
+            return True
+
+        def phase_finish(self, phase_name):
+            self.bars.pop(phase_name).close()
+    return Progress()
+
+
+@cache  # TensorRT keeps the first logger of a process
+def rtx_log(trt: Any) -> Any:
+    class Log(trt.ILogger):
+        def __init__(self):
+            super().__init__()
+            self.lines: list[str] = []
+
+        def log(self, severity, message):
+            if severity in (trt.ILogger.WARNING, trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.lines.append(message)
+    return Log()
+
+
+def check_rtx(folder: Path) -> None:
+    """Has TensorRT-RTX parse and compile every graph of a bundle; no GPU is needed.
+
+    A warning about FP16 layer norm is a failure.
+    """
+    contents = read_bundle(folder)
+    try:
+        import tensorrt_rtx as trt
+    except ImportError as error:
+        raise UserError("--check rtx needs TensorRT-RTX: pip install tensorrt-rtx-cu12"
+                        ) from error
+
+    log = rtx_log(trt)
+    for entry in contents["files"].values():
+        started = time.perf_counter()
+        log.lines.clear()
+        builder = trt.Builder(log)
+        network = builder.create_network(
+            1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)
+        parsed = parser.parse((folder / entry["name"]).read_bytes())
+        plan = builder.build_serialized_network(
+            network, builder.create_builder_config()) if parsed else None
+        require(plan is not None and not log.lines, f"{entry['name']}: TensorRT-RTX "
+                f"{trt.__version__} says: {'; '.join(log.lines) or 'nothing'}")
+        print(f"{entry['name']}: TensorRT-RTX {trt.__version__} compiles it, "
+              f"{len(bytes(plan)) / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s, no warning")
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+def main(argv: list[str] | None = None) -> None:
+    config, _ = parse(ExportConfig, __doc__, argv)
+    config.check_values()
+    if config.build_engine:
+        build_engine(Path(config.build_engine), config.workspace_mb)
+    elif config.check:
+        check_rtx(Path(config.out_dir))
+    else:
+        from data_prep import make_folder
+        make_folder(config.out_dir, "--out_dir", config.overwrite,
+                    lambda folder: export(config, folder), marker="bundle.json")
+        size = sum(path.stat().st_size for path in Path(config.out_dir).iterdir()) / 1e6
+        print(f"wrote {config.out_dir}, {size:.1f} MB: copy it to the device, its README.md says "
+              "how to go on", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,124 @@
+"""INT8 for an exported step: the blocks' weight products, static, symmetric. A library of
+export_jetson.py.
+
+    scales = activation_scales(model, runs)         # one for the input of every weight product
+    quantize(graph, model, scales)                  # explicit QuantizeLinear and DequantizeLinear
+
+Weights get one scale for every output channel, inputs one for each product: what TensorRT's INT8
+kernels take. Embedding and vocabulary head, norms, softmax and the choice of tokens stay as they
+are.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from model import DiffusionTransformer, Linear
+
+LEVELS = 127  # of a sign; -128 is not used, so that the grid is symmetric
+KEPT_VALUES = 2**16  # of the inputs of one product in one batch, for choosing its scale
+
+
+def block_products(model: DiffusionTransformer) -> dict[str, Linear]:
+    """The weight products of the blocks, by name."""
+    return {f"blocks.{name}": module for name, module in model.blocks.named_modules()
+            if isinstance(module, Linear)}
+
+
+@torch.no_grad()
+def activation_scales(model: DiffusionTransformer, runs: Iterable[Callable[[], Tensor]],
+                      ) -> dict[str, float]:
+    """{name: scale of the input} of every block product. Each of `runs` calls the model once.
+
+    The scale is that, of 32 between a fiftieth of the largest value and the largest, whose rounding
+    and clipping together cost least in the mean square: squared ReLUs have rare large values, and a
+    grid up to the largest would leave nothing for the rest.
+    """
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in block_products(model)}
+    largest = dict.fromkeys(seen, 0.0)
+
+    def watch(name: str):
+        def hook(module: Linear, inputs: tuple[Tensor, ...]) -> None:
+            values = inputs[0].detach().float().abs().flatten()
+            largest[name] = max(largest[name], float(values.max()))
+            seen[name].append(values[::max(1, len(values) // KEPT_VALUES)].numpy())
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name))
+               for name, module in block_products(model).items()]
+    for run in runs:
+        run()
+    for handle in handles:
+        handle.remove()
+    return {name: best_scale(np.concatenate(seen[name]), largest[name]) for name in seen
+            if seen[name]}
+
+
+def best_scale(values: np.ndarray, largest: float) -> float:
+    candidates = largest * np.geomspace(0.02, 1.0, 32) / LEVELS
+    errors = [np.square(np.minimum(np.round(values / scale), LEVELS) * scale - values).mean()
+              for scale in candidates]
+    return float(candidates[int(np.argmin(errors))])
+
+
+def quantize(graph: onnx.ModelProto, model: DiffusionTransformer, scales: dict[str, float]) -> None:
+    """Puts the quantised weights of the block products, and the scales of their inputs, into an
+    exported step; changes it in place."""
+    initializers = {x.name: x for x in graph.graph.initializer}
+    weights = {name: module.weight.detach().float().T.contiguous().numpy()
+               for name, module in block_products(model).items()}
+    nodes, done = [], set()
+    for node in graph.graph.node:
+        name = None
+        if node.op_type == "MatMul" and node.input[1] in initializers:
+            matrix = numpy_helper.to_array(initializers[node.input[1]])
+            name = next((n for n, w in weights.items() if n not in done and w.shape == matrix.shape
+                         and np.allclose(w, matrix.astype(np.float32), rtol=2e-3, atol=1e-4)), None)
+        if name is None or name not in scales:
+            nodes.append(node)
+            continue
+        done.add(name)
+        nodes += quantized_product(graph.graph, node, name, weights[name], scales[name],
+                                   initializers[node.input[1]].data_type)
+    missing = scales.keys() - done
+    if missing:
+        raise ValueError(f"the graph has no product for {', '.join(sorted(missing))}")
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    kept = [x for x in graph.graph.initializer if x.name in used]
+    del graph.graph.initializer[:]
+    graph.graph.initializer.extend(kept)
+
+
+def quantized_product(graph: onnx.GraphProto, node: onnx.NodeProto, name: str, weight: np.ndarray,
+                      scale: float, kind: int) -> list[onnx.NodeProto]:
+    """The nodes that replace a product x W, W (K, N); with FP16 around it, casts too."""
+    channel = np.maximum(np.abs(weight).max(0), 1e-8) / LEVELS  # (N,)
+    whole = np.clip(np.round(weight / channel), -LEVELS, LEVELS).astype(np.int8)
+    for what, array in (("weight", whole), ("weight_scale", channel.astype(np.float32)),
+                        ("weight_zero", np.zeros(len(channel), np.int8)),
+                        ("scale", np.float32(scale)), ("zero", np.int8(0))):
+        graph.initializer.append(numpy_helper.from_array(np.asarray(array), f"{name}.{what}"))
+    half = kind == TensorProto.FLOAT16
+    source, target = node.input[0], node.output[0]
+    nodes = []
+    if half:  # a scale in FP16 is not what TensorRT's parser expects
+        nodes.append(helper.make_node("Cast", [source], [f"{name}.x"], to=TensorProto.FLOAT))
+        source, target = f"{name}.x", f"{name}.y"
+    nodes += [
+        helper.make_node("QuantizeLinear", [source, f"{name}.scale", f"{name}.zero"],
+                         [f"{name}.xq"], f"{name}.q"),
+        helper.make_node("DequantizeLinear", [f"{name}.xq", f"{name}.scale", f"{name}.zero"],
+                         [f"{name}.xd"], f"{name}.dq"),
+        helper.make_node("DequantizeLinear", [f"{name}.weight", f"{name}.weight_scale",
+                                              f"{name}.weight_zero"], [f"{name}.wd"],
+                         f"{name}.weight_dq", axis=1),
+        helper.make_node("MatMul", [f"{name}.xd", f"{name}.wd"], [target], node.name)]
+    if half:
+        nodes.append(helper.make_node("Cast", [target], [node.output[0]], to=TensorProto.FLOAT16))
+    return nodes

@@ -1,0 +1,116 @@
+import json
+import os
+import stat
+
+import pytest
+from test_conditioning import twin  # noqa: F401
+from test_export_jetson import bundle, checkpoint  # noqa: F401
+
+import benchmark
+from benchmark_device import DEVICES, Board, floor_of, main, memory_of, percentile_95
+from model import MODEL_CONFIGS
+
+
+@pytest.fixture
+def measured(bundle, tmp_path, capsys):  # noqa: F811
+    def run(*words: object) -> tuple[dict, str]:
+        target = tmp_path / "figures.json"
+        main(["device", "--bundle", str(bundle), "--output", str(target), "--nfe", "2", "3",
+              "--repeats", "2", "--length", "20", *map(str, words)])
+        assert target.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        return json.loads(target.read_text()), capsys.readouterr().out
+    return run
+
+
+def test_every_graph_is_timed_and_what_was_not_measured_is_said(measured):
+    result, text = measured()
+    assert list(result["arms"]) == ["onnxruntime fp32", "onnxruntime fp16", "onnxruntime int8"]
+    for arm in result["arms"].values():
+        assert 0 < arm["step_seconds"] <= arm["step_seconds_p95"]
+        assert arm["cold_start_seconds"] > 0 and arm["watts"] is None
+        assert arm["process_megabytes"] is None or arm["process_megabytes"] > 20
+        for nfe, story in arm["stories"].items():
+            assert story["seconds"] >= int(nfe) * 0.3 * arm["step_seconds"]
+            assert story["tokens_per_second"] == pytest.approx(20 / story["seconds"])
+            assert story["joules"] is None
+    assert "TensorRT and the Jetson were not measured" in text and "not measured |" in text
+
+
+def test_the_checkpoint_beside_them_and_a_judge(measured, checkpoint, twin):  # noqa: F811
+    result, text = measured("--checkpoint", checkpoint, "--twin", twin, "--judged", 3)
+    assert "torch fp32" in result["arms"]
+    judged = {name: [story["generative_perplexity"] for story in arm["stories"].values()]
+              for name, arm in result["arms"].items()}
+    # the same stories, and so the same figure
+    assert judged["torch fp32"] == pytest.approx(judged["onnxruntime fp32"])
+    assert result["arms"]["torch fp32"]["nelbo"] == pytest.approx(
+        result["arms"]["onnxruntime fp32"]["nelbo"], abs=1e-4)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands for tegrastats")
+def test_power_and_memory_of_a_jetson(measured, tmp_path, monkeypatch):
+    board = Board()
+    board.read("11-24-2026 RAM 2871/7620MB (lfb 4x4MB) CPU [2%@729] VDD_IN 5032mW/4990mW VDD_CPU "
+               "1mW/1mW")
+    board.read("RAM 3000/7620MB VDD_IN 7000mW/5000mW")
+    board.read("no such line")
+    assert board.figures() == {"watts": pytest.approx(6.016), "board_megabytes": 3000}
+    script = tmp_path / "tegrastats"
+    script.write_text("#!/bin/sh\nwhile true; do echo 'RAM 2000/7620MB VDD_IN 6000mW/6000mW'; "
+                      "sleep 0.01; done\n")
+    script.chmod(script.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    result, text = measured("--power")
+    for arm in result["arms"].values():
+        assert arm["watts"] == pytest.approx(6.0) and arm["board_megabytes"] == 2000
+        for story in arm["stories"].values():
+            assert story["joules"] == pytest.approx(6 * story["seconds"])
+
+
+def test_the_floor_is_that_of_the_larger_of_two(capsys):
+    device = DEVICES["orin_nano_8gb"]
+    for name, flop in (("xlarge", 60.6), ("xxlarge", 134.4)):
+        floor = floor_of(MODEL_CONFIGS[name], "fp16", device, 256)
+        assert floor["gflop"] == pytest.approx(flop, rel=0.25)
+        assert floor["floor_seconds"] == max(floor["compute_seconds"], floor["weight_seconds"])
+    half, whole, eighth = (floor_of(MODEL_CONFIGS["large"], precision, device, 256)
+                           for precision in ("fp16", "fp32", "int8"))
+    assert eighth["floor_seconds"] < half["floor_seconds"] < whole["floor_seconds"]
+    assert whole["weight_megabytes"] == pytest.approx(2 * half["weight_megabytes"])
+    memory = memory_of(MODEL_CONFIGS["large"], "fp16", 256, half["weight_megabytes"])
+    assert memory["total"] == pytest.approx(sum(v for k, v in memory.items() if k != "total"))
+    benchmark.main(["roofline"])
+    text = capsys.readouterr().out
+    assert "| xxlarge | int8 |" in text and "not measured on this device" in text
+    assert "The largest that fits: xxlarge in fp32" in text
+
+
+def test_a_measurement_beside_the_floor(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"machine": "NVIDIA Jetson Orin Nano", "arms": {
+        "tensorrt fp16": {"step_seconds": 0.005}, "onnxruntime fp16": {"step_seconds": 0.1}}}))
+    main(["roofline", "--measured", str(path)])
+    text = capsys.readouterr().out
+    assert "tensorrt fp16: a step takes 5.00 ms, measured" in text and "onnxruntime" not in text
+
+
+def test_percentile():
+    assert percentile_95([1.0]) == 1.0 and percentile_95(list(map(float, range(1, 101)))) == 95.0
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "say which benchmark"), (["device", "--nfe", "0"], "1 or more"),
+    (["device", "--repeats", "0"], "at least 1"), (["device", "--judged", "1"], "2 stories"),
+    (["device", "--length", "-1"], "0 or more"), (["device", "--bundle", "nowhere"], "no bundle"),
+    (["device", "--length", "500"], "hold at most 254"), (["device", "--steps", "3"], "--steps"),
+    (["device", "--power"], "--power: tegrastats"),
+    (["device", "--output", "nowhere/x.json"], "a folder that exists"),
+    (["roofline", "--nfe", "0"], "must be positive"),
+    (["roofline", "--measured", "nowhere.json"], "no such file")])
+def test_mistakes(words, message, bundle, fails, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    if words[:1] == ["device"] and "--bundle" not in words:
+        words = [*words, "--bundle", bundle, *(["--nfe", "1", "--repeats", "1"]
+                                               if "--power" in words else [])]
+    assert message in fails(main, *words)
+    assert not (tmp_path / "device_benchmark.json").exists()

@@ -1,0 +1,257 @@
+"""Exported steps: the same stories as the checkpoint's, without torch."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import python
+from test_conditional import conditional_checkpoint, pairs_dir  # noqa: F401
+
+import generate
+from device_step import DeviceStep
+from diffusion import numpy_step
+from engine_runtime import Bundle, OnnxSession
+from export_jetson import main, operators, step_inputs
+from int8 import LEVELS, best_scale, block_products
+from model import (
+    MODEL_CONFIGS,
+    DiffusionTransformer,
+    load_checkpoint,
+    model_from_checkpoint,
+    save_checkpoint,
+)
+from sampler import ORDERS, REMASKS, Sampler, blank_story, condition_row, unmask_rows
+
+ROWS = [blank_story(20), blank_story(40), blank_story(37)]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint, tmp_path_factory):
+    """A toy model that is surer of some tokens than of others: rounding must not decide anything.
+    """
+    source = load_checkpoint(checkpoint)
+    model = model_from_checkpoint(source)
+    torch.manual_seed(9)
+    torch.nn.init.normal_(model.embedding.weight, std=0.35)
+    for name, weight in model.named_parameters():
+        if name.endswith(("out.weight", "down.weight")):
+            torch.nn.init.normal_(weight, std=0.2)
+    path = tmp_path_factory.mktemp("shared") / "sharp.pt"
+    save_checkpoint(path, model, source["tokenizer"], source["length_histogram"], ema=None, step=1,
+                    train_config=source["train_config"], licence="none")
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint, long_data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared") / "bundle"
+    main(["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--out_dir",
+          str(folder), "--report_rows", "6", "--calibration_rows", "6"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def told_bundle(conditional_checkpoint, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("shared") / "told"
+    main(["--checkpoint", str(conditional_checkpoint), "--out_dir", str(folder), "--guided",
+          "--report_rows", "3", "--precisions", "fp32", "--batch", "2"])
+    return folder
+
+
+def stories(step, sampler: Sampler, rows=ROWS) -> list[list[list[int]]]:
+    """The tokens after every step, as lists."""
+    return [state.tokens.tolist() for _, state in unmask_rows(step, rows, sampler, seed=4)]
+
+
+SAMPLERS = [
+    *(Sampler(steps=5, order=order) for order in ORDERS),
+    *(Sampler(steps=5, remask=remask, eta=0.3) for remask in REMASKS[1:]),
+    Sampler(steps=5, pace="linear", temperature=0.0), Sampler(steps=5, top_p=0.7, top_k=9),
+    Sampler(steps=9, pace="threshold", threshold=0.02, order="confidence", temperature=0.7),
+    Sampler(steps=30, pace="first_hitting"), Sampler(steps=5, top_k=1)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_step_by_step_the_same_as_torch(bundle, checkpoint, sampler):
+    model = model_from_checkpoint(load_checkpoint(checkpoint)).for_inference()
+    exported = Bundle(bundle / "step_fp32.onnx")
+    settings = sampler if sampler.top_k else Sampler(**{**vars(sampler), "top_k": 64})
+    assert stories(exported.step(sampler), sampler) == stories(numpy_step(model, settings),
+                                                               settings)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.0])
+def test_conditions_too(told_bundle, conditional_checkpoint, guidance):  # noqa: F811
+    model = model_from_checkpoint(load_checkpoint(conditional_checkpoint, kind="conditional"))
+    exported = Bundle(told_bundle / "step_fp32.onnx")
+    told = np.stack([condition_row(ids, exported.condition_len) for ids in (
+        [10], [20, 21, 22], [30, 31])])
+    told[2] = 0  # none
+    sampler = Sampler(steps=5, top_k=64, guidance=guidance)
+    a = stories(exported.step(sampler, told), sampler)
+    assert a == stories(numpy_step(model.for_inference(), sampler, told), sampler)
+    assert (a == stories(exported.step(sampler), sampler)) == (guidance == 0)
+
+
+def test_reports_are_of_the_very_graphs(bundle):
+    contents = json.loads((bundle / "bundle.json").read_text())
+    reports = contents["reports"]
+    assert reports["fp32"]["max_logit_difference"] < 1e-4
+    assert reports["fp32"]["nelbo"] == pytest.approx(reports["fp32"]["nelbo_torch_fp32"], abs=1e-5)
+    assert 0 < reports["fp16"]["max_logit_difference"] < 0.05
+    assert reports["int8"]["nelbo"] == pytest.approx(reports["fp32"]["nelbo"], rel=0.02)
+    assert reports["int8"]["max_logit_difference"] > reports["fp16"]["max_logit_difference"]
+    for precision, report in reports.items():
+        graph = onnx.load(bundle / f"step_{precision}.onnx")
+        assert [output.name for output in graph.graph.output] == ["new_tokens", "confidence"]
+        assert operators(graph) == report["operators"]
+        quantised = sum(node.op_type == "QuantizeLinear" for node in graph.graph.node)
+        assert quantised == (12 if precision == "int8" else 0)  # two layers of six products
+        kinds = {x.data_type for x in graph.graph.initializer if len(x.dims) == 2}
+        assert (onnx.TensorProto.FLOAT16 in kinds) == (precision != "fp32")
+        # softmax and the means of the norms are in FP32 whatever the precision
+        types = {value.name: value.type.tensor_type.elem_type
+                 for value in onnx.shape_inference.infer_shapes(graph).graph.value_info}
+        for node in graph.graph.node:
+            if node.op_type in ("Softmax", "ReduceMean"):
+                assert types[node.output[0]] == onnx.TensorProto.FLOAT
+    assert contents["licence"] and contents["kind"] == "diffusion"
+
+
+def run_in(folder, *argv, blocked=("torch",)):
+    """generate.py of a bundle, in a process in which importing these modules fails."""
+    code = ("import sys\n"
+            f"for name in {blocked!r}: sys.modules[name] = None\n"
+            f"sys.argv = ['generate.py', *{list(map(str, argv))!r}]\n"
+            "import runpy; runpy.run_path('generate.py', run_name='__main__')")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(python("-c", code), cwd=folder, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("words", [
+    ["--num_samples", "2", "--steps", "4"], ["--prompt", "Once upon a time", "--steps", "4"],
+    ["--infill", "Tom had a [MASK:6] and he was [MASK:2].", "--preset", "fast"]])
+def test_a_copied_bundle_tells_the_stories_of_the_checkpoint_without_torch(
+        bundle, checkpoint, tmp_path, words, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    done = run_in(copy, "--onnx", "step_fp32.onnx", "--json", *words)
+    assert done.returncode == 0, done.stderr
+    generate.main(["--checkpoint", str(checkpoint), "--json", "--top_k", "64", *words])
+    told, expected = ([json.loads(line)["text"] for line in text.splitlines()]
+                      for text in (done.stdout, capsys.readouterr().out))
+    assert told == expected and len(told) >= 2
+
+
+def test_conditions_without_torch(told_bundle, conditional_checkpoint, capsys):  # noqa: F811
+    words = ["--condition", "Lily found a key.", "--guidance", "1.5", "--steps", "4", "--json"]
+    done = run_in(told_bundle, "--onnx", "step_fp32.onnx", *words)
+    assert done.returncode == 0, done.stderr
+    generate.main(["--checkpoint", str(conditional_checkpoint), "--top_k", "64", *words])
+    told, expected = ([json.loads(line)["text"] for line in text.splitlines()]
+                      for text in (done.stdout, capsys.readouterr().out))
+    assert told == expected
+
+
+@pytest.mark.parametrize("size", list(MODEL_CONFIGS)[2:])
+def test_every_size_exports(size):
+    """The shapes of the larger ones alone: their weights are not made."""
+    with torch.device("meta"):
+        model = DiffusionTransformer(MODEL_CONFIGS[size]).set_precision("fp16").half().eval()
+        inputs = step_inputs(model, 1, 256)
+    inputs["noise"] = inputs["noise"].float()
+    inputs["options"] = torch.zeros(6, device="meta")
+    program = torch.export.export(DeviceStep(model), tuple(inputs.values()), strict=False)
+    tokens, confidence = program.graph.output_node().args[0]
+    assert tokens.meta["val"].shape == confidence.meta["val"].shape == (1, 256)
+
+
+def test_scales_serve_most_values():
+    rng = np.random.default_rng(0)
+    values = np.abs(rng.normal(size=10_000)).astype(np.float32)
+    values[0] = 1000.0
+    scale = best_scale(values[1:], 1000.0)
+    assert scale * LEVELS < 60 and best_scale(values[1:], float(values[1:].max())) * LEVELS > 2
+
+
+def test_every_block_product_is_quantised(checkpoint):
+    model = model_from_checkpoint(load_checkpoint(checkpoint))
+    assert len(block_products(model)) == 12
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--pace", "entropy_bound"], "--pace entropy_bound needs the entropy"),
+    (["--top_k", "65"], "among the 64 likeliest"),
+    (["--device", "cpu"], "--device: an exported step has its own"),
+    (["--condition", "Tom ran."], "diffusion model; what is needed here"),
+    (["--checkpoint", "x.pt"], "--checkpoint and --onnx: give one")])
+def test_what_an_exported_step_cannot_do(bundle, words, message, fails):
+    assert message in fails(generate.main, "--onnx", bundle / "step_fp32.onnx", *words)
+
+
+def test_damaged_bundles(bundle, tmp_path, fails):
+    def copy() -> "os.PathLike":
+        folder = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(bundle, folder)
+        return folder
+
+    def told(folder, name="step_fp32.onnx") -> str:
+        return fails(generate.main, "--onnx", folder / name)
+    folder = copy()
+    whole = (folder / "step_fp32.onnx").read_bytes()
+    (folder / "step_fp32.onnx").write_bytes(whole[:-100])
+    assert "is damaged (checksum)" in told(folder)
+    assert "no file" in told(folder, "step_fp64.onnx")
+    folder = copy()
+    (folder / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in told(folder)
+    folder = copy()
+    contents = json.loads((folder / "bundle.json").read_text())
+    for changes, message in ((dict(format_version=9), "bundle format version 9"),
+                             (dict(length=128), "its bundle.json says [1, 128]"),
+                             (dict(format="x"), "not the description of a bundle"),
+                             (dict(files={}), "is not in the bundle.json")):
+        (folder / "bundle.json").write_text(json.dumps({**contents, **changes}))
+        assert message in told(folder)
+    (folder / "bundle.json").write_text(json.dumps({k: v for k, v in contents.items()
+                                                    if k != "batch"}))
+    assert "lacks batch" in told(folder)
+    (folder / "bundle.json").unlink()
+    assert "no bundle.json" in told(folder)
+    with pytest.raises(Exception, match="no graph that ONNX Runtime can run"):
+        OnnxSession(bundle / "tokenizer.json")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--precisions", "fp64"], "choose from fp32, fp16, int8"),
+    (["--batch", "0"], "must be at least 1"), (["--length", "20"], "multiple of 16"),
+    (["--length", "512"], "rows of at most 256"), (["--guided"], "a model without a condition"),
+    (["--check", "rtx", "--build_engine", "x"], "choose one"),
+    (["--report_rows", "-1"], "0 or more"), (["--data_dir", "nowhere"], "no data in nowhere")])
+def test_bad_flags(checkpoint, words, message, fails, tmp_path):
+    words = words if "--check" in words else ["--checkpoint", checkpoint, *words]
+    assert message in fails(main, "--out_dir", tmp_path / "bundle", *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_is_replaced_only_when_asked(checkpoint, bundle, tmp_path, fails):
+    assert "already there" in fails(main, "--checkpoint", checkpoint, "--out_dir", bundle)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear")
+    assert "holds other files" in fails(main, "--checkpoint", checkpoint, "--out_dir", other,
+                                        "--overwrite")
+
+
+def test_the_graphs_compile_for_nvidia(bundle, told_bundle, capsys):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu12 is not installed")
+    for folder in (bundle, told_bundle):
+        main(["--check", "rtx", "--out_dir", str(folder)])
+    assert capsys.readouterr().out.count("no warning") == 5

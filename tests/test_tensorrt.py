@@ -1,0 +1,353 @@
+"""The TensorRT code against the recorded API of two releases: a contract test, not a run of it.
+
+No TensorRT is here. A stand-in lets through only the names that tensorrt_api.json holds (taken from
+the real bindings of 10.3 and 11.4), keeps "device memory" on the host and runs the graph in ONNX
+Runtime, so that buffers, copies, capture and replay can be followed to the stories.
+"""
+
+import ctypes
+import enum
+import json
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_export_jetson import ROWS, bundle, checkpoint, stories  # noqa: F401
+
+import generate
+from engine_runtime import Bundle, cuda_runtime
+from export_jetson import main
+from sampler import Sampler
+
+API = json.loads((ROOT / "tests" / "tensorrt_api.json").read_text())
+
+
+class Cuda(types.ModuleType):
+    """cuda-python's runtime: every call gives (status, value)."""
+
+    def __init__(self, devices: int = 1):
+        super().__init__("runtime")
+        self.devices, self.memory, self.recording, self.replays = devices, {}, None, 0
+        self.cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice=1,
+                                                    cudaMemcpyDeviceToHost=2)
+        self.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+
+    def cudaGetDeviceCount(self):
+        return (0, self.devices) if self.devices else (100, 0)
+
+    def cudaGetDeviceProperties(self, device):
+        return 0, types.SimpleNamespace(name=b"Orin")
+
+    def _memory(self, size):
+        buffer = ctypes.create_string_buffer(size)
+        self.memory[ctypes.addressof(buffer)] = buffer
+        return 0, ctypes.addressof(buffer)
+
+    def cudaHostAlloc(self, size, flags):
+        return self._memory(size)
+
+    def cudaMalloc(self, size):
+        return self._memory(size)
+
+    def cudaStreamCreate(self):
+        return 0, 7
+
+    def do(self, what):
+        assert what is not None
+        if self.recording is None:
+            what()
+        else:
+            self.recording.append(what)
+
+    def cudaMemcpyAsync(self, target, source, size, kind, stream):
+        assert kind in (1, 2) and stream == 7
+        self.do(lambda: ctypes.memmove(target, source, size))
+        return (0,)
+
+    def cudaStreamBeginCapture(self, stream, mode):
+        self.recording = []
+        return (0,)
+
+    def cudaStreamEndCapture(self, stream):
+        graph, self.recording = self.recording, None
+        return 0, graph
+
+    def cudaGraphInstantiate(self, graph, flags):
+        return 0, graph
+
+    def cudaGraphLaunch(self, graph, stream):
+        self.replays += 1
+        for what in graph:
+            what()
+        return (0,)
+
+    def cudaStreamSynchronize(self, stream):
+        return (0,)
+
+
+def strict(names: list[str]):
+    """A class decorator: only these names may be read or set from outside."""
+    def wrap(cls):
+        class Strict:
+            def __init__(self, *args):
+                object.__setattr__(self, "inside", cls(*args))
+
+            def __getattr__(self, name):
+                assert name in names, f"{cls.__name__} has no {name}"
+                return getattr(object.__getattribute__(self, "inside"), name)
+
+            def __setattr__(self, name, value):
+                assert name in names, f"{cls.__name__} has no {name}"
+                setattr(self.inside, name, value)
+        return Strict
+    return wrap
+
+
+def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
+    """A module `tensorrt` of that release."""
+    import onnxruntime
+    api = API[version]
+    trt = types.ModuleType("tensorrt")
+    trt.__version__ = version
+    for name in ("NetworkDefinitionCreationFlag", "BuilderFlag", "MemoryPoolType", "TensorIOMode",
+                 "DataType"):
+        members = [member for member in api[name] if member.isupper() or member == "TF32"]
+        setattr(trt, name, enum.IntEnum(name, {m: i for i, m in enumerate(members)}))
+
+    @strict(api["Logger"])
+    class Logger:
+        def __init__(self, severity=None):
+            pass
+    Logger.WARNING, Logger.ERROR = 1, 2
+    trt.Logger = Logger
+
+    class IProgressMonitor:
+        pass
+    trt.IProgressMonitor = IProgressMonitor
+
+    @strict(api["ITimingCache"])
+    class Cache:
+        def __init__(self, content):
+            self.content = content
+
+        def serialize(self):
+            return self.content + b"timed"
+
+    @strict(api["IBuilderConfig"])
+    class Settings:
+        progress_monitor = None
+
+        def __init__(self):
+            self.cleared = []
+
+        def set_memory_pool_limit(self, pool, size):
+            assert pool == trt.MemoryPoolType.WORKSPACE and size >= 2**20
+
+        def clear_flag(self, flag):
+            self.cleared.append(flag)
+
+        def create_timing_cache(self, content):
+            return Cache(content)
+
+        def set_timing_cache(self, cache, mismatch):
+            assert mismatch is False
+            return True
+
+    @strict(api["Builder"])
+    class Builder:
+        def __init__(self, logger):
+            pass
+
+        def create_network(self, flags):
+            strongly = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+            assert flags >> int(strongly) & 1
+            return types.SimpleNamespace(graph=None)
+
+        def create_builder_config(self):
+            return Settings()
+
+        def build_serialized_network(self, network, settings):
+            monitor = settings.progress_monitor
+            monitor.phase_start("build", None, 2)
+            assert monitor.step_complete("build", 1)
+            monitor.phase_finish("build")
+            return bytearray(network.graph)
+    trt.Builder = Builder
+
+    @strict(api["OnnxParser"])
+    class OnnxParser:
+        num_errors = 1
+
+        def __init__(self, network, logger):
+            self.network = network
+
+        def parse(self, content):
+            self.network.graph = content
+            return content.startswith(b"\x08")
+
+        def get_error(self, i):
+            return "no such operator"
+    trt.OnnxParser = OnnxParser
+
+    @strict(api["IExecutionContext"])
+    class Context:
+        def __init__(self, session):
+            self.session, self.addresses = session, {}
+
+        def set_tensor_address(self, name, address):
+            self.addresses[name] = address
+
+        def execute_async_v3(self, stream):
+            assert stream == 7
+            cuda.do(self.run)
+            return True
+
+        def array(self, x):
+            dtype = {"tensor(float)": np.float32, "tensor(int32)": np.int32}[x.type]
+            size = int(np.prod(x.shape)) * np.dtype(dtype).itemsize
+            return np.frombuffer((ctypes.c_byte * size).from_address(self.addresses[x.name]),
+                                 dtype).reshape(x.shape)
+
+        def run(self):
+            inputs = {x.name: self.array(x) for x in self.session.get_inputs()}
+            for x, value in zip(self.session.get_outputs(), self.session.run(None, inputs),
+                                strict=True):
+                self.array(x)[...] = value
+
+    @strict(api["ICudaEngine"])
+    class Engine:
+        def __init__(self, content):
+            self.session = onnxruntime.InferenceSession(content,
+                                                        providers=["CPUExecutionProvider"])
+            self.tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
+            self.num_io_tensors = len(self.tensors)
+
+        def get_tensor_name(self, i):
+            return self.tensors[i].name
+
+        def of(self, name):
+            return next(x for x in self.tensors if x.name == name)
+
+        def get_tensor_shape(self, name):
+            return tuple(self.of(name).shape)
+
+        def get_tensor_dtype(self, name):
+            return {"tensor(float)": trt.DataType.FLOAT,
+                    "tensor(int32)": trt.DataType.INT32}[self.of(name).type]
+
+        def get_tensor_mode(self, name):
+            inputs = [x.name for x in self.session.get_inputs()]
+            return trt.TensorIOMode.INPUT if name in inputs else trt.TensorIOMode.OUTPUT
+
+        def create_execution_context(self):
+            return Context(self.session)
+
+    @strict(api["Runtime"])
+    class Runtime:
+        def __init__(self, logger):
+            pass
+
+        def deserialize_cuda_engine(self, content):
+            return Engine(content) if content.startswith(b"\x08") else None
+    trt.Runtime = Runtime
+    return trt
+
+
+@pytest.fixture
+def device(monkeypatch):
+    def have(version: str = "10.3.0", devices: int = 1) -> Cuda:
+        cuda = Cuda(devices)
+        package = types.ModuleType("cuda")
+        package.bindings = types.ModuleType("cuda.bindings")
+        package.bindings.runtime = cuda
+        for name, module in (("cuda", package), ("cuda.bindings", package.bindings),
+                             ("cuda.bindings.runtime", cuda),
+                             ("tensorrt", stand_in(version, cuda))):
+            monkeypatch.setitem(sys.modules, name, module)
+        return cuda
+    return have
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):  # noqa: F811
+    shutil.copytree(bundle, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("version", list(API))
+def test_an_engine_is_built_and_tells_the_stories_of_its_graph(version, device, copy, capsys):
+    cuda = device(version)
+    main(["--build_engine", str(copy / "step_fp32.onnx")])
+    assert "wrote" in capsys.readouterr().out and (copy / "timing.cache").read_bytes() == b"timed"
+    engine = Bundle(copy / "step_fp32.engine")
+    sampler = Sampler(steps=5, top_k=64)
+    expected = stories(Bundle(copy / "step_fp32.onnx").step(sampler), sampler)
+    assert stories(engine.step(sampler), sampler) == expected
+    assert cuda.replays == 5 * len(ROWS) - 1  # all but the first step
+    # a second build finds what is there
+    main(["--build_engine", str(copy / "step_fp32.onnx")])
+    assert "is there already" in capsys.readouterr().out
+    generate.main(["--engine", str(copy / "step_fp32.engine"), "--steps", "3", "--num_samples",
+                   "1"])
+    assert "--- 1 ---" in capsys.readouterr().out
+
+
+def test_an_engine_of_another_device_is_refused(device, copy, fails):
+    device()
+    main(["--build_engine", str(copy / "step_fp32.onnx")])
+
+    def told() -> str:
+        return fails(generate.main, "--engine", copy / "step_fp32.engine")
+    device("11.4.0.106")
+    assert "tensorrt 10.3.0, here 11.4.0.106): build it here: python export_jetson.py" in told()
+    device()
+    note = copy / "step_fp32.engine.json"
+    changed = json.loads(note.read_text())
+    changed["key"]["device"] = "RTX 5060 Ti"
+    note.write_text(json.dumps(changed))
+    assert "device RTX 5060 Ti, here Orin" in told()
+    note.unlink()
+    assert "nobody knows where" in told()
+    with open(copy / "step_fp32.engine.json", "w") as file:
+        changed["key"]["device"] = "Orin"
+        json.dump(changed, file)
+    (copy / "step_fp32.engine").write_bytes(b"broken")
+    assert "TensorRT cannot read" in told()
+
+
+def test_what_is_missing_is_one_line(device, copy, fails, monkeypatch):
+    graph = copy / "step_fp32.onnx"
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    assert "needs cuda-python" in fails(main, "--build_engine", graph)
+    device(devices=0)
+    assert "no CUDA driver or no GPU here" in fails(main, "--build_engine", graph)
+    device()
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert "TensorRT is not installed" in fails(main, "--build_engine", graph)
+    device()
+    assert "no such .onnx file" in fails(main, "--build_engine", copy / "nothing.onnx")
+    graph.write_bytes(b"broken")
+    assert "does not take" in fails(main, "--build_engine", graph)
+    assert not list(copy.glob("*.engine*"))
+
+
+def test_memory_that_is_used_up(device, copy, fails, monkeypatch):
+    device()
+    main(["--build_engine", str(copy / "step_fp32.onnx")])
+    monkeypatch.setattr(Cuda, "cudaMalloc", lambda self, size: (2, None))
+    assert "cudaMalloc failed (CUDA error 2)" in fails(
+        generate.main, "--engine", copy / "step_fp32.engine")
+
+
+def test_the_older_name_of_cuda_python(device, monkeypatch):
+    cuda = device()
+    package = types.ModuleType("cuda")
+    package.cudart = cuda
+    for name in ("cuda.bindings", "cuda.bindings.runtime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "cuda", package)
+    monkeypatch.setitem(sys.modules, "cuda.cudart", cuda)
+    assert cuda_runtime() is cuda
