@@ -283,7 +283,11 @@ def table(result: dict) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """Seconds of a story against its steps, and quality against seconds where it was judged."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     judged = any("generative_perplexity" in story for arm in result["arms"].values()

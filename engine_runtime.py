@@ -11,6 +11,7 @@ and gives named ones.
 import ctypes
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from data_prep import PAD, load_tokenizer
 from sampler import ORDERS, Kept, Sampler, Step
 
 BUNDLE_FORMAT, BUNDLE_VERSION = "diffusion-llm bundle", 1
-BUNDLE_KEYS = ("kind", "files", "batch", "length", "condition_len", "guided", "likeliest",
-               "length_histogram", "tokenizer_sha256")
+BUNDLE_KEYS = ("kind", "files", "batch", "length", "dynamic", "condition_len", "guided",
+               "likeliest", "length_histogram", "tokenizer_sha256")
 NO_THRESHOLD = 2.0  # no probability reaches it
 AGAIN = "export it again, or copy the whole folder again"
 
@@ -43,7 +44,8 @@ class Bundle:
         self.max_len, self.batch = self.contents["length"], self.contents["batch"]
         self.condition_len, self.kind = self.contents["condition_len"], self.contents["kind"]
         self.session = open_session(self.path, self.contents)
-        shape = [self.batch, self.max_len]
+        self.dynamic = self.contents["dynamic"]
+        shape = [None, None] if self.dynamic else [self.batch, self.max_len]
         found = self.session.inputs.get("tokens", (None, None))[0]
         require(found == shape, f"{path} takes rows of shape {found}, its bundle.json says "
                                 f"{shape}: {AGAIN}")
@@ -67,7 +69,6 @@ class Bundle:
         `conditions` (N, S) int64 belong to the rows with the numbers 0 to N - 1.
         """
         self.check(sampler, conditions is not None)
-        length, size = self.max_len, self.batch
         options = np.array([
             sampler.temperature, sampler.top_p, sampler.top_k or self.contents["likeliest"],
             ORDERS.index(sampler.order),
@@ -79,9 +80,11 @@ class Bundle:
             new = tokens.copy()
             confidence = np.zeros(tokens.shape, np.float32)
             width = tokens.shape[1]
-            for start in range(0, len(tokens), size):
-                part = slice(start, start + size)
+            length = width if self.dynamic else self.max_len
+            for start in range(0, len(tokens), self.batch):
+                part = slice(start, start + self.batch)
                 here = len(tokens[part])  # a batch that is not full has empty rows behind it
+                size = here if self.dynamic else self.batch
                 padded = np.full((size, length), PAD, np.int64)
                 padded[:here, :width] = tokens[part]
                 uniform = np.zeros((size, 2, length), np.float32)
@@ -89,7 +92,7 @@ class Bundle:
                 uniform[:here, :, :width] = np.minimum(noise[part], np.float32(1 - 2**-24))
                 counts = np.zeros(size, np.int64)
                 counts[:here] = count[part]
-                told = context(rows[part])
+                told = context(rows[part], size)
                 new_tokens, sure = self.session.run(dict(
                     tokens=padded, count=counts, noise=uniform, options=options, **told))
                 new[part], confidence[part] = new_tokens[:here, :width], sure[:here, :width]
@@ -98,20 +101,25 @@ class Bundle:
         return run
 
     def contexts(self, conditions: np.ndarray | None) -> Any:
-        """Rows' numbers -> the graph's inputs for their conditions."""
+        """(rows' numbers, size of the batch) -> the graph's inputs for their conditions."""
         if self.kind != "conditional":
-            return lambda rows: {}
+            return lambda rows, size: {}
         names = ("keys", "values", "bias")
-        none = [np.zeros(*self.session.inputs[name]) for name in names]
-        if conditions is None:  # values of zero: no condition
-            return lambda rows: dict(zip(names, none, strict=True))
+
+        def none(size: int) -> list[np.ndarray]:  # values of zero: no condition
+            return [np.zeros([size if axis == (name != "bias") else n for axis, n in
+                              enumerate(self.session.inputs[name][0])], np.float32)
+                    for name in names]
+
+        if conditions is None:
+            return lambda rows, size: dict(zip(names, none(size), strict=True))
         if self.encoder is None:
             path = self.folder / self.contents["files"]["encoder"]["name"]
             self.encoder = OnnxSession(checked_path(path, self.contents))
         kept = Kept(lambda row: self.encoder.run({"condition": conditions[row:row + 1]}))
 
-        def of(rows: np.ndarray) -> dict[str, np.ndarray]:
-            filled = [array.copy() for array in none]
+        def of(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
+            filled = none(size)
             for i, parts in enumerate(kept.of(rows)):
                 for name, array, part in zip(names, filled, parts, strict=True):
                     # the batch is the second axis but for the bias
@@ -177,7 +185,8 @@ ONNX_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16,
 
 
 class OnnxSession:
-    """A graph in ONNX Runtime on the CPU. `inputs` is {name: (shape, dtype)}."""
+    """A graph in ONNX Runtime on the CPU. `inputs` is {name: (shape, dtype)}, None in a shape is
+    any size."""
 
     def __init__(self, path: Path, threads: int = 0):
         try:
@@ -192,8 +201,8 @@ class OnnxSession:
                                                         providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common class
             raise UserError(f"{path} is no graph that ONNX Runtime can run: {AGAIN}") from error
-        self.inputs = {x.name: (list(x.shape), ONNX_TYPES[x.type])
-                       for x in self.session.get_inputs()}
+        self.inputs = {x.name: ([n if isinstance(n, int) else None for n in x.shape],
+                                ONNX_TYPES[x.type]) for x in self.session.get_inputs()}
         self.outputs = [x.name for x in self.session.get_outputs()]
 
     def run(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -258,7 +267,8 @@ def engine_key(onnx_sha256: str, trt: Any, runtime: Any) -> dict:
 
 
 class TensorRTSession:
-    """An engine. Buffers are allocated once; from the second run on a CUDA graph is replayed."""
+    """An engine. Buffers are allocated once, for the largest shapes; from the second run with the
+    same shapes on a CUDA graph is replayed."""
 
     def __init__(self, path: Path):
         self.cuda = cuda_runtime()
@@ -282,19 +292,24 @@ class TensorRTSession:
         require(self.context is not None, f"no memory for {path}: close other programs, or take a "
                                           "smaller precision")
         self.stream = checked(self.cuda.cudaStreamCreate(), "cudaStreamCreate")
+        largest: list[int] = []
         types = {trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16,
                  trt.DataType.INT32: np.int32}
         self.inputs, self.outputs, self.buffers = {}, [], {}
         for i in range(self.engine.num_io_tensors):
             name = self.engine.get_tensor_name(i)
-            shape = list(self.engine.get_tensor_shape(name))
+            shape = [None if n < 0 else n for n in self.engine.get_tensor_shape(name)]
             dtype = np.dtype(types[self.engine.get_tensor_dtype(name)])
             if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
                 self.inputs[name] = (shape, dtype.type)
+                most = shape if None not in shape else list(
+                    self.engine.get_tensor_profile_shape(name, 0)[2])
+                largest = most if name == "tokens" else largest
             else:
                 self.outputs.append(name)
-            self._allocate(name, shape, dtype)
-        self.graph, self.runs = None, 0
+                most = largest  # tokens and confidences have the shape of the tokens
+            self._allocate(name, most, dtype)
+        self.graph, self.runs, self.shapes = None, 0, None
 
     def _allocate(self, name: str, shape: list[int], dtype: np.dtype) -> None:
         size = int(np.prod(shape)) * dtype.itemsize
@@ -303,18 +318,31 @@ class TensorRTSession:
         host = np.frombuffer((ctypes.c_byte * size).from_address(int(pointer)), dtype)
         device = checked(self.cuda.cudaMalloc(size), "cudaMalloc")
         self.context.set_tensor_address(name, int(device))
-        self.buffers[name] = (host.reshape(shape), int(pointer), int(device), size)
+        self.buffers[name] = (host, int(pointer), int(device))
 
     def run(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
         """The outputs, in their order; copies, the caller's to keep."""
+        shapes = {name: arrays[name].shape for name in self.inputs}
+        if shapes != self.shapes:
+            self._use(shapes)
         for name in self.inputs:
-            self.buffers[name][0][...] = arrays[name]
+            self.views[name][...] = arrays[name]
         if self.graph is not None:
             checked(self.cuda.cudaGraphLaunch(self.graph, self.stream), "cudaGraphLaunch")
         else:
             self._first_runs()
         checked(self.cuda.cudaStreamSynchronize(self.stream), "cudaStreamSynchronize")
-        return [self.buffers[name][0].copy() for name in self.outputs]
+        return [self.views[name].copy() for name in self.outputs]
+
+    def _use(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Other shapes than in the run before: what was recorded is of no use any more."""
+        for name, (shape, _) in self.inputs.items():
+            if None in shape:
+                self.context.set_input_shape(name, shapes[name])
+        self.views = {name: host[:math.prod(shape)].reshape(shape) for name, (host, shape) in {
+            name: (self.buffers[name][0], shapes.get(name, shapes["tokens"]))
+            for name in self.buffers}.items()}
+        self.graph, self.runs, self.shapes = None, 0, shapes
 
     def _first_runs(self) -> None:
         """Once as it is, for TensorRT allocates on the way; the second one is recorded too."""
@@ -333,11 +361,13 @@ class TensorRTSession:
     def _enqueue(self) -> None:
         kinds = self.cuda.cudaMemcpyKind
         for name in self.inputs:
-            _, host, device, size = self.buffers[name]
+            _, host, device = self.buffers[name]
+            size = self.views[name].nbytes
             checked(self.cuda.cudaMemcpyAsync(device, host, size, kinds.cudaMemcpyHostToDevice,
                                               self.stream), "cudaMemcpyAsync")
         require(self.context.execute_async_v3(int(self.stream)), "TensorRT could not run the step")
         for name in self.outputs:
-            _, host, device, size = self.buffers[name]
+            _, host, device = self.buffers[name]
+            size = self.views[name].nbytes
             checked(self.cuda.cudaMemcpyAsync(host, device, size, kinds.cudaMemcpyDeviceToHost,
                                               self.stream), "cudaMemcpyAsync")

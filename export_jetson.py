@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # the Jetson, which builds engines with this script, has neit
 
 HERE = Path(__file__).parent
 SCRIPTS = ("generate.py", "sampler.py", "viewer.py", "viewer.html", "data_prep.py", "sources.py",
-           "cli.py", "engine_runtime.py", "export_jetson.py")
+           "cli.py", "engine_runtime.py", "benchmark_device.py", "export_jetson.py")
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSET, NEWEST_IR = 20, 10  # what TensorRT 10 reads; opset 23 has operators that it lacks
 # Those that it takes: onnx-tensorrt, docs/operators.md of its release for TensorRT 10.1
@@ -85,6 +85,8 @@ class ExportConfig:
     precisions: list[str] = flag(list(PRECISIONS), "which graphs: " + ", ".join(PRECISIONS))
     length: int | None = flag(None, "tokens of a row, a multiple of 16 (default: the model's)")
     batch: int = flag(1, "rows of a step")
+    dynamic: bool = flag(False, "any number of rows and any length, up to --batch and --length, in "
+                                "one graph (TensorRT likes fixed shapes better)")
     guided: bool = flag(False, "a model with a condition: both sides in one step, for --guidance "
                                "other than 0 and 1 (twice the work)")
     data_dir: str | None = flag(None, "data folder, for INT8's scales and the report (default: "
@@ -127,19 +129,35 @@ def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"
     return inputs
 
 
+# Axes of the inputs (and of the outputs) that --dynamic leaves open: 0 is batch, 1 is length.
+DYNAMIC_AXES = {"tokens": {0: 0, 1: 1}, "count": {0: 0}, "noise": {0: 0, 2: 1}, "options": {},
+                "keys": {1: 0}, "values": {1: 0}, "bias": {0: 0}}
+
+
 def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], outputs: list[str],
-            ) -> "onnx.ModelProto":
-    """The module as a graph of these shapes, checked to be one that TensorRT reads."""
+            most: tuple[int, int] | None = None) -> "onnx.ModelProto":
+    """The module as a graph of these shapes, checked to be one that TensorRT reads.
+
+    With `most`, the largest batch and length, these two stay open.
+    """
     import logging
     import warnings
 
     import onnx
     import torch
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    shapes = None
+    if most:
+        dims = (torch.export.Dim("batch", max=max(2, most[0])),
+                16 * torch.export.Dim("sixteens", max=most[1] // 16))
+        axes = [{axis: dims[which] for axis, which in DYNAMIC_AXES[name].items()}
+                for name in inputs]
+        shapes = (*axes[:4], tuple(axes[4:]))  # behind the fourth all are one argument, *context
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(module.eval(), tuple(inputs.values()), dynamo=True,
                                     opset_version=OPSET, external_data=False,
+                                    dynamic_shapes=shapes,
                                     input_names=list(inputs), output_names=outputs)
     graph = program.model_proto
     onnx.checker.check_model(graph)
@@ -215,10 +233,11 @@ def compare(session: OnnxSession, reference: Any, noisy: NoisyRows, condition_le
     import torch
 
     from data_prep import pad_rows
-    batch, length = session.inputs["tokens"][0]
+    fixed = session.inputs["tokens"][0]  # None where the graph leaves it open
     worst, agree, nats, plain_nats, tokens = 0.0, [], 0.0, 0.0, 0.0
     for clean, hidden, masked, k, n, told in noisy.items:
         context, parts = None, {}
+        batch, length = (fixed[0] or 1, fixed[1] or hidden.shape[1])
         if told is not None:
             padded = pad_rows(list(told), condition_len)
             context = reference.encode(torch.from_numpy(padded))
@@ -278,8 +297,9 @@ def export(config: ExportConfig, folder: Path) -> dict:
             "fp32" if precision == "fp32" else "fp16").for_inference()
         step = DeviceStep(model, config.guided)
         step.tell_logits = True
-        inputs = step_inputs(model, config.batch, length)
-        graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"])
+        most = (config.batch, length) if config.dynamic else None
+        inputs = step_inputs(model, 3 if most else config.batch, 48 if most else length)
+        graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"], most)
         if precision == "int8":
             scales = scales or activation_scales(reference, calibration_inputs(
                 reference, calibration, condition_len))
@@ -302,7 +322,8 @@ def export(config: ExportConfig, folder: Path) -> dict:
         files["encoder"] = {"name": "encoder.onnx", "sha256": sha256_of(folder / "encoder.onnx")}
     contents = {
         "format": BUNDLE_FORMAT, "format_version": BUNDLE_VERSION, "kind": reference.kind,
-        "files": files, "batch": config.batch, "length": length, "condition_len": condition_len,
+        "files": files, "batch": config.batch, "length": length, "dynamic": config.dynamic,
+        "condition_len": condition_len,
         "guided": config.guided, "likeliest": LIKELIEST, "reports": reports,
         "model_config": checkpoint["model_config"], "step": checkpoint.get("step"),
         "length_histogram": checkpoint["length_histogram"],
@@ -354,7 +375,8 @@ def device_readme(contents: dict) -> str:
 2. `pip install -r requirements-jetson.txt`
 3. `python export_jetson.py --build_engine {step}` (once, some minutes; on this very device)
 4. `python generate.py --engine {engine} --preset fast`
-5. Without a GPU: `pip install onnxruntime` and `python generate.py --onnx {step} --preset fast`
+5. `python benchmark_device.py device --bundle .` (without a GPU `pip install onnxruntime`, and
+   `python generate.py --onnx {step}`)
 """
 
 
@@ -367,7 +389,7 @@ def build_engine(path: Path, workspace_mb: int) -> Path:
     not have any more. An engine that is there and fits is kept.
     """
     require(path.is_file() and path.suffix == ".onnx", f"--build_engine {path}: no such .onnx file")
-    read_bundle(path.parent)
+    contents = read_bundle(path.parent)
     runtime, trt = cuda_runtime(), tensorrt()
     key = engine_key(sha256_of(path), trt, runtime) | {"workspace_mb": workspace_mb}
     engine, note = path.with_suffix(".engine"), path.with_suffix(".engine.json")
@@ -387,6 +409,8 @@ def build_engine(path: Path, workspace_mb: int) -> Path:
                         + "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
     settings = builder.create_builder_config()
     settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
+    if contents["dynamic"]:
+        settings.add_optimization_profile(open_profile(builder, network, contents))
     if "fp32" in path.stem:
         settings.clear_flag(trt.BuilderFlag.TF32)  # or its products would have 10 bits
     timing = path.with_name("timing.cache")
@@ -404,6 +428,21 @@ def build_engine(path: Path, workspace_mb: int) -> Path:
     write_text(note, json.dumps({"key": key, "seconds": time.perf_counter() - started}, indent=1))
     print(f"wrote {engine} in {time.perf_counter() - started:.0f} s")
     return engine
+
+
+def open_profile(builder: Any, network: Any, contents: dict) -> Any:
+    """The shapes of a dynamic graph: from one row of 16 to the bundle's largest, best at one row of
+    the largest length."""
+    profile = builder.create_optimization_profile()
+    smallest, best, largest = (1, 16), (1, contents["length"]), (contents["batch"],
+                                                                contents["length"])
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        axes, shape = DYNAMIC_AXES[tensor.name], tuple(tensor.shape)
+        profile.set_shape(tensor.name, *(
+            tuple(sizes[axes[axis]] if axis in axes else size for axis, size in enumerate(shape))
+            for sizes in (smallest, best, largest)))
+    return profile
 
 
 def progress(trt: Any) -> Any:

@@ -1,22 +1,24 @@
 """Exported steps: the same stories as the checkpoint's, without torch."""
 
+import ast
 import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import python
+from conftest import ROOT, python
 from test_conditional import conditional_checkpoint, pairs_dir  # noqa: F401
 
 import generate
 from device_step import DeviceStep
 from diffusion import numpy_step
 from engine_runtime import Bundle, OnnxSession
-from export_jetson import main, operators, step_inputs
+from export_jetson import SCRIPTS, main, operators, step_inputs
 from int8 import LEVELS, best_scale, block_products
 from model import (
     MODEL_CONFIGS,
@@ -63,6 +65,14 @@ def told_bundle(conditional_checkpoint, tmp_path_factory):  # noqa: F811
     return folder
 
 
+@pytest.fixture(scope="session")
+def dynamic_bundle(conditional_checkpoint, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("shared") / "dynamic"
+    main(["--checkpoint", str(conditional_checkpoint), "--out_dir", str(folder), "--dynamic",
+          "--report_rows", "3", "--precisions", "fp32", "--batch", "3"])
+    return folder
+
+
 def stories(step, sampler: Sampler, rows=ROWS) -> list[list[list[int]]]:
     """The tokens after every step, as lists."""
     return [state.tokens.tolist() for _, state in unmask_rows(step, rows, sampler, seed=4)]
@@ -96,6 +106,17 @@ def test_conditions_too(told_bundle, conditional_checkpoint, guidance):  # noqa:
     a = stories(exported.step(sampler, told), sampler)
     assert a == stories(numpy_step(model.for_inference(), sampler, told), sampler)
     assert (a == stories(exported.step(sampler), sampler)) == (guidance == 0)
+
+
+def test_one_graph_for_any_shape(dynamic_bundle, conditional_checkpoint):  # noqa: F811
+    model = model_from_checkpoint(load_checkpoint(conditional_checkpoint, kind="conditional"))
+    exported = Bundle(dynamic_bundle / "step_fp32.onnx")
+    assert exported.session.inputs["tokens"][0] == [None, None]
+    told = np.stack([condition_row([20 + i], exported.condition_len) for i in range(7)])
+    rows = [*ROWS, *(blank_story(length) for length in (21, 22, 200, 9))]
+    sampler = Sampler(steps=4, top_k=64)
+    assert stories(exported.step(sampler, told), sampler, rows) == stories(
+        numpy_step(model.for_inference(), sampler, told), sampler, rows)
 
 
 def test_reports_are_of_the_very_graphs(bundle):
@@ -158,6 +179,17 @@ def test_conditions_without_torch(told_bundle, conditional_checkpoint, capsys): 
     assert told == expected
 
 
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.endswith(".py")])
+def test_the_scripts_of_a_bundle_are_python_3_10_without_torch(script):
+    tree = ast.parse((ROOT / script).read_text(), feature_version=(3, 10))
+    at_the_top = {name.name if isinstance(node, ast.Import) else node.module
+                  for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+                  for name in node.names}
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    assert at_the_top & ours <= {Path(name).stem for name in SCRIPTS}
+    assert not at_the_top & {"torch", "onnx", "onnxruntime", "datasets", "matplotlib"}
+
+
 @pytest.mark.parametrize("size", list(MODEL_CONFIGS)[2:])
 def test_every_size_exports(size):
     """The shapes of the larger ones alone: their weights are not made."""
@@ -216,6 +248,7 @@ def test_damaged_bundles(bundle, tmp_path, fails):
     contents = json.loads((folder / "bundle.json").read_text())
     for changes, message in ((dict(format_version=9), "bundle format version 9"),
                              (dict(length=128), "its bundle.json says [1, 128]"),
+                             (dict(dynamic=True), "its bundle.json says [None, None]"),
                              (dict(format="x"), "not the description of a bundle"),
                              (dict(files={}), "is not in the bundle.json")):
         (folder / "bundle.json").write_text(json.dumps({**contents, **changes}))

@@ -15,7 +15,8 @@ import types
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_export_jetson import ROWS, bundle, checkpoint, stories  # noqa: F401
+from test_conditional import conditional_checkpoint, pairs_dir  # noqa: F401
+from test_export_jetson import ROWS, bundle, checkpoint, dynamic_bundle, stories  # noqa: F401
 
 import generate
 from engine_runtime import Bundle, cuda_runtime
@@ -152,9 +153,40 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
         def create_timing_cache(self, content):
             return Cache(content)
 
+        def add_optimization_profile(self, profile):
+            self.profile = profile
+
         def set_timing_cache(self, cache, mismatch):
             assert mismatch is False
             return True
+
+    plans = {}  # graph: the profile with which it was built
+
+    @strict(api["INetworkDefinition"])
+    class Network:
+        graph = None
+
+        @property
+        def num_inputs(self):
+            return len(self.inputs())
+
+        def inputs(self):
+            return onnxruntime.InferenceSession(self.graph, providers=[
+                "CPUExecutionProvider"]).get_inputs()
+
+        def get_input(self, i):
+            x = self.inputs()[i]
+            return types.SimpleNamespace(name=x.name, shape=[
+                n if isinstance(n, int) else -1 for n in x.shape])
+
+    @strict(api["IOptimizationProfile"])
+    class Profile:
+        def __init__(self):
+            self.shapes = {}
+
+        def set_shape(self, name, smallest, best, largest):
+            assert all(a <= b <= c for a, b, c in zip(smallest, best, largest, strict=True))
+            self.shapes[name] = (smallest, best, largest)
 
     @strict(api["Builder"])
     class Builder:
@@ -164,7 +196,7 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
         def create_network(self, flags):
             strongly = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
             assert flags >> int(strongly) & 1
-            return types.SimpleNamespace(graph=None)
+            return Network()
 
         def create_builder_config(self):
             return Settings()
@@ -174,7 +206,11 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
             monitor.phase_start("build", None, 2)
             assert monitor.step_complete("build", 1)
             monitor.phase_finish("build")
-            return bytearray(network.graph)
+            plans[network.inside.graph] = getattr(settings.inside, "profile", None)
+            return bytearray(network.inside.graph)
+
+        def create_optimization_profile(self):
+            return Profile()
     trt.Builder = Builder
 
     @strict(api["OnnxParser"])
@@ -185,7 +221,7 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
             self.network = network
 
         def parse(self, content):
-            self.network.graph = content
+            self.network.inside.graph = content
             return content.startswith(b"\x08")
 
         def get_error(self, i):
@@ -195,7 +231,11 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
     @strict(api["IExecutionContext"])
     class Context:
         def __init__(self, session):
-            self.session, self.addresses = session, {}
+            self.session, self.addresses, self.shapes = session, {}, {}
+
+        def set_input_shape(self, name, shape):
+            self.shapes[name] = shape
+            return True
 
         def set_tensor_address(self, name, address):
             self.addresses[name] = address
@@ -207,9 +247,12 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
 
         def array(self, x):
             dtype = {"tensor(float)": np.float32, "tensor(int32)": np.int32}[x.type]
-            size = int(np.prod(x.shape)) * np.dtype(dtype).itemsize
+            shape = self.shapes.get(x.name, x.shape)
+            if not all(isinstance(n, int) for n in shape):
+                shape = self.shapes["tokens"]
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             return np.frombuffer((ctypes.c_byte * size).from_address(self.addresses[x.name]),
-                                 dtype).reshape(x.shape)
+                                 dtype).reshape(shape)
 
         def run(self):
             inputs = {x.name: self.array(x) for x in self.session.get_inputs()}
@@ -222,6 +265,7 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
         def __init__(self, content):
             self.session = onnxruntime.InferenceSession(content,
                                                         providers=["CPUExecutionProvider"])
+            self.profile = plans[content]
             self.tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
             self.num_io_tensors = len(self.tensors)
 
@@ -232,7 +276,10 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
             return next(x for x in self.tensors if x.name == name)
 
         def get_tensor_shape(self, name):
-            return tuple(self.of(name).shape)
+            return tuple(n if isinstance(n, int) else -1 for n in self.of(name).shape)
+
+        def get_tensor_profile_shape(self, name, profile):
+            return self.profile.inside.shapes[name]
 
         def get_tensor_dtype(self, name):
             return {"tensor(float)": trt.DataType.FLOAT,
@@ -293,6 +340,16 @@ def test_an_engine_is_built_and_tells_the_stories_of_its_graph(version, device, 
     generate.main(["--engine", str(copy / "step_fp32.engine"), "--steps", "3", "--num_samples",
                    "1"])
     assert "--- 1 ---" in capsys.readouterr().out
+
+
+def test_an_engine_of_open_shapes(device, dynamic_bundle, tmp_path):  # noqa: F811
+    device()
+    copy = tmp_path / "copy"
+    shutil.copytree(dynamic_bundle, copy)
+    main(["--build_engine", str(copy / "step_fp32.onnx")])
+    sampler, told = Sampler(steps=4), np.array([[2, 20 + i, 3, *[0] * 29] for i in range(3)])
+    assert stories(Bundle(copy / "step_fp32.engine").step(sampler, told), sampler) == stories(
+        Bundle(copy / "step_fp32.onnx").step(sampler, told), sampler)
 
 
 def test_an_engine_of_another_device_is_refused(device, copy, fails):
