@@ -286,14 +286,20 @@ class Transformer(nn.Module):
         return self.embedding(tokens).to(self.compute_dtype)
 
     def through_blocks(self, x: Tensor, bias: Tensor | None = None,
-                       context: Context | None = None) -> Tensor:
-        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised."""
+                       context: Context | None = None, states: list[Tensor] | None = None,
+                       ) -> Tensor:
+        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised.
+
+        What each block reads, (B, L, D), is appended to `states`.
+        """
         x = rms_norm(x)
         cos, sin = (table[:x.shape[1]].to(x.dtype) for table in (self.cos, self.sin))
         keep = [None] * len(self.blocks)
         if self.config.dropout and self.training:
             keep = dropout_factors((len(keep), 2, *x.shape), self.config.dropout, x)
         for i, (block, factors) in enumerate(zip(self.blocks, keep, strict=True)):
+            if states is not None:
+                states.append(rms_norm(x))
             x = block(x, cos, sin, factors, bias, None if context is None else
                       (context.keys[i], context.values[i], context.bias))
         return rms_norm(x)
@@ -385,10 +391,12 @@ class DiffusionTransformer(Transformer):
 class TextEncoder(Transformer):
     """Reads a condition, in both directions."""
 
-    def forward(self, tokens: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, bias: Tensor) -> list[Tensor]:
         """(B, S) token ids, [PAD] behind the text, and (B, 1, 1, S) for the attention scores ->
-        (B, S, E)."""
-        return self.through_blocks(self.embed(tokens), bias)
+        (B, S, E) for each depth: what every block reads, and what the last one leaves."""
+        states: list[Tensor] = []
+        last = self.through_blocks(self.embed(tokens), bias, states=states)
+        return [*states, last]
 
 
 class ConditionalTransformer(DiffusionTransformer):
@@ -421,9 +429,12 @@ class ConditionalTransformer(DiffusionTransformer):
         none = ~given.any(1)  # (B,)
         bias = torch.zeros(condition.shape, dtype=self.compute_dtype, device=condition.device)
         bias = bias.masked_fill(~given & ~none[:, None], HIDDEN)[:, None, None]  # (B, 1, 1, S)
-        encoded = self.encoder(condition, bias)  # (B, S, E)
-        keys, values = map(torch.stack, zip(*(block.cross.keys_values(encoded)
-                                              for block in self.blocks), strict=True))
+        # Every block reads the encoder at its own depth, as it reads its own row.
+        states = self.encoder(condition, bias)  # of (B, S, E)
+        depth = (len(states) - 1) / max(1, len(self.blocks) - 1)
+        keys, values = map(torch.stack, zip(*(
+            block.cross.keys_values(states[round(i * depth)])
+            for i, block in enumerate(self.blocks)), strict=True))
         return Context(keys, values.masked_fill(none[:, None, None, None], 0.0), bias)
 
     def load_decoder(self, weights: dict[str, Tensor]) -> None:
@@ -433,10 +444,16 @@ class ConditionalTransformer(DiffusionTransformer):
             raise RuntimeError("these are not the weights of this denoiser")
 
     def start_encoder(self) -> None:
-        """Gives the encoder the denoiser's weights: it has learned to read already. Both must have
-        the same sizes."""
+        """Gives the encoder the denoiser's first blocks, which have learned to read already, and
+        the cross-attention its queries, keys and values, so that the condition is first read as if
+        it stood before the text. Both must have the same width.
+        """
         own = self.encoder.state_dict()
         self.encoder.load_state_dict({name: self.state_dict()[name] for name in own})
+        for block in self.blocks:
+            for name in ("query", "key", "value"):
+                getattr(block.cross, name).load_state_dict(
+                    getattr(block.attention, name).state_dict())
 
     def freeze_decoder(self) -> None:
         """Leaves only the encoder and the cross-attention to be trained."""

@@ -168,7 +168,9 @@ class Trainer:
         else:
             encoder = dataclasses.replace(
                 size_of(config.encoder_config, vocab_size=decoder.vocab_size)
-                if config.encoder_config else decoder,
+                if config.encoder_config else
+                # what the last block leaves nobody reads, see ConditionalTransformer.encode
+                dataclasses.replace(decoder, layers=max(1, decoder.layers - 1)),
                 max_len=meta["condition"]["max_len"], time_conditioning="none", dropout=0.0)
         model = ConditionalTransformer(decoder, encoder)
         if not checkpoint:

@@ -12,6 +12,7 @@ from model import MODEL_CONFIGS, PRECISIONS
 from optimizers import DEFAULT_LR, OPTIMIZERS
 from sampler import ORDERS, Sampler
 
+STAGE_LR = {1: 1.0, 2: 1 / 3, 3: 0.1}  # share of the default: what has learned is to be kept
 # What a later stage takes over from the model that it starts from
 SIZES = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head")
 
@@ -56,7 +57,8 @@ class TrainConfig:
     optimizer: str = flag("muon", "muon: the blocks' matrices by Muon, the rest by AdamW",
                           OPTIMIZERS)
     lr: float | None = flag(None, "peak learning rate (default: " + ", ".join(
-        f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + "; a tenth of it in stage 3)")
+        f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + "; a third of it in stage 2, a "
+                                  "tenth in stage 3)")
     warmup_steps: int | None = flag(None, "steps of linear warm-up (default: 5 % of max_steps)")
     min_lr_ratio: float = flag(0.0, "the cosine decay ends at this share of the peak")
     weight_decay: float = flag(0.0, "decoupled weight decay of the blocks' matrices")
@@ -118,7 +120,7 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        return self.lr or DEFAULT_LR[self.optimizer] * (0.1 if self.stage == 3 else 1)
+        return self.lr or DEFAULT_LR[self.optimizer] * STAGE_LR[self.stage]
 
     def sampler(self) -> Sampler:
         return Sampler(steps=self.sample_steps, temperature=self.sample_temperature,

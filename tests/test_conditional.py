@@ -296,7 +296,7 @@ def test_stage_2_trains_the_condition_alone_and_stage_3_everything(settings, che
         for name, value in plain["ema"].items():
             assert torch.equal(done[weights][name], value), name
         new = [name for name in done[weights] if name not in plain["ema"]]
-        assert all(map(is_of_condition, new)) and len(new) > 20
+        assert all(map(is_of_condition, new)) and len(new) == 17
         assert all(done[weights][name].any() for name in new if name.endswith("cross.out.weight"))
     # the encoder has started with the denoiser's weights, and has moved
     name = "blocks.0.up.weight"
@@ -419,7 +419,8 @@ def conditional_checkpoint(checkpoint, pairs_dir, tmp_path_factory):
     source = load_checkpoint(checkpoint)
     torch.manual_seed(5)
     plain = model_from_checkpoint(source)
-    model = ConditionalTransformer(plain.config, dataclasses.replace(plain.config, max_len=32))
+    model = ConditionalTransformer(plain.config, dataclasses.replace(
+        plain.config, max_len=32, layers=1))
     model.load_decoder(plain.state_dict())
     model.start_encoder()
     for block in model.blocks:
