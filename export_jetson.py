@@ -16,6 +16,7 @@ difference of the logits, agreement of the likeliest token and the NELBO of vali
 that very graph. The small model takes about 3 minutes on 2 CPU cores.
 """
 
+import copy
 import dataclasses
 import io
 import json
@@ -271,7 +272,7 @@ def export(config: ExportConfig, folder: Path) -> dict:
 
     from data_prep import TokenRows
     from device_step import LIKELIEST, DeviceStep
-    from int8 import activation_scales, quantize
+    from int8 import activation_scales, balance, quantize
     from model import check_tokenizer, find_checkpoint, load_checkpoint, model_from_checkpoint
     path = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(path, kind=("diffusion", "conditional"))
@@ -290,20 +291,22 @@ def export(config: ExportConfig, folder: Path) -> dict:
         told = rows.conditions() if conditional else None
         noisy = NoisyRows(rows, config.report_rows, length, told) if config.report_rows else None
         calibration = NoisyRows(rows, config.calibration_rows, length, told, draws=1)
-    files, reports, scales = {}, {}, None
+    files, reports = {}, {}
     for precision in config.precisions:
         started = time.perf_counter()
-        model = model_from_checkpoint(checkpoint).set_precision(
-            "fp32" if precision == "fp32" else "fp16").for_inference()
+        model = model_from_checkpoint(checkpoint)
+        if precision == "int8":
+            balance(model, calibration_inputs(model, calibration, condition_len))
+            even = copy.deepcopy(model).for_inference()
+        model.set_precision("fp32" if precision == "fp32" else "fp16").for_inference()
         step = DeviceStep(model, config.guided)
         step.tell_logits = True
         most = (config.batch, length) if config.dynamic else None
         inputs = step_inputs(model, 3 if most else config.batch, 48 if most else length)
         graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"], most)
         if precision == "int8":
-            scales = scales or activation_scales(reference, calibration_inputs(
-                reference, calibration, condition_len))
-            quantize(graph, reference, scales)
+            quantize(graph, even, activation_scales(even, calibration_inputs(
+                even, calibration, condition_len)))
             onnx.checker.check_model(graph)
         name = f"step_{precision}.onnx"
         onnx.save(without_logits(graph), folder / name)

@@ -1,6 +1,7 @@
 """INT8 for an exported step: the blocks' weight products, static, symmetric. A library of
 export_jetson.py.
 
+    balance(model, runs)                            # the same function, with even channels
     scales = activation_scales(model, runs)         # one for the input of every weight product
     quantize(graph, model, scales)                  # explicit QuantizeLinear and DequantizeLinear
 
@@ -27,6 +28,35 @@ def block_products(model: DiffusionTransformer) -> dict[str, Linear]:
     """The weight products of the blocks, by name."""
     return {f"blocks.{name}": module for name, module in model.blocks.named_modules()
             if isinstance(module, Linear)}
+
+
+@torch.no_grad()
+def balance(model: DiffusionTransformer, runs: Iterable[Callable[[], Tensor]]) -> None:
+    """Evens out the channels between two products, so that one scale serves them all; in place.
+
+    Channel j of what `down` reads is relu(up_j x)^2: a row of `up` divided by sqrt(s_j), a column
+    of `down` multiplied by s_j leave the model the same function. So do rows of `value` divided by
+    s_j and columns of `out` multiplied by it. s_j brings the largest input and the largest weight
+    of a channel together (as in arXiv 2211.10438 eq. 4, with its alpha at 1/2).
+    """
+    pairs = [(first, second, power) for block in model.blocks for first, second, power in (
+        (block.up, block.down, 0.5), (block.attention.value, block.attention.out, 1.0))]
+    largest = {second: torch.zeros(second.in_features) for _, second, _ in pairs}
+
+    def watch(module: Linear, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].float().abs().flatten(0, -2).amax(0)
+        largest[module] = torch.maximum(largest[module], values)
+    handles = [second.register_forward_pre_hook(watch) for _, second, _ in pairs]
+    for run in runs:
+        run()
+    for handle in handles:
+        handle.remove()
+    for first, second, power in pairs:
+        weight = second.weight.abs().amax(0).clamp(min=1e-6)
+        scale = (largest[second].clamp(min=1e-6) / weight).sqrt()
+        scale = (scale / scale.log().mean().exp()).clamp(0.01, 100)
+        second.weight *= scale
+        first.weight /= scale[:, None] ** power
 
 
 @torch.no_grad()

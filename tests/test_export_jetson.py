@@ -19,7 +19,7 @@ from device_step import DeviceStep
 from diffusion import numpy_step
 from engine_runtime import Bundle, OnnxSession
 from export_jetson import SCRIPTS, main, operators, step_inputs
-from int8 import LEVELS, best_scale, block_products
+from int8 import LEVELS, balance, best_scale, block_products
 from model import (
     MODEL_CONFIGS,
     DiffusionTransformer,
@@ -209,6 +209,21 @@ def test_scales_serve_most_values():
     values[0] = 1000.0
     scale = best_scale(values[1:], 1000.0)
     assert scale * LEVELS < 60 and best_scale(values[1:], float(values[1:].max())) * LEVELS > 2
+
+
+def test_balancing_changes_the_weights_and_not_the_function(checkpoint):
+    model = model_from_checkpoint(load_checkpoint(checkpoint))
+    tokens = torch.randint(4, 300, (3, 32), generator=torch.Generator().manual_seed(0))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    expected, seen = model(tokens).detach(), []
+    model.blocks[0].down.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].detach().abs().flatten(0, 1).amax(0)))
+    balance(model, [lambda: model(tokens)])
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert len(changed) == 8 and "blocks.0.attention.query.weight" not in changed
+    first, last = seen[0], seen[-1]  # channels are more alike than before
+    assert (last.max() / last.median()) < (first.max() / first.median())
 
 
 def test_every_block_product_is_quantised(checkpoint):
