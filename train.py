@@ -122,9 +122,10 @@ class Trainer:
             self.average.load_state_dict(checkpoint["ema"] or checkpoint["weights"])
         self.distribute()
         # 3. Optimizers.
+        self.peak_lr = config.peak_lr
         self.warmup = (config.warmup_steps if config.warmup_steps is not None
                        else math.ceil(0.05 * config.max_steps))
-        self.optimizers = make_optimizers(self.model, config.optimizer, config.peak_lr,
+        self.optimizers = make_optimizers(self.model, config.optimizer, self.peak_lr,
                                           config.weight_decay, self.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         if checkpoint:
@@ -218,11 +219,10 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then cosine decay to min_lr_ratio, for the step with this number."""
         if step < self.warmup:
-            return self.config.peak_lr * (step + 1) / self.warmup
+            return self.peak_lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.config.max_steps - self.warmup)
         low = self.config.min_lr_ratio
-        shape = low + (1 - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
-        return self.config.peak_lr * shape
+        return self.peak_lr * (low + (1 - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2)
 
     def train_step(self) -> dict:
         """One optimizer step; returns its metrics. A non-finite loss changes no weight."""
