@@ -1,5 +1,6 @@
 """Shared fixtures: a small data folder, a small checkpoint, a network that can be enumerated."""
 
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import cli
+import export_jetson
 import model as model_module
+import prep_conditional_data
 import train
 import train_config
 from data_prep import BOS, EOS, MASK, DataConfig, prepare
@@ -62,6 +65,75 @@ def checkpoint(long_data_dir, tmp_path_factory) -> Path:
             data_dir=str(long_data_dir), checkpoint_dir=str(folder), model_config="tiny",
             max_steps=12, batch_tokens=1024, precision="fp32", device="cpu", valid_every=6,
             valid_rows=8, num_samples=0)).run()
+    return folder / "best.pt"
+
+
+@pytest.fixture(scope="session")
+def pairs_dir(long_data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared") / "pairs"
+    prep_conditional_data.main(["--data_dir", str(long_data_dir), "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def conditional_checkpoint(checkpoint, pairs_dir, tmp_path_factory):
+    """That of a toy model whose cross-attention counts."""
+    source = model_module.load_checkpoint(checkpoint)
+    torch.manual_seed(5)
+    plain = model_module.model_from_checkpoint(source)
+    model = model_module.ConditionalTransformer(plain.config, dataclasses.replace(
+        plain.config, max_len=32, layers=1))
+    model.load_decoder(plain.state_dict())
+    model.start_encoder()
+    for block in model.blocks:
+        torch.nn.init.normal_(block.cross.out.weight, std=0.3)
+    path = tmp_path_factory.mktemp("shared") / "conditional.pt"
+    model_module.save_checkpoint(
+        path, model, source["tokenizer"], source["length_histogram"], ema=None, step=1,
+        train_config=source["train_config"] | {"data_dir": str(pairs_dir)})
+    return path
+
+
+@pytest.fixture(scope="session")
+def sharp_checkpoint(checkpoint, tmp_path_factory):
+    """A toy model that is surer of some tokens than of others: rounding must not decide anything.
+    """
+    source = model_module.load_checkpoint(checkpoint)
+    model = model_module.model_from_checkpoint(source)
+    torch.manual_seed(9)
+    torch.nn.init.normal_(model.embedding.weight, std=0.35)
+    for name, weight in model.named_parameters():
+        if name.endswith(("out.weight", "down.weight")):
+            torch.nn.init.normal_(weight, std=0.2)
+    path = tmp_path_factory.mktemp("shared") / "sharp.pt"
+    model_module.save_checkpoint(
+        path, model, source["tokenizer"], source["length_histogram"], ema=None, step=1,
+        train_config=source["train_config"], licence="none")
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundle(sharp_checkpoint, long_data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared") / "bundle"
+    export_jetson.main(["--checkpoint", str(sharp_checkpoint), "--data_dir", str(long_data_dir),
+                        "--out_dir", str(folder), "--report_rows", "6", "--calibration_rows", "6"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dynamic_bundle(conditional_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared") / "dynamic"
+    export_jetson.main(["--checkpoint", str(conditional_checkpoint), "--out_dir", str(folder),
+                        "--dynamic", "--report_rows", "3", "--precisions", "fp32", "--batch", "3"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def twin(long_data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twin")
+    train.main(["--objective", "autoregressive", "--model_config", "tiny", "--max_steps", "4",
+                "--data_dir", str(long_data_dir), "--checkpoint_dir", str(folder), "--device",
+                "cpu", "--batch_tokens", "1024", "--num_samples", "0", "--valid_rows", "8"])
     return folder / "best.pt"
 
 

@@ -3,8 +3,6 @@ import os
 import stat
 
 import pytest
-from test_conditioning import twin  # noqa: F401
-from test_export_jetson import bundle, checkpoint  # noqa: F401
 
 import benchmark
 from benchmark_device import DEVICES, Board, floor_of, main, memory_of, percentile_95
@@ -12,7 +10,7 @@ from model import MODEL_CONFIGS
 
 
 @pytest.fixture
-def measured(bundle, tmp_path, capsys):  # noqa: F811
+def measured(bundle, tmp_path, capsys):
     def run(*words: object) -> tuple[dict, str]:
         target = tmp_path / "figures.json"
         main(["device", "--bundle", str(bundle), "--output", str(target), "--nfe", "2", "3",
@@ -36,8 +34,8 @@ def test_every_graph_is_timed_and_what_was_not_measured_is_said(measured):
     assert "TensorRT and the Jetson were not measured" in text and "not measured |" in text
 
 
-def test_the_checkpoint_beside_them_and_a_judge(measured, checkpoint, twin):  # noqa: F811
-    result, text = measured("--checkpoint", checkpoint, "--twin", twin, "--judged", 3)
+def test_the_checkpoint_beside_them_and_a_judge(measured, sharp_checkpoint, twin):
+    result, text = measured("--checkpoint", sharp_checkpoint, "--twin", twin, "--judged", 3)
     assert "torch fp32" in result["arms"]
     judged = {name: [story["generative_perplexity"] for story in arm["stories"].values()]
               for name, arm in result["arms"].items()}
@@ -107,7 +105,7 @@ def test_percentile():
     (["device", "--output", "nowhere/x.json"], "a folder that exists"),
     (["roofline", "--nfe", "0"], "must be positive"),
     (["roofline", "--measured", "nowhere.json"], "no such file")])
-def test_mistakes(words, message, bundle, fails, tmp_path, monkeypatch):  # noqa: F811
+def test_mistakes(words, message, bundle, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if words[:1] == ["device"] and "--bundle" not in words:
         words = [*words, "--bundle", bundle, *(["--nfe", "1", "--repeats", "1"]

@@ -21,11 +21,8 @@ from model import (
     create_model,
     is_of_condition,
     load_checkpoint,
-    model_from_checkpoint,
-    save_checkpoint,
 )
 from optimizers import make_optimizers
-from prep_conditional_data import main as prep_main
 from sampler import ORDERS, PACES, REMASKS, Kept, Sampler, condition_row, fill
 from train import TrainConfig, Trainer
 
@@ -51,13 +48,6 @@ def some_tokens(rows: int = 4, length: int = 32) -> torch.Tensor:
     tokens = torch.randint(4, 50, (rows, length), generator=torch.Generator().manual_seed(1))
     tokens[:, 0], tokens[:, -1], tokens[:, 5:20] = BOS, EOS, MASK
     return tokens
-
-
-@pytest.fixture(scope="session")
-def pairs_dir(long_data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared") / "pairs"
-    prep_main(["--data_dir", str(long_data_dir), "--output_dir", str(folder)])
-    return folder
 
 
 @pytest.fixture
@@ -412,24 +402,6 @@ def test_a_stage_is_resumed_as_that_stage(settings, fails):
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-@pytest.fixture(scope="session")
-def conditional_checkpoint(checkpoint, pairs_dir, tmp_path_factory):
-    """That of a toy model whose cross-attention counts."""
-    source = load_checkpoint(checkpoint)
-    torch.manual_seed(5)
-    plain = model_from_checkpoint(source)
-    model = ConditionalTransformer(plain.config, dataclasses.replace(
-        plain.config, max_len=32, layers=1))
-    model.load_decoder(plain.state_dict())
-    model.start_encoder()
-    for block in model.blocks:
-        torch.nn.init.normal_(block.cross.out.weight, std=0.3)
-    path = tmp_path_factory.mktemp("shared") / "conditional.pt"
-    save_checkpoint(path, model, source["tokenizer"], source["length_histogram"], ema=None, step=1,
-                    train_config=source["train_config"] | {"data_dir": str(pairs_dir)})
-    return path
-
 
 @pytest.fixture
 def call(conditional_checkpoint, capsys):

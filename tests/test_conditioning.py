@@ -4,10 +4,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_conditional import conditional_checkpoint, pairs_dir, small_conditional  # noqa: F401
+from test_conditional import small_conditional
 
 import conditioning
-import train
 from conditioning import Pairs, bounds, gain, names_and_nouns, taken_up
 from data_prep import BOS, EOS, TokenRows
 from diffusion import DiscreteDiffusion
@@ -16,17 +15,8 @@ from model import load_checkpoint, tokenizer_from_checkpoint
 from sample_stories import sample_stories
 
 
-@pytest.fixture(scope="module")
-def twin(long_data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("twin")
-    train.main(["--objective", "autoregressive", "--model_config", "tiny", "--max_steps", "4",
-                "--data_dir", str(long_data_dir), "--checkpoint_dir", str(folder), "--device",
-                "cpu", "--batch_tokens", "1024", "--num_samples", "0", "--valid_rows", "8"])
-    return folder / "best.pt"
-
-
 @pytest.fixture
-def pairs(pairs_dir, checkpoint):  # noqa: F811
+def pairs(pairs_dir, checkpoint):
     tokenizer = tokenizer_from_checkpoint(load_checkpoint(checkpoint))
     return Pairs(TokenRows(pairs_dir, "val"), tokenizer, 256)
 
@@ -44,7 +34,7 @@ def test_take_up_is_the_share_of_the_wanted_words():
     assert taken_up(["Nothing"], ["else"], wanted) == 0
 
 
-def test_pairs_fit_into_a_row_with_their_condition(pairs_dir, pairs):  # noqa: F811
+def test_pairs_fit_into_a_row_with_their_condition(pairs_dir, pairs):
     rows = TokenRows(pairs_dir, "val")
     assert 10 < len(pairs) <= len(rows)
     for i in range(len(pairs)):
@@ -101,8 +91,8 @@ def test_a_gain_is_paired_row_by_row():
     assert mean == pytest.approx(0.5) and error == pytest.approx(0, abs=1e-9)
 
 
-def test_the_evaluation_of_a_conditional_model(conditional_checkpoint, checkpoint, twin,  # noqa: F811
-                                               pairs_dir, tmp_path, capsys):  # noqa: F811
+def test_the_evaluation_of_a_conditional_model(conditional_checkpoint, checkpoint, twin,
+                                               pairs_dir, tmp_path, capsys):
     target = tmp_path / "evaluation.json"
     main(["--checkpoint", str(conditional_checkpoint), "--twin", str(twin), "--plain",
           str(checkpoint), "--output", str(target), "--steps", "3", "--num_samples", "4",
@@ -135,7 +125,7 @@ def test_the_evaluation_of_a_conditional_model(conditional_checkpoint, checkpoin
     (["--guidance", "2"], "--guidance: without effect for a model with a condition"),
     (["--guidances", "-1"], "must be 0 or more"),
     (["--twin", "nowhere.pt"], "no checkpoint nowhere.pt")])
-def test_bad_flags(words, message, conditional_checkpoint, fails):  # noqa: F811
+def test_bad_flags(words, message, conditional_checkpoint, fails):
     assert message in fails(main, "--checkpoint", conditional_checkpoint, *words)
 
 

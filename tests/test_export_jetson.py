@@ -12,7 +12,6 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT, python
-from test_conditional import conditional_checkpoint, pairs_dir  # noqa: F401
 
 import generate
 from device_step import DeviceStep
@@ -20,56 +19,17 @@ from diffusion import numpy_step
 from engine_runtime import Bundle, OnnxSession
 from export_jetson import SCRIPTS, main, operators, step_inputs
 from int8 import LEVELS, balance, best_scale, block_products
-from model import (
-    MODEL_CONFIGS,
-    DiffusionTransformer,
-    load_checkpoint,
-    model_from_checkpoint,
-    save_checkpoint,
-)
+from model import MODEL_CONFIGS, DiffusionTransformer, load_checkpoint, model_from_checkpoint
 from sampler import ORDERS, REMASKS, Sampler, blank_story, condition_row, unmask_rows
 
 ROWS = [blank_story(20), blank_story(40), blank_story(37)]
 
 
 @pytest.fixture(scope="session")
-def checkpoint(checkpoint, tmp_path_factory):
-    """A toy model that is surer of some tokens than of others: rounding must not decide anything.
-    """
-    source = load_checkpoint(checkpoint)
-    model = model_from_checkpoint(source)
-    torch.manual_seed(9)
-    torch.nn.init.normal_(model.embedding.weight, std=0.35)
-    for name, weight in model.named_parameters():
-        if name.endswith(("out.weight", "down.weight")):
-            torch.nn.init.normal_(weight, std=0.2)
-    path = tmp_path_factory.mktemp("shared") / "sharp.pt"
-    save_checkpoint(path, model, source["tokenizer"], source["length_histogram"], ema=None, step=1,
-                    train_config=source["train_config"], licence="none")
-    return path
-
-
-@pytest.fixture(scope="session")
-def bundle(checkpoint, long_data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared") / "bundle"
-    main(["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--out_dir",
-          str(folder), "--report_rows", "6", "--calibration_rows", "6"])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def told_bundle(conditional_checkpoint, tmp_path_factory):  # noqa: F811
+def told_bundle(conditional_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared") / "told"
     main(["--checkpoint", str(conditional_checkpoint), "--out_dir", str(folder), "--guided",
           "--report_rows", "3", "--precisions", "fp32", "--batch", "2"])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def dynamic_bundle(conditional_checkpoint, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("shared") / "dynamic"
-    main(["--checkpoint", str(conditional_checkpoint), "--out_dir", str(folder), "--dynamic",
-          "--report_rows", "3", "--precisions", "fp32", "--batch", "3"])
     return folder
 
 
@@ -87,8 +47,8 @@ SAMPLERS = [
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_step_by_step_the_same_as_torch(bundle, checkpoint, sampler):
-    model = model_from_checkpoint(load_checkpoint(checkpoint)).for_inference()
+def test_step_by_step_the_same_as_torch(bundle, sharp_checkpoint, sampler):
+    model = model_from_checkpoint(load_checkpoint(sharp_checkpoint)).for_inference()
     exported = Bundle(bundle / "step_fp32.onnx")
     settings = sampler if sampler.top_k else Sampler(**{**vars(sampler), "top_k": 64})
     assert stories(exported.step(sampler), sampler) == stories(numpy_step(model, settings),
@@ -96,7 +56,7 @@ def test_step_by_step_the_same_as_torch(bundle, checkpoint, sampler):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.0])
-def test_conditions_too(told_bundle, conditional_checkpoint, guidance):  # noqa: F811
+def test_conditions_too(told_bundle, conditional_checkpoint, guidance):
     model = model_from_checkpoint(load_checkpoint(conditional_checkpoint, kind="conditional"))
     exported = Bundle(told_bundle / "step_fp32.onnx")
     told = np.stack([condition_row(ids, exported.condition_len) for ids in (
@@ -108,7 +68,7 @@ def test_conditions_too(told_bundle, conditional_checkpoint, guidance):  # noqa:
     assert (a == stories(exported.step(sampler), sampler)) == (guidance == 0)
 
 
-def test_one_graph_for_any_shape(dynamic_bundle, conditional_checkpoint):  # noqa: F811
+def test_one_graph_for_any_shape(dynamic_bundle, conditional_checkpoint):
     model = model_from_checkpoint(load_checkpoint(conditional_checkpoint, kind="conditional"))
     exported = Bundle(dynamic_bundle / "step_fp32.onnx")
     assert exported.session.inputs["tokens"][0] == [None, None]
@@ -158,18 +118,18 @@ def run_in(folder, *argv, blocked=("torch",)):
     ["--num_samples", "2", "--steps", "4"], ["--prompt", "Once upon a time", "--steps", "4"],
     ["--infill", "Tom had a [MASK:6] and he was [MASK:2].", "--preset", "fast"]])
 def test_a_copied_bundle_tells_the_stories_of_the_checkpoint_without_torch(
-        bundle, checkpoint, tmp_path, words, capsys):
+        bundle, sharp_checkpoint, tmp_path, words, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
     done = run_in(copy, "--onnx", "step_fp32.onnx", "--json", *words)
     assert done.returncode == 0, done.stderr
-    generate.main(["--checkpoint", str(checkpoint), "--json", "--top_k", "64", *words])
+    generate.main(["--checkpoint", str(sharp_checkpoint), "--json", "--top_k", "64", *words])
     told, expected = ([json.loads(line)["text"] for line in text.splitlines()]
                       for text in (done.stdout, capsys.readouterr().out))
     assert told == expected and len(told) >= 2
 
 
-def test_conditions_without_torch(told_bundle, conditional_checkpoint, capsys):  # noqa: F811
+def test_conditions_without_torch(told_bundle, conditional_checkpoint, capsys):
     words = ["--condition", "Lily found a key.", "--guidance", "1.5", "--steps", "4", "--json"]
     done = run_in(told_bundle, "--onnx", "step_fp32.onnx", *words)
     assert done.returncode == 0, done.stderr
@@ -211,8 +171,8 @@ def test_scales_serve_most_values():
     assert scale * LEVELS < 60 and best_scale(values[1:], float(values[1:].max())) * LEVELS > 2
 
 
-def test_balancing_changes_the_weights_and_not_the_function(checkpoint):
-    model = model_from_checkpoint(load_checkpoint(checkpoint))
+def test_balancing_changes_the_weights_and_not_the_function(sharp_checkpoint):
+    model = model_from_checkpoint(load_checkpoint(sharp_checkpoint))
     tokens = torch.randint(4, 300, (3, 32), generator=torch.Generator().manual_seed(0))
     before = {name: p.clone() for name, p in model.named_parameters()}
     expected, seen = model(tokens).detach(), []
@@ -226,8 +186,8 @@ def test_balancing_changes_the_weights_and_not_the_function(checkpoint):
     assert (last.max() / last.median()) < (first.max() / first.median())
 
 
-def test_every_block_product_is_quantised(checkpoint):
-    model = model_from_checkpoint(load_checkpoint(checkpoint))
+def test_every_block_product_is_quantised(sharp_checkpoint):
+    model = model_from_checkpoint(load_checkpoint(sharp_checkpoint))
     assert len(block_products(model)) == 12
 
 
@@ -283,18 +243,18 @@ def test_damaged_bundles(bundle, tmp_path, fails):
     (["--length", "512"], "rows of at most 256"), (["--guided"], "a model without a condition"),
     (["--check", "rtx", "--build_engine", "x"], "choose one"),
     (["--report_rows", "-1"], "0 or more"), (["--data_dir", "nowhere"], "no data in nowhere")])
-def test_bad_flags(checkpoint, words, message, fails, tmp_path):
-    words = words if "--check" in words else ["--checkpoint", checkpoint, *words]
+def test_bad_flags(sharp_checkpoint, words, message, fails, tmp_path):
+    words = words if "--check" in words else ["--checkpoint", sharp_checkpoint, *words]
     assert message in fails(main, "--out_dir", tmp_path / "bundle", *words)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bundle_is_replaced_only_when_asked(checkpoint, bundle, tmp_path, fails):
-    assert "already there" in fails(main, "--checkpoint", checkpoint, "--out_dir", bundle)
+def test_a_bundle_is_replaced_only_when_asked(sharp_checkpoint, bundle, tmp_path, fails):
+    assert "already there" in fails(main, "--checkpoint", sharp_checkpoint, "--out_dir", bundle)
     other = tmp_path / "other"
     other.mkdir()
     (other / "letter.txt").write_text("dear")
-    assert "holds other files" in fails(main, "--checkpoint", checkpoint, "--out_dir", other,
+    assert "holds other files" in fails(main, "--checkpoint", sharp_checkpoint, "--out_dir", other,
                                         "--overwrite")
 
 

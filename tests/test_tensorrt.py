@@ -15,8 +15,7 @@ import types
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_conditional import conditional_checkpoint, pairs_dir  # noqa: F401
-from test_export_jetson import ROWS, bundle, checkpoint, dynamic_bundle, stories  # noqa: F401
+from test_export_jetson import ROWS, stories
 
 import generate
 from engine_runtime import Bundle, cuda_runtime
@@ -319,7 +318,7 @@ def device(monkeypatch):
 
 
 @pytest.fixture
-def copy(bundle, tmp_path):  # noqa: F811
+def copy(bundle, tmp_path):
     shutil.copytree(bundle, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -342,7 +341,7 @@ def test_an_engine_is_built_and_tells_the_stories_of_its_graph(version, device, 
     assert "--- 1 ---" in capsys.readouterr().out
 
 
-def test_an_engine_of_open_shapes(device, dynamic_bundle, tmp_path):  # noqa: F811
+def test_an_engine_of_open_shapes(device, dynamic_bundle, tmp_path):
     device()
     copy = tmp_path / "copy"
     shutil.copytree(dynamic_bundle, copy)
