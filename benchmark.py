@@ -26,7 +26,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import multiprocessing
 import statistics
 import sys
 import time
@@ -271,13 +270,8 @@ def memory_of(config: Benchmark, arm: str, results) -> None:
 
 
 def measure_memory(config: Benchmark, arm: str) -> int | None:
-    context = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory
-    results = context.Queue()
-    child = context.Process(target=memory_of, args=(config, arm, results))
-    child.start()
-    child.join()
-    require(child.exitcode == 0, f"the process that measures the memory of {arm} failed; see above")
-    return results.get()
+    return benchmark_device.in_a_process(memory_of, config, arm,
+                                         what=f"measures the memory of {arm}")
 
 
 def run_benchmark(config: Benchmark) -> dict:

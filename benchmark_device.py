@@ -152,13 +152,15 @@ def alone(config: DeviceBenchmark, path: str, results: Any) -> None:
     results.put((seconds, int(peak[1]) / 1e3 if peak else None))
 
 
-def in_a_process(config: DeviceBenchmark, path: str) -> tuple[float, float | None]:
+def in_a_process(call: Callable, *arguments: Any, what: str) -> Any:
+    """What `call(*arguments, queue)` puts into the queue, called in a process of its own; a fork
+    would inherit this process's memory."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    child = context.Process(target=alone, args=(config, path, results))
+    child = context.Process(target=call, args=(*arguments, results))
     child.start()
     child.join()
-    require(child.exitcode == 0, f"the process that starts {path} failed; see above")
+    require(child.exitcode == 0, f"the process that {what} failed; see above")
     return results.get()
 
 
@@ -201,7 +203,7 @@ def measure(config: DeviceBenchmark) -> dict:
                 if turn:
                     times[name][nfe].append(seconds)
     for name, path in arms.items():
-        cold, peak = in_a_process(config, path)
+        cold, peak = in_a_process(alone, config, path, what=f"starts {path}")
         board = boards[name].figures()
         require(not config.power or board["watts"], "--power: tegrastats is not here or told no "
                                                     "VDD_IN; leave it out")

@@ -27,6 +27,7 @@ from diffusion import (
     maskable,
     measure_nats,
     numpy_step,
+    ratio_error,
     stratified_masks,
 )
 from sampler import Sampler, blank_story, condition_row, fill
@@ -138,8 +139,7 @@ def bounds(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int,
         result[name] = DiscreteDiffusion().nelbo(
             model, (pad_rows([pairs.texts[i] for i in part]) for part in bar), seed, draws,
             numbers=batches, conditions=conditions)
-    if len(pairs) > 1:
-        result["as a prompt"] = prompted_bound(plain or model, pairs, draws, seed)
+    result["as a prompt"] = prompted_bound(plain or model, pairs, draws, seed)
     return result
 
 
@@ -168,10 +168,7 @@ def prompted_bound(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int) 
 def gain(better: Nelbo, worse: Nelbo) -> tuple[float, float]:
     """By how many nats/token the first is lower, and the standard error of that: row by row."""
     (a, tokens), (b, _) = better.row_nats(), worse.row_nats()
-    mean = float((b - a).sum() / tokens.sum())
-    residual = b - a - mean * tokens
-    count = len(tokens)
-    return mean, float(math.sqrt(count / max(1, count - 1) * (residual ** 2).sum()) / tokens.sum())
+    return float((b - a).sum() / tokens.sum()), ratio_error(b - a, tokens)
 
 
 # ---- generation ----------------------------------------------------------------------------------

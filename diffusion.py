@@ -290,10 +290,7 @@ class Nelbo:
     @property
     def standard_error(self) -> float:
         """Of nats_per_token, a ratio of sums over rows (delta method); 0 for a single row."""
-        nats, tokens = self.row_nats()
-        residual = nats - self.nats_per_token * tokens
-        count = len(nats)
-        return float(math.sqrt(count / max(1, count - 1) * (residual ** 2).sum()) / tokens.sum())
+        return ratio_error(*self.row_nats())
 
     @property
     def masked_ce(self) -> float:
@@ -339,6 +336,13 @@ class Nelbo:
             result[name] = {"cross_entropy": float((share * cross_entropy).sum()),
                             "accuracy": float((share * accuracy).sum())}
         return result
+
+
+def ratio_error(nats: np.ndarray, tokens: np.ndarray) -> float:
+    """The standard error of sum(nats) / sum(tokens) over rows (N,), by the delta method."""
+    residual = nats - nats.sum() / tokens.sum() * tokens
+    count = len(nats)
+    return float(math.sqrt(count / max(1, count - 1) * (residual ** 2).sum()) / tokens.sum())
 
 
 # t as a function of the mask ratio r, for what published "validation losses" average over

@@ -51,8 +51,8 @@ class Bundle:
                                 f"{shape}: {AGAIN}")
         self.encoder = None
 
-    def check(self, sampler: Sampler, told: bool) -> Sampler:
-        """The sampler as this graph runs it; UserError for what it cannot do."""
+    def check(self, sampler: Sampler, told: bool) -> None:
+        """Raises UserError for a sampler that this graph cannot run."""
         likeliest = self.contents["likeliest"]
         require(sampler.pace != "entropy_bound", "--pace entropy_bound needs the entropy of every "
                 "position, which an exported step does not give: choose another one")
@@ -61,7 +61,6 @@ class Bundle:
         require(not told or sampler.guidance in (0, 1) or self.contents["guided"],
                 f"--guidance {sampler.guidance:g} needs both sides of the model in one step: "
                 "export it with --guided")
-        return sampler
 
     def step(self, sampler: Sampler, conditions: np.ndarray | None = None) -> Step:
         """The step of this graph and sampler for the loop of sampler.py.

@@ -208,7 +208,7 @@ class NoisyRows:
     def __init__(self, rows: Any, count: int, length: int, told: Any = None, draws: int = 4):
         import torch
 
-        from data_prep import BOS, EOS, MASK, evenly_spread, pad_rows
+        from data_prep import EOS, MASK, evenly_spread, pad_rows
         from diffusion import stratified_masks
         usable = np.flatnonzero(rows.lengths <= length)
         require(len(usable), f"{rows.data_dir} has no row of at most {length} tokens")
@@ -220,7 +220,7 @@ class NoisyRows:
                 self.items.append((clean[0].numpy(), clean.masked_fill(masked, MASK),
                                    masked[0].numpy(), int(k), int(n),
                                    None if told is None else told.batch([i])))
-        self.bos, self.eos = BOS, EOS
+        self.first_text = EOS + 1  # ids below it are never predicted
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -251,10 +251,10 @@ def compare(session: OnnxSession, reference: Any, noisy: NoisyRows, condition_le
         got = session.run(dict(
             tokens=row, count=np.ones(batch, np.int64), noise=np.zeros((batch, 2, length)),
             options=np.array([1, 1, 64, 0, 2, 1]), **parts))[2][0, :hidden.shape[1]]
-        a, b = (logits[masked][:, noisy.eos + 1:] for logits in (expected, got))
+        a, b = (logits[masked][:, noisy.first_text:] for logits in (expected, got))
         worst = max(worst, float(np.abs(a - b).max()))
         agree.append(a.argmax(-1) == b.argmax(-1))
-        target = (np.arange(masked.sum()), clean[masked] - noisy.eos - 1)
+        target = (np.arange(masked.sum()), clean[masked] - noisy.first_text)
         plain_nats -= n / k * log_softmax(a)[target].sum()
         nats -= n / k * log_softmax(b)[target].sum()
         tokens += n
