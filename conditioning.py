@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import quality
+from autoregressive import before_each
 from data_prep import BOS, EOS, MASK, TokenRows, bucket_batches, decode, pad_rows, row_kind
 from diffusion import (
     Corrupted,
@@ -39,6 +40,9 @@ FUNCTION_WORDS = DETERMINERS | frozenset(
     "down out into over then there named called who".split())
 RARE = 5  # a word seen less often says too little about itself
 FORMULAS = frozenset(("time", "day"))  # nouns of "Once upon a time" and "One day"
+# What an arm of the likelihood is compared with: the same reader, told the true condition
+OWN = {"another story's, as a prompt": "as a prompt",
+       "another story's, to the twin": "as a prompt, to the twin"}
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -74,6 +78,18 @@ class Pairs:
         for name, values in vars(self).items():
             setattr(part, name, [values[i] for i in chosen])
         return part
+
+    def shuffled(self, seed: int) -> "Pairs":
+        """The same texts, every one with the condition of another."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        other = np.empty_like(order)
+        other[order] = np.roll(order, 1)
+        misled = self.some(range(len(self)))
+        misled.told = [self.told[i] for i in other]
+        misled.starts = [self.starts[i] for i in other]
+        misled.prompted = [np.array([*self.prompted[i][:self.starts[i]], *text[1:]])
+                           for i, text in zip(other, self.texts, strict=True)]
+        return misled
 
 
 def names_and_nouns(texts: Iterable[str]) -> set[str]:
@@ -119,20 +135,20 @@ def taken_up(conditions: list[str], texts: list[str], wanted: set[str]) -> float
 # ---- likelihood ----------------------------------------------------------------------------------
 
 def bounds(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int,
-           plain: torch.nn.Module | None = None) -> dict[str, Nelbo]:
+           plain: torch.nn.Module | None = None, misled: Pairs | None = None) -> dict[str, Nelbo]:
     """The bound of the texts in every arm, all with the same masks.
 
-    The prompted arm is that of `plain`, by default this model without its condition.
+    The prompted arm is that of `plain`, by default this model without its condition; `misled` are
+    the texts with another's condition, by default `pairs.shuffled(seed)`.
     """
     lengths = np.array([len(text) for text in pairs.texts])
     batches = bucket_batches(lengths, 8192, merge=False)
-    told = [np.array([BOS, *ids, EOS]) for ids in pairs.told]
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    other = np.empty_like(order)
-    other[order] = np.roll(order, 1)  # every text gets the condition of another one
-    arms = {"its own condition": lambda rows: pad_rows([told[i] for i in rows]),
-            "another story's": lambda rows: pad_rows([told[other[i]] for i in rows]),
-            "no condition": None}
+
+    def told(source: Pairs):
+        return lambda rows: pad_rows([np.array([BOS, *source.told[i], EOS]) for i in rows])
+
+    arms = {"its own condition": told(pairs),
+            "another story's": told(misled or pairs.shuffled(seed)), "no condition": None}
     result = {}
     for name, conditions in arms.items():
         bar = tqdm(batches, desc=name, unit=" batches", leave=False, disable=None)
@@ -143,8 +159,21 @@ def bounds(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int,
     return result
 
 
-def prompted_bound(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int) -> Nelbo:
-    """The bound of the texts behind their conditions in one row, under the masks of `bounds`."""
+def prompt_bounds(pairs: Pairs, misled: Pairs, draws: int, seed: int, plain: torch.nn.Module,
+                  twin: torch.nn.Module | None) -> dict[str, Nelbo]:
+    """What a prompt of another's is worth, and both for the twin, whose -log p is exact: what a
+    condition can tell a network that was trained on whole stories. Masks as in `bounds`."""
+    arms = {"another story's, as a prompt": prompted_bound(plain, misled, draws, seed)}
+    if twin is not None:
+        arms["as a prompt, to the twin"] = prompted_bound(twin, pairs, 1, seed, exact=True)
+        arms["another story's, to the twin"] = prompted_bound(twin, misled, 1, seed, exact=True)
+    return arms
+
+
+def prompted_bound(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int,
+                   exact: bool = False) -> Nelbo:
+    """The bound of the texts behind their conditions in one row, under the masks of `bounds`; or
+    the `exact` -log p of a causal model, its [EOS] in the nats and not in the tokens."""
     batches = bucket_batches(np.array([len(row) for row in pairs.prompted]), 8192, merge=False)
 
     def texts_only(part: np.ndarray) -> np.ndarray:
@@ -155,6 +184,11 @@ def prompted_bound(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int) 
 
     def hide(clean: torch.Tensor, part: np.ndarray):
         whole = torch.from_numpy(pad_rows([pairs.prompted[i] for i in part]))
+        if exact:
+            wanted = clean >= EOS
+            yield Corrupted(whole, before_each(whole), wanted, wanted.float(),
+                            torch.ones(len(part))), maskable(clean).sum(1)
+            return
         text = maskable(whole).sum(1)
         for draw in range(draws):
             masked, k, _ = stratified_masks(clean, part, draw, draws, seed)

@@ -286,11 +286,16 @@ def evaluate_conditional(config: EvaluateConfig, path: Path, checkpoint: dict, t
     model, rows, tokenizer = open_model(config, path, checkpoint)
     twin, plain = (open_beside(config, name, kind, model, rows) for name, kind in (
         (config.twin, "autoregressive"), (config.plain, "diffusion")))
-    pairs = conditioning.Pairs(rows, tokenizer, model.config.max_len)
-    require(len(pairs) > 1, f"{rows.data_dir}: no two texts fit into a row with their condition")
+    longest = model.config.max_len
+    pairs = conditioning.Pairs(rows, tokenizer, longest)
     scored = pairs.some(evenly_spread(config.max_rows or len(pairs), len(pairs)))
-    arms = conditioning.bounds(model, scored, config.draws, config.seed, plain)
-    extra = DiscreteDiffusion().extra_nats(rows.meta, scored.texts)
+    misled = scored.shuffled(config.seed)
+    fit = [i for i, row in enumerate(misled.prompted) if len(row) <= longest]
+    require(len(fit) > 1, f"{rows.data_dir}: no two texts fit into a row with a condition")
+    scored, misled = scored.some(fit), misled.some(fit)
+    arms = conditioning.bounds(model, scored, config.draws, config.seed, plain, misled)
+    arms |= conditioning.prompt_bounds(scored, misled, config.draws, config.seed, plain or model,
+                                       twin)
     sizes = token_bytes(tokenizer)
     own = arms["its own condition"]
     result = {"checkpoint": str(path), "kind": checkpoint["kind"], "step": checkpoint.get("step"),
@@ -298,8 +303,10 @@ def evaluate_conditional(config: EvaluateConfig, path: Path, checkpoint: dict, t
               "plain": config.plain, "judge": config.twin, "config": dataclasses.asdict(config),
               "likelihood": {}, "generation": {}}
     for name, arm in arms.items():
-        better, error = conditioning.gain(own, arm)
-        numbers = likelihood(arm, scored.texts, extra, sizes)
+        better, error = conditioning.gain(arms[conditioning.OWN.get(name, "its own condition")],
+                                          arm)
+        family = Autoregressive() if name.endswith("twin") else DiscreteDiffusion()
+        numbers = likelihood(arm, scored.texts, family.extra_nats(rows.meta, scored.texts), sizes)
         result["likelihood"][name] = {
             "nats_per_token": arm.nats_per_token, "standard_error": arm.standard_error,
             "bits_per_byte": numbers["bits_per_byte"],

@@ -7,11 +7,12 @@ import torch
 from test_conditional import small_conditional
 
 import conditioning
+from autoregressive import Autoregressive
 from conditioning import Pairs, bounds, gain, names_and_nouns, taken_up
 from data_prep import BOS, EOS, TokenRows
 from diffusion import DiscreteDiffusion
 from evaluate import main
-from model import load_checkpoint, tokenizer_from_checkpoint
+from model import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
 from sample_stories import sample_stories
 
 
@@ -61,6 +62,28 @@ def test_the_arms_share_their_masks(pairs, checkpoint):
         assert gain(arms["no condition"], arm) == pytest.approx((0, 0), abs=1e-5)
 
 
+def test_shuffled_pairs_keep_their_texts(pairs):
+    misled = pairs.shuffled(seed=1)
+    assert all(a is b for a, b in zip(misled.texts, pairs.texts, strict=True))
+    assert sorted(map(tuple, misled.told)) == sorted(map(tuple, pairs.told))
+    assert not any(a is b for a, b in zip(misled.told, pairs.told, strict=True))
+    for told, start, row, text in zip(misled.told, misled.starts, misled.prompted, misled.texts,
+                                      strict=True):
+        assert row[1:start].tolist() == told.tolist() and row[start:].tolist() == text[1:].tolist()
+
+
+def test_the_twin_is_scored_exactly_behind_a_prompt(pairs, twin):
+    """Its nats are those of the whole row less those of the prompt."""
+    model = model_from_checkpoint(load_checkpoint(twin, kind="autoregressive"))
+    pairs = pairs.some(range(3))
+    bound = conditioning.prompted_bound(model, pairs, 1, 0, exact=True)
+    for i, (row, start) in enumerate(zip(pairs.prompted, pairs.starts, strict=True)):
+        whole, prompt = (float(Autoregressive().nelbo(model, [part[None]]).nats[0])
+                         for part in (row, row[:start]))
+        assert bound.row_nats()[0][i] == pytest.approx(whole - prompt, rel=1e-4)
+    assert bound.row_nats()[1].tolist() == [len(text) - 2 for text in pairs.texts]
+
+
 def test_the_prompted_arm_hides_the_text_alone(pairs):
     hidden = []
 
@@ -106,6 +129,9 @@ def test_the_evaluation_of_a_conditional_model(conditional_checkpoint, checkpoin
     own, other = (result["likelihood"][name]["nats_per_token"]
                   for name in ("its own condition", "another story's"))
     assert result["likelihood"]["another story's"]["gain"] == pytest.approx(other - own)
+    for name, true in conditioning.OWN.items():
+        arm, base = result["likelihood"][name], result["likelihood"][true]
+        assert arm["gain"] == pytest.approx(arm["nats_per_token"] - base["nats_per_token"])
     real = result["generation"]["real texts"]
     assert real["bleu"] == pytest.approx(100) and real["chrf"] == pytest.approx(100)
     assert 0.3 < real["take_up"] <= 1 and 1 < real["generative_perplexity"] < math.inf
