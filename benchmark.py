@@ -14,7 +14,7 @@ this project's sampler (positions first, tokens drawn only there) and by a textb
 whatever the flags: logits and noise for every position in every step). Random weights do for a
 planned pace; an adaptive one needs a checkpoint.
 
-`device` and `roofline` are those of benchmark_device.py, for exported steps.
+`device` is that of benchmark_device.py, for exported steps, `roofline` that of roofline.py.
 
 The first two print medians of wall-clock and process CPU-seconds (all threads), their ratio to the
 textbook, tokens per second and per CPU-second, and the peak memory of a process that runs this arm
@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import benchmark_device
+import roofline
 from cli import atomic_file, check_writable, flag, parse, require, run
 from data_prep import BOS, EOS, MASK
 from diffusion import DiscreteDiffusion, numpy_step
@@ -329,8 +330,11 @@ def report(result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ("device", "roofline"):
+    if argv[:1] == ["device"]:
         benchmark_device.main(argv)
+        return
+    if argv[:1] == ["roofline"]:
+        roofline.main(argv[1:])
         return
     names = {"train": TrainBenchmark, "sample": SampleBenchmark}
     if not argv or argv[0] not in names:

@@ -26,23 +26,14 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli import UserError, atomic_file, flag, parse, require, run
-from engine_runtime import (
-    BUNDLE_FORMAT,
-    BUNDLE_VERSION,
-    OnnxSession,
-    cuda_runtime,
-    engine_key,
-    read_bundle,
-    sha256_of,
-    tensorrt,
-)
+from cli import atomic_file, flag, parse, require, run
+from engine_builder import DYNAMIC_AXES, build_engine, check_rtx
+from engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, OnnxSession, sha256_of
 
 if TYPE_CHECKING:  # the Jetson, which builds engines with this script, has neither
     import onnx
@@ -50,7 +41,8 @@ if TYPE_CHECKING:  # the Jetson, which builds engines with this script, has neit
 
 HERE = Path(__file__).parent
 SCRIPTS = ("generate.py", "sampler.py", "viewer.py", "viewer.html", "data_prep.py", "sources.py",
-           "cli.py", "engine_runtime.py", "benchmark_device.py", "export_jetson.py")
+           "cli.py", "engine_runtime.py", "engine_builder.py", "benchmark_device.py",
+           "export_jetson.py")
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSET, NEWEST_IR = 20, 10  # what TensorRT 10 reads; opset 23 has operators that it lacks
 # Those that it takes: onnx-tensorrt, docs/operators.md of its release for TensorRT 10.1
@@ -128,11 +120,6 @@ def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"
         inputs |= dict(keys=torch.zeros(shape), values=torch.zeros(shape),
                        bias=torch.zeros(batch, 1, 1, told))
     return inputs
-
-
-# Axes of the inputs (and of the outputs) that --dynamic leaves open: 0 is batch, 1 is length.
-DYNAMIC_AXES = {"tokens": {0: 0, 1: 1}, "count": {0: 0}, "noise": {0: 0, 2: 1}, "options": {},
-                "keys": {1: 0}, "values": {1: 0}, "bias": {0: 0}}
 
 
 def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], outputs: list[str],
@@ -271,8 +258,7 @@ def export(config: ExportConfig, folder: Path) -> dict:
     import torch
 
     from data_prep import TokenRows
-    from device_step import LIKELIEST, DeviceStep
-    from int8 import activation_scales, balance, quantize
+    from device_step import LIKELIEST
     from model import check_tokenizer, find_checkpoint, load_checkpoint, model_from_checkpoint
     path = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(path, kind=("diffusion", "conditional"))
@@ -294,20 +280,7 @@ def export(config: ExportConfig, folder: Path) -> dict:
     files, reports = {}, {}
     for precision in config.precisions:
         started = time.perf_counter()
-        model = model_from_checkpoint(checkpoint)
-        if precision == "int8":
-            balance(model, calibration_inputs(model, calibration, condition_len))
-            even = copy.deepcopy(model).for_inference()
-        model.set_precision("fp32" if precision == "fp32" else "fp16").for_inference()
-        step = DeviceStep(model, config.guided)
-        step.tell_logits = True
-        most = (config.batch, length) if config.dynamic else None
-        inputs = step_inputs(model, 3 if most else config.batch, 48 if most else length)
-        graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"], most)
-        if precision == "int8":
-            quantize(graph, even, activation_scales(even, calibration_inputs(
-                even, calibration, condition_len)))
-            onnx.checker.check_model(graph)
+        graph = step_graph(config, checkpoint, precision, length, calibration, condition_len)
         name = f"step_{precision}.onnx"
         onnx.save(without_logits(graph), folder / name)
         report = {"megabytes": (folder / name).stat().st_size / 1e6, "opset": OPSET,
@@ -341,6 +314,31 @@ def export(config: ExportConfig, folder: Path) -> dict:
     write_text(folder / "README.md", device_readme(contents))
     write_text(folder / "bundle.json", json.dumps(contents, indent=1))
     return contents
+
+
+def step_graph(config: ExportConfig, checkpoint: dict, precision: str, length: int,
+               calibration: NoisyRows | None, condition_len: int | None) -> "onnx.ModelProto":
+    """The unmasking step in that precision, which tells its logits too."""
+    import onnx
+
+    from device_step import DeviceStep
+    from int8 import activation_scales, balance, quantize
+    from model import model_from_checkpoint
+    model = model_from_checkpoint(checkpoint)
+    if precision == "int8":
+        balance(model, calibration_inputs(model, calibration, condition_len))
+        even = copy.deepcopy(model).for_inference()
+    model.set_precision("fp32" if precision == "fp32" else "fp16").for_inference()
+    step = DeviceStep(model, config.guided)
+    step.tell_logits = True
+    most = (config.batch, length) if config.dynamic else None
+    inputs = step_inputs(model, 3 if most else config.batch, 48 if most else length)
+    graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"], most)
+    if precision == "int8":
+        quantize(graph, even, activation_scales(even, calibration_inputs(
+            even, calibration, condition_len)))
+        onnx.checker.check_model(graph)
+    return graph
 
 
 def calibration_inputs(model: Any, noisy: NoisyRows, condition_len: int | None):
@@ -381,136 +379,6 @@ def device_readme(contents: dict) -> str:
 5. `python benchmark_device.py device --bundle .` (without a GPU `pip install onnxruntime`, and
    `python generate.py --onnx {step}`)
 """
-
-
-# ---- TensorRT ------------------------------------------------------------------------------------
-
-def build_engine(path: Path, workspace_mb: int) -> Path:
-    """Builds an engine beside the graph, for the GPU and the TensorRT that are here.
-
-    Types are those of the graph (strongly typed): no precision flag is set, which TensorRT 11 does
-    not have any more. An engine that is there and fits is kept.
-    """
-    require(path.is_file() and path.suffix == ".onnx", f"--build_engine {path}: no such .onnx file")
-    contents = read_bundle(path.parent)
-    runtime, trt = cuda_runtime(), tensorrt()
-    key = engine_key(sha256_of(path), trt, runtime) | {"workspace_mb": workspace_mb}
-    engine, note = path.with_suffix(".engine"), path.with_suffix(".engine.json")
-    if engine.is_file() and note.is_file() and json.loads(note.read_text())["key"] == key:
-        print(f"{engine} is there already, and fits")
-        return engine
-    logger = trt.Logger(trt.Logger.WARNING)
-    builder = trt.Builder(logger)
-    flags = 0
-    for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED"):  # the first is gone in 11
-        value = getattr(trt.NetworkDefinitionCreationFlag, name, None)
-        flags |= 0 if value is None else 1 << int(value)
-    network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(path.read_bytes()):
-        raise UserError(f"TensorRT {trt.__version__} does not take {path}: "
-                        + "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
-    settings = builder.create_builder_config()
-    settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
-    if contents["dynamic"]:
-        settings.add_optimization_profile(open_profile(builder, network, contents))
-    if "fp32" in path.stem:
-        settings.clear_flag(trt.BuilderFlag.TF32)  # or its products would have 10 bits
-    timing = path.with_name("timing.cache")
-    cache = settings.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-    settings.set_timing_cache(cache, False)
-    settings.progress_monitor = progress(trt)
-    started = time.perf_counter()
-    plan = builder.build_serialized_network(network, settings)
-    require(plan is not None, f"TensorRT could not build {path}: most often the memory is too "
-                              "small; close other programs, or lower --workspace_mb")
-    with atomic_file(timing) as file:
-        file.write(bytes(cache.serialize()))
-    with atomic_file(engine) as file:
-        file.write(bytes(plan))
-    write_text(note, json.dumps({"key": key, "seconds": time.perf_counter() - started}, indent=1))
-    print(f"wrote {engine} in {time.perf_counter() - started:.0f} s")
-    return engine
-
-
-def open_profile(builder: Any, network: Any, contents: dict) -> Any:
-    """The shapes of a dynamic graph: from one row of 16 to the bundle's largest, best at one row of
-    the largest length."""
-    profile = builder.create_optimization_profile()
-    smallest, best, largest = (1, 16), (1, contents["length"]), (contents["batch"],
-                                                                contents["length"])
-    for i in range(network.num_inputs):
-        tensor = network.get_input(i)
-        axes, shape = DYNAMIC_AXES[tensor.name], tuple(tensor.shape)
-        profile.set_shape(tensor.name, *(
-            tuple(sizes[axes[axis]] if axis in axes else size for axis, size in enumerate(shape))
-            for sizes in (smallest, best, largest)))
-    return profile
-
-
-def progress(trt: Any) -> Any:
-    from tqdm import tqdm
-
-    class Progress(trt.IProgressMonitor):
-        """A bar for every phase of the build; Ctrl-C stops it."""
-
-        def __init__(self):
-            super().__init__()
-            self.bars: dict[str, Any] = {}
-
-        def phase_start(self, phase_name, parent_phase, num_steps):
-            self.bars[phase_name] = tqdm(total=num_steps, desc=phase_name, leave=False,
-                                         disable=None)
-
-        def step_complete(self, phase_name, step):
-            self.bars[phase_name].update()
-            return True
-
-        def phase_finish(self, phase_name):
-            self.bars.pop(phase_name).close()
-    return Progress()
-
-
-@cache  # TensorRT keeps the first logger of a process
-def rtx_log(trt: Any) -> Any:
-    class Log(trt.ILogger):
-        def __init__(self):
-            super().__init__()
-            self.lines: list[str] = []
-
-        def log(self, severity, message):
-            if severity in (trt.ILogger.WARNING, trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.lines.append(message)
-    return Log()
-
-
-def check_rtx(folder: Path) -> None:
-    """Has TensorRT-RTX parse and compile every graph of a bundle; no GPU is needed.
-
-    A warning about FP16 layer norm is a failure.
-    """
-    contents = read_bundle(folder)
-    try:
-        import tensorrt_rtx as trt
-    except ImportError as error:
-        raise UserError("--check rtx needs TensorRT-RTX: pip install tensorrt-rtx-cu12"
-                        ) from error
-
-    log = rtx_log(trt)
-    for entry in contents["files"].values():
-        started = time.perf_counter()
-        log.lines.clear()
-        builder = trt.Builder(log)
-        network = builder.create_network(
-            1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, log)
-        parsed = parser.parse((folder / entry["name"]).read_bytes())
-        plan = builder.build_serialized_network(
-            network, builder.create_builder_config()) if parsed else None
-        require(plan is not None and not log.lines, f"{entry['name']}: TensorRT-RTX "
-                f"{trt.__version__} says: {'; '.join(log.lines) or 'nothing'}")
-        print(f"{entry['name']}: TensorRT-RTX {trt.__version__} compiles it, "
-              f"{len(bytes(plan)) / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s, no warning")
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -4,9 +4,7 @@ import stat
 
 import pytest
 
-import benchmark
-from benchmark_device import DEVICES, Board, floor_of, main, memory_of, percentile_95
-from model import MODEL_CONFIGS
+from benchmark_device import Board, main, percentile_95
 
 
 @pytest.fixture
@@ -65,33 +63,6 @@ def test_power_and_memory_of_a_jetson(measured, tmp_path, monkeypatch):
             assert story["joules"] == pytest.approx(6 * story["seconds"])
 
 
-def test_the_floor_is_that_of_the_larger_of_two(capsys):
-    device = DEVICES["orin_nano_8gb"]
-    for name, flop in (("xlarge", 60.6), ("xxlarge", 134.4)):
-        floor = floor_of(MODEL_CONFIGS[name], "fp16", device, 256)
-        assert floor["gflop"] == pytest.approx(flop, rel=0.25)
-        assert floor["floor_seconds"] == max(floor["compute_seconds"], floor["weight_seconds"])
-    half, whole, eighth = (floor_of(MODEL_CONFIGS["large"], precision, device, 256)
-                           for precision in ("fp16", "fp32", "int8"))
-    assert eighth["floor_seconds"] < half["floor_seconds"] < whole["floor_seconds"]
-    assert whole["weight_megabytes"] == pytest.approx(2 * half["weight_megabytes"])
-    memory = memory_of(MODEL_CONFIGS["large"], "fp16", 256, half["weight_megabytes"])
-    assert memory["total"] == pytest.approx(sum(v for k, v in memory.items() if k != "total"))
-    benchmark.main(["roofline"])
-    text = capsys.readouterr().out
-    assert "| xxlarge | int8 |" in text and "not measured on this device" in text
-    assert "The largest that fits: xxlarge in fp32" in text
-
-
-def test_a_measurement_beside_the_floor(tmp_path, capsys):
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps({"machine": "NVIDIA Jetson Orin Nano", "arms": {
-        "tensorrt fp16": {"step_seconds": 0.005}, "onnxruntime fp16": {"step_seconds": 0.1}}}))
-    main(["roofline", "--measured", str(path)])
-    text = capsys.readouterr().out
-    assert "tensorrt fp16: a step takes 5.00 ms, measured" in text and "onnxruntime" not in text
-
-
 def test_percentile():
     assert percentile_95([1.0]) == 1.0 and percentile_95(list(map(float, range(1, 101)))) == 95.0
 
@@ -102,9 +73,7 @@ def test_percentile():
     (["device", "--length", "-1"], "0 or more"), (["device", "--bundle", "nowhere"], "no bundle"),
     (["device", "--length", "500"], "hold at most 254"), (["device", "--steps", "3"], "--steps"),
     (["device", "--power"], "--power: tegrastats"),
-    (["device", "--output", "nowhere/x.json"], "a folder that exists"),
-    (["roofline", "--nfe", "0"], "must be positive"),
-    (["roofline", "--measured", "nowhere.json"], "no such file")])
+    (["device", "--output", "nowhere/x.json"], "a folder that exists")])
 def test_mistakes(words, message, bundle, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if words[:1] == ["device"] and "--bundle" not in words:

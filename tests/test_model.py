@@ -7,6 +7,7 @@ import torch
 import model as model_module
 from cli import UserError
 from data_prep import BOS, EOS, MASK, PAD, load_meta, train_tokenizer
+from layers import rms_norm
 from model import (
     PRECISIONS,
     DiffusionTransformer,
@@ -51,21 +52,6 @@ def test_sizes(monkeypatch):
         blocks = config.layers * (12 * config.width ** 2 + 2 * config.width)
         assert counts[name] == (blocks + 8192 * config.width, blocks)
     assert list(counts) == ["micro", "tiny", "small", "medium", "large", "xlarge", "xxlarge"]
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_heads_look_at_their_neighbours_at_first(causal):
-    """Without content, each head of a new model puts its largest weight on its own neighbour."""
-    model = DiffusionTransformer(ModelConfig(width=256, heads=4, max_len=64, causal=causal))
-    attention = model.blocks[0].attention
-    q, k = (bias.detach().expand(4, 64, 64) for bias in (attention.query_bias, attention.key_bias))
-    q, k = (model_module.rotate(model_module.rms_norm(x), model.cos, model.sin) for x in (q, k))
-    scores = (q @ k.mT) / 8  # (4, 64, 64)
-    middle = range(8, 56)
-    best = [{int(scores[head, i].argmax()) - i for i in middle} for head in range(4)]
-    assert best == [{-1}, {-2}, {-3}, {-4}] if causal else [{-1}, {1}, {-2}, {2}]
-    plain = DiffusionTransformer(ModelConfig(neighbour_init=0.0))
-    assert not any("bias" in name for name, _ in plain.named_parameters())
 
 
 def test_unknown_size_and_impossible_shapes():
@@ -125,7 +111,7 @@ def test_every_position_sees_every_other_and_the_twin_only_the_past():
 def test_a_new_model_is_the_identity_in_its_blocks(tied, off):
     model = create_model("tiny", vocab_size=50, tied_head=tied)
     tokens = random_tokens()
-    expected = model_module.rms_norm(model_module.rms_norm(model.embedding(tokens)))
+    expected = rms_norm(rms_norm(model.embedding(tokens)))
     torch.testing.assert_close(model.hidden(tokens), expected)
     # and starts at log V nats for the ids that it may predict
     entropy = torch.distributions.Categorical(logits=model(tokens)).entropy()
@@ -146,22 +132,6 @@ def test_tied_head_shares_its_matrix():
     assert untied.count_parameters()[1] == tied.count_parameters()[1]
 
 
-@pytest.mark.parametrize("dropout, share", [(0.25, 0.25), (0.1, 26 / 256), (1e-6, 1 / 256),
-                                            (0.9999, 255 / 256)])
-def test_dropout_drops_its_share_and_keeps_the_mean(dropout, share):
-    torch.manual_seed(0)
-    factors = model_module.dropout_factors((2, 3, 99, 101), dropout, torch.ones(1))
-    assert factors.shape == (2, 3, 99, 101) and factors.dtype == torch.float32
-    assert factors.unique().tolist() == [0.0, pytest.approx(1 / (1 - share))]
-    dropped = (factors == 0).float().flatten()
-    error = (share * (1 - share) / len(dropped)) ** 0.5
-    assert abs(dropped.mean() - share) < 4 * error
-    # neighbours know nothing of each other
-    for distance in (1, 7, 8, 101):
-        both = (dropped[distance:] * dropped[:-distance]).mean()
-        assert abs(both - share ** 2) < 6 * (share ** 2 / len(dropped)) ** 0.5
-
-
 def test_dropout_acts_only_in_training():
     model, tokens = random_model(dropout=0.5), random_tokens()
     assert torch.equal(model(tokens), model(tokens))
@@ -177,23 +147,6 @@ def test_time_conditioning():
         model(tokens)
     # without it t is ignored
     assert torch.equal(random_model()(tokens, early), random_model()(tokens))
-
-
-def test_rotary_positions_are_relative():
-    q, k = torch.randn(2, 1, 1, 1, 32)
-    model = random_model()
-    scores = [(model_module.rotate(q, model.cos[i:i + 1], model.sin[i:i + 1])
-               * model_module.rotate(k, model.cos[j:j + 1], model.sin[j:j + 1])).sum()
-              for i, j in ((5, 2), (25, 22), (5, 3))]
-    torch.testing.assert_close(scores[0], scores[1])
-    assert abs(scores[0] - scores[2]) > 1e-3
-
-
-def test_bf16_attention_of_the_cpu_is_attention():
-    q, k, v = torch.randn(3, 2, 4, 16, 32, generator=torch.Generator().manual_seed(0))
-    expected = model_module.attention(q, k, v, causal=False)
-    actual = model_module.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=False)
-    torch.testing.assert_close(actual.float(), expected, atol=0.03, rtol=0.03)
 
 
 def test_precision_changes_the_computation_not_the_weights():

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+import layers
+from layers import ModelConfig
+from model import DiffusionTransformer
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_look_at_their_neighbours_at_first(causal):
+    """Without content, each head of a new model puts its largest weight on its own neighbour."""
+    model = DiffusionTransformer(ModelConfig(width=256, heads=4, max_len=64, causal=causal))
+    attention = model.blocks[0].attention
+    q, k = (bias.detach().expand(4, 64, 64) for bias in (attention.query_bias, attention.key_bias))
+    q, k = (layers.rotate(layers.rms_norm(x), model.cos, model.sin) for x in (q, k))
+    scores = (q @ k.mT) / 8  # (4, 64, 64)
+    middle = range(8, 56)
+    best = [{int(scores[head, i].argmax()) - i for i in middle} for head in range(4)]
+    assert best == [{-1}, {-2}, {-3}, {-4}] if causal else [{-1}, {1}, {-2}, {2}]
+    plain = DiffusionTransformer(ModelConfig(neighbour_init=0.0))
+    assert not any("bias" in name for name, _ in plain.named_parameters())
+
+
+@pytest.mark.parametrize("dropout, share", [(0.25, 0.25), (0.1, 26 / 256), (1e-6, 1 / 256),
+                                            (0.9999, 255 / 256)])
+def test_dropout_drops_its_share_and_keeps_the_mean(dropout, share):
+    torch.manual_seed(0)
+    factors = layers.dropout_factors((2, 3, 99, 101), dropout, torch.ones(1))
+    assert factors.shape == (2, 3, 99, 101) and factors.dtype == torch.float32
+    assert factors.unique().tolist() == [0.0, pytest.approx(1 / (1 - share))]
+    dropped = (factors == 0).float().flatten()
+    error = (share * (1 - share) / len(dropped)) ** 0.5
+    assert abs(dropped.mean() - share) < 4 * error
+    # neighbours know nothing of each other
+    for distance in (1, 7, 8, 101):
+        both = (dropped[distance:] * dropped[:-distance]).mean()
+        assert abs(both - share ** 2) < 6 * (share ** 2 / len(dropped)) ** 0.5
+
+
+def test_rotary_positions_are_relative():
+    q, k = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(0))
+    model = DiffusionTransformer(ModelConfig(width=64, heads=2, max_len=32))
+    scores = [(layers.rotate(q, model.cos[i:i + 1], model.sin[i:i + 1])
+               * layers.rotate(k, model.cos[j:j + 1], model.sin[j:j + 1])).sum()
+              for i, j in ((5, 2), (25, 22), (5, 3))]
+    torch.testing.assert_close(scores[0], scores[1])
+    assert abs(scores[0] - scores[2]) > 1e-3
+
+
+def test_bf16_attention_of_the_cpu_is_attention():
+    q, k, v = torch.randn(3, 2, 4, 16, 32, generator=torch.Generator().manual_seed(0))
+    expected = layers.attention(q, k, v, causal=False)
+    actual = layers.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=False)
+    torch.testing.assert_close(actual.float(), expected, atol=0.03, rtol=0.03)
