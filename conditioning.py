@@ -243,7 +243,7 @@ def figures(made: list[np.ndarray], pairs: Pairs, tokenizer, wanted: set[str],
 
 def generation(model: torch.nn.Module, pairs: Pairs, sampler: Sampler, guidances: list[float],
                tokenizer, wanted: set[str], twin: torch.nn.Module | None, seed: int,
-               plain: torch.nn.Module | None = None) -> tuple[dict, dict[str, list[str]]]:
+               plain: torch.nn.Module) -> tuple[dict, dict[str, list[str]]]:
     """{line of the table: its figures}, and the texts of every line but the real one's."""
     limit = model.encoder.config.max_len
     lines = {"real texts": figures(pairs.texts, pairs, tokenizer, wanted, twin)}
@@ -252,7 +252,7 @@ def generation(model: torch.nn.Module, pairs: Pairs, sampler: Sampler, guidances
         prompted = guidance is None  # the condition as a prompt
         name = "as a prompt" if prompted else f"guidance {guidance:g}"
         settings = dataclasses.replace(sampler, guidance=1.0 if prompted else guidance)
-        made = continuations((plain or model) if prompted else model, pairs, settings, seed, limit,
+        made = continuations(plain if prompted else model, pairs, settings, seed, limit,
                              prompted)
         lines[name] = figures(made, pairs, tokenizer, wanted, twin)
         texts[name] = [decode(tokenizer, row) for row in made]
@@ -262,7 +262,7 @@ def generation(model: torch.nn.Module, pairs: Pairs, sampler: Sampler, guidances
 def training_words(rows: TokenRows, tokenizer, limit: int = 20_000) -> set[str]:
     """`names_and_nouns` of the first rows of a split, conditions included."""
     conditions = rows.conditions()
-    both = (decode(tokenizer, conditions[i]) + decode(tokenizer, rows[i])
+    both = (decode(tokenizer, conditions[i]) + "\n" + decode(tokenizer, rows[i])
             for i in range(len(rows)))
     return names_and_nouns(islice(both, limit))
 

@@ -45,6 +45,7 @@ from data_prep import (
 from diffusion import DiscreteDiffusion, Nelbo, numpy_step
 from model import (
     PRECISIONS,
+    check_conditions,
     check_tokenizer,
     device_of,
     find_checkpoint,
@@ -96,7 +97,7 @@ class EvaluateConfig(Sampler):
         require(self.num_samples != 1, "--num_samples 1: self-BLEU needs at least 2 stories")
         other = self.sampling or self.infilling
         require(not (self.sampling and self.infilling), "--sampling and --infilling: choose one")
-        require(min(self.guidances) >= 0 and math.isfinite(max(self.guidances)),
+        require(all(math.isfinite(value) and value >= 0 for value in self.guidances),
                 "--guidances: must be 0 or more")
         require(self.num_samples or not other, "--sampling and --infilling compare stories: give "
                                                "--num_samples 2 or more")
@@ -158,6 +159,8 @@ def open_model(config: EvaluateConfig, path: Path, checkpoint: dict) -> tuple:
     device = pick_device(config.device)
     precision = pick_precision(device, config.precision)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(precision).for_inference()
+    if model.kind == "conditional":
+        check_conditions(path, model.encoder.config, rows.conditions())
     longest = int(rows.lengths.max())
     require(longest <= model.config.max_len, f"{data_dir} has rows of {longest} tokens, {path} was "
             f"trained on rows of at most {model.config.max_len}")
@@ -251,6 +254,8 @@ def open_beside(config: EvaluateConfig, path: str | None, kind: str, model: torc
     checkpoint = load_checkpoint(path, kind=kind)
     check_tokenizer(path, checkpoint, rows.data_dir, rows.meta)
     beside = model_from_checkpoint(checkpoint).to(device_of(model))
+    require(beside.config.max_len >= model.config.max_len, f"{path} was trained on rows of at most "
+            f"{beside.config.max_len} tokens, this model on up to {model.config.max_len}")
     beside.compute_dtype = model.compute_dtype
     return beside.for_inference()
 
@@ -283,37 +288,22 @@ def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, targ
 def evaluate_conditional(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path,
                          ) -> None:
     """What the condition is worth; writes `target` and a sheet of texts beside it."""
+    require(target.suffix != ".md", f"--output {target}: the sheet of texts gets that name; use "
+                                    ".json")
+    require(config.max_rows != 1, "--max_rows 1: a condition is compared with that of another row")
     model, rows, tokenizer = open_model(config, path, checkpoint)
     twin, plain = (open_beside(config, name, kind, model, rows) for name, kind in (
         (config.twin, "autoregressive"), (config.plain, "diffusion")))
-    longest = model.config.max_len
-    pairs = conditioning.Pairs(rows, tokenizer, longest)
-    scored = pairs.some(evenly_spread(config.max_rows or len(pairs), len(pairs)))
-    misled = scored.shuffled(config.seed)
-    fit = [i for i, row in enumerate(misled.prompted) if len(row) <= longest]
-    require(len(fit) > 1, f"{rows.data_dir}: no two texts fit into a row with a condition")
-    scored, misled = scored.some(fit), misled.some(fit)
-    arms = conditioning.bounds(model, scored, config.draws, config.seed, plain, misled)
-    arms |= conditioning.prompt_bounds(scored, misled, config.draws, config.seed, plain or model,
-                                       twin)
-    sizes = token_bytes(tokenizer)
-    own = arms["its own condition"]
+    plain = plain or model
+    pairs = conditioning.Pairs(rows, tokenizer, model.config.max_len)
+    arms, scored = condition_likelihood(config, model, rows, tokenizer, pairs, plain, twin)
+    told = pairs.some(np.random.default_rng(config.seed).permutation(len(pairs))
+                      [:config.num_samples])
     result = {"checkpoint": str(path), "kind": checkpoint["kind"], "step": checkpoint.get("step"),
-              "data": rows.meta["source"], "split": config.split, "texts": len(scored),
-              "plain": config.plain, "judge": config.twin, "config": dataclasses.asdict(config),
-              "likelihood": {}, "generation": {}}
-    for name, arm in arms.items():
-        better, error = conditioning.gain(arms[conditioning.OWN.get(name, "its own condition")],
-                                          arm)
-        family = Autoregressive() if name.endswith("twin") else DiscreteDiffusion()
-        numbers = likelihood(arm, scored.texts, family.extra_nats(rows.meta, scored.texts), sizes)
-        result["likelihood"][name] = {
-            "nats_per_token": arm.nats_per_token, "standard_error": arm.standard_error,
-            "bits_per_byte": numbers["bits_per_byte"],
-            **({} if arm is own else {"gain": better, "gain_standard_error": error})}
-    if config.num_samples:
-        told = pairs.some(np.random.default_rng(config.seed).permutation(len(pairs))
-                          [:config.num_samples])
+              "data": rows.meta["source"], "split": config.split, "texts": scored,
+              "stories": len(told), "plain": config.plain, "judge": config.twin,
+              "config": dataclasses.asdict(config), "likelihood": arms, "generation": {}}
+    if len(told):
         wanted = conditioning.training_words(TokenRows(rows.data_dir, "train"), tokenizer)
         result["generation"], texts = conditioning.generation(
             model, told, config, config.guidances, tokenizer, wanted, twin, config.seed, plain)
@@ -321,10 +311,36 @@ def evaluate_conditional(config: EvaluateConfig, path: Path, checkpoint: dict, t
             file.write(conditioning.sheet([decode(tokenizer, ids) for ids in told.told], texts))
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
-    print(f"{path}, step {result['step']}; {len(scored)} texts of {config.split} of one row with "
-          f"their condition, {config.draws} masks each, {config.steps} steps, temperature "
-          f"{config.temperature:g}, top_p {config.top_p:g}, seed {config.seed}\n\n"
+    print(f"{path}, step {result['step']}; {scored} texts of {config.split} of one row with a "
+          f"condition, {config.draws} masks each; {len(told)} stories, {config.steps} steps, "
+          f"temperature {config.temperature:g}, top_p {config.top_p:g}, seed {config.seed}\n\n"
           f"{conditioning.tables(result)}\n\nwrote {target}")
+
+
+def condition_likelihood(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows, tokenizer,
+                         pairs: conditioning.Pairs, plain: torch.nn.Module,
+                         twin: torch.nn.Module | None) -> tuple[dict, int]:
+    """The bound in every arm, and how many texts were scored: those that also fit into a row with
+    the condition of another."""
+    chosen = pairs.some(evenly_spread(config.max_rows or len(pairs), len(pairs)))
+    misled = chosen.shuffled(config.seed)
+    fit = [i for i, row in enumerate(misled.prompted) if len(row) <= model.config.max_len]
+    require(len(fit) > 1, f"{rows.data_dir}: no two texts fit into a row with a condition")
+    scored, misled = chosen.some(fit), misled.some(fit)
+    bounds = conditioning.bounds(model, scored, config.draws, config.seed, plain, misled)
+    bounds |= conditioning.prompt_bounds(scored, misled, config.draws, config.seed, plain, twin)
+    arms, sizes = {}, token_bytes(tokenizer)
+    for name, bound in bounds.items():
+        family = Autoregressive() if name.endswith("twin") else DiscreteDiffusion()
+        numbers = likelihood(bound, scored.texts, family.extra_nats(rows.meta, scored.texts), sizes)
+        arms[name] = {"nats_per_token": bound.nats_per_token,
+                      "standard_error": bound.standard_error,
+                      "bits_per_byte": numbers["bits_per_byte"]}
+        if name != "its own condition":
+            own = bounds[conditioning.OWN.get(name, "its own condition")]
+            arms[name] |= dict(zip(("gain", "gain_standard_error"), conditioning.gain(own, bound),
+                                   strict=True))
+    return arms, len(scored)
 
 
 def check_used(config: EvaluateConfig, kind: str, given: set[str]) -> None:

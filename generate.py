@@ -16,8 +16,9 @@ speed; with --json one JSON object a line, and the speed on stderr. Three storie
 the small model take about 10 s on 2 CPU cores in FP32.
 
 A model with a condition (train.py --stage 2) goes on from the sentence that it is given;
---conditions reads one a line, or the key "condition" of a .jsonl file. Without one it is the model
-that it was before.
+--conditions reads one a line of a .txt file, or the key "condition" of a .jsonl file. Without one
+the network is that of before stage 2; the lengths drawn are those of the texts that follow a
+condition.
 """
 
 import json
@@ -54,7 +55,8 @@ class GenerateConfig(Sampler):
     preset: str | None = flag(None, "a sampler chosen from the README's table: fast, balanced or "
                                     "best; flags beside it change it", tuple(PRESETS))
     num_samples: int = flag(3, "stories to make")
-    prompt: str | None = flag(None, "how the story begins")
+    prompt: str | None = flag(None, "how the story begins; with a condition that is its first "
+                                    'sentence, " Then" with the space between them')
     infill: str | None = flag(None, "a text with gaps: [MASK:n] hides n tokens")
     condition: str | None = flag(None, "what the story follows from, for a model of train.py "
                                        "--stage 2 or 3")
@@ -105,10 +107,12 @@ class GenerateConfig(Sampler):
 
 def read_conditions(path: Path) -> list[str]:
     """One a line, or the key "condition" of every line of a .jsonl file."""
+    suffix = path.suffix.lower()
+    require(suffix in (".txt", ".jsonl"), f"--conditions {path}: use a .txt file, one condition a "
+                                          'line, or a .jsonl file with the key "condition"')
     try:
         lines = ([text for text, in read_json_lines(path, ("condition",))]
-                 if path.suffix == ".jsonl" else
-                 path.read_text(encoding="utf-8-sig").splitlines())
+                 if suffix == ".jsonl" else path.read_text(encoding="utf-8-sig").split("\n"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8"
                         ) from error
@@ -163,8 +167,11 @@ def build_rows(config: GenerateConfig, tokenizer: "Tokenizer", histogram: dict, 
     """`count` rows to fill, each (length,) int64 with [MASK] where text is wanted."""
     if config.infill is not None:
         return [infill_row(config.infill, tokenizer, max_len)] * count
-    # As in training: no white space around a story, and a word brings the space before it.
-    ids = tokenizer.encode((config.prompt or "").strip()).ids
+    # As in training: no white space around a story, and a word brings the space before it; what
+    # follows a first sentence begins with one.
+    prompt = (config.prompt or "").rstrip()
+    told = config.condition is not None or config.conditions is not None
+    ids = tokenizer.encode(prompt if told else prompt.lstrip()).ids
     longest = max_len - 2  # [BOS] and [EOS]
     require(config.length is None or config.length <= longest,
             f"--length {config.length}: this model's rows hold at most {longest} tokens of text")

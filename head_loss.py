@@ -36,7 +36,8 @@ class _HeadLoss(torch.autograd.Function):
         used = weight.to(hidden.dtype)
         # Both gradients are kept in FP32: they are sums, and small ones vanish in FP16.
         to_hidden = torch.empty_like(hidden, dtype=torch.float32)  # (M, D)
-        to_weight = torch.zeros_like(weight, dtype=torch.float32)  # (V, D)
+        to_weight = (torch.zeros_like(weight, dtype=torch.float32)  # (V, D)
+                     if ctx.needs_input_grad[1] else None)  # a frozen head needs none
         nats = torch.empty_like(row_weights)  # (M,)
         for part in chunks(hidden):
             h, scale, y = hidden[part], row_weights[part, None], targets[part, None]
@@ -45,6 +46,8 @@ class _HeadLoss(torch.autograd.Function):
             slope = p.exp_().scatter_add_(1, y, -torch.ones_like(scale)).to(h.dtype)
             # The weight joins the side that is smaller by V / D; in FP16 it would lose the slope.
             torch.mul(slope @ used, scale, out=to_hidden[part])
+            if to_weight is None:
+                continue
             to_weight.addmm_(slope.T, h * scale) if h.dtype == torch.float32 else to_weight.add_(
                 slope.T @ (h * scale).to(h.dtype))
         ctx.save_for_backward(to_hidden, to_weight)
@@ -54,7 +57,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         to_hidden, to_weight = ctx.saved_tensors
-        return (to_hidden * gradient).to(ctx.dtype), to_weight * gradient, None, None, None
+        return ((to_hidden * gradient).to(ctx.dtype),
+                None if to_weight is None else to_weight * gradient, None, None, None)
 
 
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, row_weights: Tensor,

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import UserError, atomic_file, require
-from data_prep import EOS, PAD, load_tokenizer, sha256
+from data_prep import EOS, PAD, TokenRows, load_tokenizer, sha256
 from head_loss import head_loss, head_scores
 from layers import (
     Block,
@@ -285,8 +285,8 @@ class ConditionalTransformer(DiffusionTransformer):
         the cross-attention its queries, keys and values, so that the condition is first read as if
         it stood before the text. Both must have the same width.
         """
-        own = self.encoder.state_dict()
-        self.encoder.load_state_dict({name: self.state_dict()[name] for name in own})
+        learned = self.state_dict()
+        self.encoder.load_state_dict({name: learned[name] for name in self.encoder.state_dict()})
         for block in self.blocks:
             for name in ("query", "key", "value"):
                 getattr(block.cross, name).load_state_dict(
@@ -436,6 +436,14 @@ def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTr
 
 def tokenizer_from_checkpoint(checkpoint: dict):
     return load_tokenizer(checkpoint["tokenizer"])
+
+
+def check_conditions(path: str | Path, encoder: ModelConfig, told: TokenRows) -> None:
+    """Refuses conditions that are longer than what the encoder of a checkpoint reads."""
+    longest = int(told.lengths.max())
+    require(longest <= encoder.max_len, f"{told.data_dir} has conditions of up to {longest} "
+            f"tokens, {path} reads at most {encoder.max_len}: prepare them with --condition_len "
+            f"{encoder.max_len}")
 
 
 def check_tokenizer(path: str | Path, checkpoint: dict, data_dir: str | Path, meta: dict) -> None:

@@ -18,8 +18,9 @@ import dataclasses
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from cli import UserError, flag, parse, require, run
@@ -52,12 +53,16 @@ class PairConfig:
     output_dir: str = flag("data_pairs", "folder to write")
     condition_len: int = flag(64, "longest condition in tokens, [BOS] and [EOS] included, a "
                                   "multiple of 16")
-    max_stories: int | None = flag(None, "stories or pairs to read at most, of each split")
+    max_stories: int | None = flag(None, "stories or pairs to read at most, of each split "
+                                        "where there are two")
     valid_fraction: float = flag(0.05, "share held out where there is no validation split")
     overwrite: bool = flag(False, "replace an output folder that is already there")
 
     def check(self) -> None:
         check_row_length("--condition_len", self.condition_len)
+        require(Path(self.output_dir).resolve() != Path(self.data_dir).resolve(),
+                f"--output_dir {self.output_dir}: that is the --data_dir, which would be replaced; "
+                "name another folder")
         require(self.max_stories is None or self.max_stories > 0,
                 f"--max_stories {self.max_stories}: must be positive")
         require(0 < self.valid_fraction < 1, f"--valid_fraction {self.valid_fraction}: must lie "
@@ -95,7 +100,8 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 
     A mark ends no sentence inside quotes that are still open, before a small letter or a speaker
     ("Stop!" said Tom.), in an abbreviation, an initial or a number. A blank line always does, also
-    where somebody forgot to close the quotes.
+    where somebody forgot to close the quotes. Single quotes do not count as open: most of them are
+    apostrophes.
     """
     spans, start = [], 0
     for paragraph in re.finditer(r"(?:.|\n(?!\s*\n))+", text):
@@ -114,7 +120,7 @@ def _sentence_ends(text: str, start: int, stop: int) -> Iterator[int]:
         sentence, after = text[start:mark.end()], text[mark.end():stop]
         straight = sentence.count('"') % 2
         curly = sentence.count("\u201c") > sentence.count("\u201d")
-        quoted = mark[0][-1] in "\"\u201d"
+        quoted = mark[0][-1] in "\"\u201d'\u2019"
         if (not after[:1].isspace() or straight or curly or after.lstrip()[:1].islower()
                 or _ABBREVIATION.search(sentence)
                 or quoted and _SPEAKER.match(after)):
@@ -147,28 +153,22 @@ def read_pairs(config: PairConfig, tokenizer) -> Iterator[tuple[str, str, str]]:
     """Yields ("train" or "val", condition, text)."""
     if config.pairs:
         try:
-            for condition, text in read_json_lines(Path(config.pairs), ("condition", "text")):
+            for condition, text in islice(
+                    read_json_lines(Path(config.pairs), ("condition", "text")),
+                    config.max_stories):
                 condition, text = condition.strip(), text.strip()
                 yield side_of(text, config.valid_fraction), condition, text
         except UnicodeDecodeError as error:
             raise UserError(f"{config.pairs} is not UTF-8 text ({error.reason}); convert it to "
                             "UTF-8") from error
         return
-    stories = (read_stories(config.source, config.valid_source, config.valid_fraction, None)
+    stories = (read_stories(config.source, config.valid_source, config.valid_fraction,
+                            config.max_stories)
                if config.source else
-               ((split, text) for split in SPLITS
-                for text in stories_of(config.data_dir, split, tokenizer)))
+               ((split, text) for split in SPLITS for text in
+                islice(stories_of(config.data_dir, split, tokenizer), config.max_stories)))
     for split, story in stories:
         yield split, *first_sentence(story)
-
-
-def at_most(pairs: Iterable[tuple[str, str, str]], limit: int | None,
-            ) -> Iterator[tuple[str, str, str]]:
-    seen = Counter()
-    for pair in pairs:
-        seen[pair[0]] += 1
-        if limit is None or seen[pair[0]] <= limit:
-            yield pair
 
 
 def why_dropped(condition: str, text: str, length: int, config: PairConfig) -> str | None:
@@ -191,8 +191,7 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
     told = {split: SplitWriter(folder, f"{split}_condition", config.condition_len)
             for split in SPLITS}
     dropped = {split: Counter() for split in SPLITS}
-    pairs = at_most(read_pairs(config, tokenizer), config.max_stories)
-    both = ((split, part) for split, *parts in pairs for part in parts)
+    both = ((split, part) for split, *parts in read_pairs(config, tokenizer) for part in parts)
     encoded = tokenize_batches(both, tokenizer)  # condition, text, condition, text ...
     with tqdm(desc="tokenizing", unit=" pairs", disable=None) as bar:
         for (split, condition, ids), (_, text, text_ids) in zip(encoded, encoded, strict=True):

@@ -197,7 +197,7 @@ class Kept:
     Each alone, so that a story does not depend on its batch. Those of the last `SIZE` rows stay.
     """
 
-    SIZE = 256
+    SIZE = 32
 
     def __init__(self, make: Callable[[int], Any]):
         self.make, self.known = make, {}

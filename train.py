@@ -54,6 +54,7 @@ from model import (
     ConditionalTransformer,
     DiffusionTransformer,
     ModelConfig,
+    check_conditions,
     check_tokenizer,
     create_model,
     load_checkpoint,
@@ -166,6 +167,8 @@ class Trainer:
             encoder = ModelConfig(**source["encoder_config"])
             require(config.encoder_config is None or checkpoint, f"--encoder_config: {path} has an "
                                                                  "encoder already; leave it out")
+            for told in (self.told, self.valid_told):
+                check_conditions(path, encoder, told)
         else:
             encoder = dataclasses.replace(
                 size_of(config.encoder_config, vocab_size=decoder.vocab_size)
@@ -403,12 +406,12 @@ class Trainer:
 
     def stories(self) -> list[str]:
         """`num_samples` stories, the same noise every time, so that progress shows."""
-        config = self.config
-        told = None
-        if self.valid_told is not None and config.num_samples:
-            told = self.valid_told.batch(evenly_spread(config.num_samples, len(self.valid)))
-        filled = tell_stories(self.average, self.meta["length_histogram"], config.sampler(),
-                              config.num_samples, config.seed, told)
+        config, count, told = self.config, self.config.num_samples, None
+        if self.valid_told is not None and count:
+            count = min(count, len(self.valid))
+            told = self.valid_told.batch(evenly_spread(count, len(self.valid)))
+        filled = tell_stories(self.average, self.meta["length_histogram"], config.sampler(), count,
+                              config.seed, told)
         texts = [decode(self.tokenizer, row) for row in filled]
         if told is not None:
             texts = [f"({decode(self.tokenizer, condition)}) {text}"
@@ -531,6 +534,10 @@ def make_trainer(config: TrainConfig, given: set[str], processes: Processes) -> 
         return Trainer(*resumed_config(config, given), processes)
     folder = Path(config.checkpoint_dir)
     check_writable(folder, "--checkpoint_dir")
+    source = config.decoder_checkpoint
+    require(source is None or Path(source).resolve().parent != folder.resolve(),
+            f"--checkpoint_dir {folder}: --decoder_checkpoint lies there and would be replaced; "
+            "name another folder")
     if not config.overwrite:
         clear_folder(folder, overwrite=False)
     if processes.main:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 from conftest import SMALL, TableModel, chi_squared_p
 from test_train import STATE, argv, same
 
+import evaluate
 import generate
 import model as model_module
+import prep_conditional_data
 import train
 from cli import Stopped
 from data_prep import BOS, EOS, MASK, PAD
@@ -188,7 +191,7 @@ def test_guidance_1_is_the_conditional_and_0_the_unconditional_model(sampler):
         config, head = model.config, staticmethod(model.head)
 
         def hidden(self, tokens, t=None):
-            rows = always if len(tokens) == 4 else pytest.skip("rows left the batch")
+            rows = always if len(tokens) == 4 else pytest.fail("rows left the batch")
             return given(model, tokens, t, rows)
     if sampler.pace in ("cosine", "linear"):
         assert told(1.0) == [row.tolist() for row in fill(
@@ -379,14 +382,52 @@ def test_an_encoder_of_another_size(settings):
     (dict(objective="autoregressive"), "the autoregressive twin takes no condition"),
     (dict(encoder_config="huge"), "unknown size"),
     (dict(data_dir="nowhere"), "prep_conditional_data.py"),
-    (dict(data_dir="plain"), "has no conditions")])
+    (dict(data_dir="plain"), "has no conditions"),
+    (dict(checkpoint_dir="its own"), "--decoder_checkpoint lies there and would be replaced")])
 def test_bad_settings(changes, message, settings, long_data_dir, fails, tmp_path):
-    changes = {name: str(long_data_dir) if value == "plain" else value
-               for name, value in changes.items()}
+    places = {"plain": str(long_data_dir), "its own": Path(settings["decoder_checkpoint"]).parent}
+    changes = {name: places.get(value, value) for name, value in changes.items()}
     words = argv({name: value for name, value in {**settings, **changes}.items()
                   if value is not None})
     assert message in fails(train.main, *words)
     assert not (tmp_path / "stage2").exists()
+
+
+def test_conditions_longer_than_an_encoder_reads(settings, conditional_checkpoint, long_data_dir,
+                                                 tmp_path, fails):
+    lines = [{"condition": "Tom ran " * 12, "text": f"The story of number {i}."} for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    prep_conditional_data.main(["--data_dir", str(long_data_dir), "--pairs",
+                                str(tmp_path / "mine.jsonl"), "--valid_fraction", "0.2",
+                                "--output_dir", str(tmp_path / "pairs")])
+    settings |= dict(data_dir=tmp_path / "pairs", stage=3,
+                     decoder_checkpoint=conditional_checkpoint)
+    words = "reads at most 32: prepare them with --condition_len 32"
+    assert words in fails(train.main, *argv(settings))
+    assert not (tmp_path / "stage2").exists()
+    assert words in fails(evaluate.main, "--checkpoint", conditional_checkpoint, "--data_dir",
+                          tmp_path / "pairs", "--output", tmp_path / "x.json")
+
+
+def test_every_row_of_a_batch_comes_with_its_own_condition(settings):
+    trainer = Trainer(TrainConfig(**settings))
+    told = {tuple(row): tuple(trainer.told[i]) for i, row in enumerate(trainer.rows)}
+    assert len(set(told.values())) > 20
+    for _ in range(5):
+        batch = trainer.loader.next().corrupted
+        for row, condition in zip(batch.tokens.numpy(), batch.condition.numpy(), strict=True):
+            assert told[tuple(row[row != PAD])] == tuple(condition[condition != PAD])
+    asked = []
+    trainer.average.encode = lambda rows: asked.append(rows) or None
+    trainer.valid_bound()
+    chosen = [i for part in trainer.valid_batches for i in part]
+    rows = [tuple(row[row != PAD]) for batch in asked for row in batch.numpy()]
+    assert set(rows) == {tuple(trainer.valid_told[i]) for i in chosen}
+
+
+def test_no_more_stories_are_shown_than_there_are_conditions(settings):
+    trainer = Trainer(TrainConfig(**{**settings, "num_samples": 1000}))
+    assert len(trainer.stories()) == len(trainer.valid) < 1000
 
 
 def test_a_stage_is_resumed_as_that_stage(settings, fails):
@@ -447,6 +488,8 @@ def test_prompts_and_gaps_go_with_a_condition(call):
     told = ["--condition", "Tom ran.", "--guidance", 1.5, "--num_samples", 2]
     for line in call(*told, "--prompt", "Then Tom", "--length", 30)[0]:
         assert line["text"].startswith("Then Tom")
+    for line in call(*told, "--prompt", " Then Tom", "--length", 30)[0]:
+        assert line["text"].startswith(" Then Tom")
     for line in call(*told, "--infill", "Tom [MASK:4] home.")[0]:
         assert line["text"].startswith("Tom") and line["text"].endswith(" home.")
 
@@ -471,7 +514,9 @@ def test_bad_conditions(words, message, conditional_checkpoint, fails):
 def test_bad_condition_files(conditional_checkpoint, tmp_path, fails):
     for name, content, message in (("a.txt", b"\n \n", "holds no condition"),
                                    ("b.txt", b"\xff\xfe", "not UTF-8"),
-                                   ("c.jsonl", b'{"text": "x"}', "line 1: expected")):
+                                   ("c.jsonl", b'{"text": "x"}', "line 1: expected"),
+                                   ("d.json", b'{"condition": "x"}', "use a .txt file"),
+                                   ("E.JSONL", b'{"text": "x"}', "line 1: expected")):
         (tmp_path / name).write_bytes(content)
         assert message in fails(generate.main, "--checkpoint", conditional_checkpoint,
                                 "--conditions", tmp_path / name)

@@ -9,7 +9,7 @@ from test_conditional import small_conditional
 import conditioning
 from autoregressive import Autoregressive
 from conditioning import Pairs, bounds, gain, names_and_nouns, taken_up
-from data_prep import BOS, EOS, TokenRows
+from data_prep import BOS, EOS, TokenRows, decode
 from diffusion import DiscreteDiffusion
 from evaluate import main
 from model import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
@@ -33,6 +33,16 @@ def test_take_up_is_the_share_of_the_wanted_words():
     assert taken_up(["Lily has a key.", "A big dog ate berries."],
                     ["Lily's keys were old.", "The cat ran."], wanted) == pytest.approx(2 / 4)
     assert taken_up(["Nothing"], ["else"], wanted) == 0
+
+
+def test_training_words_of_conditions_do_not_run_into_the_texts(pairs_dir, checkpoint, monkeypatch):
+    tokenizer = tokenizer_from_checkpoint(load_checkpoint(checkpoint))
+    told = []
+    monkeypatch.setattr(conditioning, "names_and_nouns", lambda texts: told.extend(texts))
+    rows = TokenRows(pairs_dir, "train")
+    conditioning.training_words(rows, tokenizer, limit=5)
+    assert told == [decode(tokenizer, rows.conditions()[i]) + "\n" + decode(tokenizer, rows[i])
+                    for i in range(5)]
 
 
 def test_pairs_fit_into_a_row_with_their_condition(pairs_dir, pairs):
@@ -150,9 +160,21 @@ def test_the_evaluation_of_a_conditional_model(conditional_checkpoint, checkpoin
     (["--sampling"], "--sampling: without effect for a model with a condition"),
     (["--guidance", "2"], "--guidance: without effect for a model with a condition"),
     (["--guidances", "-1"], "must be 0 or more"),
+    (["--guidances", "1", "nan"], "must be 0 or more"),
+    (["--max_rows", "1"], "compared with that of another row"),
+    (["--output", "x.md"], "the sheet of texts gets that name"),
     (["--twin", "nowhere.pt"], "no checkpoint nowhere.pt")])
 def test_bad_flags(words, message, conditional_checkpoint, fails):
     assert message in fails(main, "--checkpoint", conditional_checkpoint, *words)
+
+
+def test_a_model_of_shorter_rows_cannot_stand_beside(conditional_checkpoint, twin, fails, tmp_path):
+    short = load_checkpoint(twin, kind="autoregressive")
+    short["model_config"]["max_len"] = 64
+    torch.save(short, tmp_path / "short.pt")
+    assert "was trained on rows of at most 64 tokens, this model on up to 256" in fails(
+        main, "--checkpoint", conditional_checkpoint, "--twin", tmp_path / "short.pt", "--output",
+        tmp_path / "x.json")
 
 
 def test_flags_of_conditions_belong_to_models_with_one(checkpoint, fails):

@@ -36,6 +36,15 @@ def test_loss_and_gradients_are_those_of_the_plain_cross_entropy(count):
         torch.testing.assert_close(tensor.grad, 3 * gradient)
 
 
+def test_a_frozen_head_gets_no_gradient_and_changes_no_other():
+    values = inputs(CPU_CHUNK + 3)
+    head_loss(*values).backward()
+    expected = values[0].grad.clone()
+    values[0].grad = values[1].grad = None
+    head_loss(values[0], values[1].detach(), *values[2:]).backward()
+    assert torch.equal(values[0].grad, expected) and values[1].grad is None
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_low_precision_stays_close(dtype, tolerance):
     values = inputs(300, dtype)

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+import sources
 from data_prep import (
     BOS,
     EOS,
@@ -30,6 +31,7 @@ def prepare(data_dir, tmp_path, capsys):
 @pytest.mark.parametrize(("text", "sentences"), [
     ('"Hello!" said Tom. He ran.', ['"Hello!" said Tom.', "He ran."]),
     ('"Hello!" Tom said. He ran.', ['"Hello!" Tom said.', "He ran."]),
+    ("'Hello!' Tom said. He ran.", ["'Hello!' Tom said.", "He ran."]),
     ('"Stop! Come here," said the old man. Tom did.',
      ['"Stop! Come here," said the old man.', "Tom did."]),
     ('"What?!" the little boy asked. Yes.', ['"What?!" the little boy asked.', "Yes."]),
@@ -124,6 +126,14 @@ def test_at_most_so_many(prepare):
     assert [meta["splits"][split]["stories"] for split in ("train", "val")] == [7, 7]
 
 
+def test_no_more_is_read_than_asked_for(prepare, monkeypatch):
+    read = []
+    monkeypatch.setattr(sources, "read_hub", lambda split: (
+        read.append(i) or f"Story {i} of {split}. The end." for i in range(500)))
+    prepare("--source", "tinystories", "--max_stories", 5)
+    assert len(read) <= 12
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["--data_dir", "nowhere"], "no data in nowhere"),
     (["--condition_len", "20"], "multiple of 16"),
@@ -133,9 +143,11 @@ def test_at_most_so_many(prepare):
     (["--source", "nowhere.txt"], "no such file"),
     (["--valid_fraction", "0.5"], "leave it out"),
     (["--valid_fraction", "1", "--source", "sample"], "between 0 and 1"),
-    (["--max_stories", "0"], "must be positive")])
+    (["--max_stories", "0"], "must be positive"),
+    (["--data_dir", "{folder}"], "that is the --data_dir, which would be replaced")])
 def test_bad_input(argv, message, data_dir, tmp_path, fails):
     folder = tmp_path / "pairs"
+    argv = [word.format(folder=folder) for word in argv]
     assert message in fails(main, "--data_dir", data_dir, "--output_dir", folder, *argv)
     assert not list(tmp_path.iterdir())
 
