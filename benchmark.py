@@ -26,6 +26,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import multiprocessing
 import statistics
 import sys
 import time
@@ -271,8 +272,14 @@ def memory_of(config: Benchmark, arm: str, results) -> None:
 
 
 def measure_memory(config: Benchmark, arm: str) -> int | None:
-    return benchmark_device.in_a_process(memory_of, config, arm,
-                                         what=f"measures the memory of {arm}")
+    """`memory_of` in a process of its own; a fork would inherit this process's memory."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    child = context.Process(target=memory_of, args=(config, arm, results))
+    child.start()
+    child.join()
+    require(child.exitcode == 0, f"the process that measures the memory of {arm} failed; see above")
+    return results.get()
 
 
 def run_benchmark(config: Benchmark) -> dict:

@@ -15,7 +15,6 @@ measured. Writes device_benchmark.json and device_benchmark.png.
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -27,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from engine_runtime import Bundle, read_bundle
 from sampler import Sampler, blank_story, draw_length, fill
 
 NOT_MEASURED = "not measured"
+POWER_SECONDS = 2.0  # for which stories are told while tegrastats prints ten readings a second
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Board:
         if memory:
             self.megabytes.append(int(memory[1]))
 
+
     def figures(self) -> dict:
         return {"watts": statistics.mean(self.watts) if self.watts else None,
                 "board_megabytes": max(self.megabytes) if self.megabytes else None}
@@ -112,14 +114,19 @@ def board_name() -> str:
 
 def arms_of(config: DeviceBenchmark) -> dict[str, str]:
     """{name: file} of all graphs and engines of the bundle, and of the checkpoint."""
-    folder = Path(config.bundle)
-    files = read_bundle(folder)["files"]
-    arms = {f"onnxruntime {name}": str(folder / entry["name"]) for name, entry in files.items()
-            if name != "encoder"}
-    arms |= {f"tensorrt {path.stem.removeprefix('step_')}": str(path)
-             for path in sorted(folder.glob("*.engine"))}
+    steps = {name: Path(config.bundle) / entry["name"] for name, entry
+             in read_bundle(Path(config.bundle))["files"].items() if name != "encoder"}
+    arms = {}
+    if find_spec("onnxruntime"):
+        arms = {f"onnxruntime {name}": str(path) for name, path in steps.items()}
+    else:
+        print(f"ONNX Runtime is not installed: its arms are {NOT_MEASURED}")
+    engines = {name: path.with_suffix(".engine") for name, path in steps.items()}
+    arms |= {f"tensorrt {name}": str(path) for name, path in engines.items() if path.is_file()}
     if config.checkpoint:
         arms["torch fp32"] = config.checkpoint
+    require(arms, f"nothing to time in {config.bundle}: build an engine (`python export_jetson.py "
+                  "--build_engine step_fp16.onnx`), or pip install onnxruntime")
     return arms
 
 
@@ -134,30 +141,32 @@ def open_arm(path: str) -> Callable[[Sampler], Any]:
     return lambda sampler: numpy_step(model, dataclasses.replace(sampler, top_k=64))
 
 
-def alone(config: DeviceBenchmark, path: str, results: Any) -> None:
-    """Cold start and peak memory of one arm, into a queue."""
-    started = time.perf_counter()
-    make = open_arm(path)
+def alone(config: DeviceBenchmark, path: str) -> tuple[float, float | None]:
+    """Seconds from the start of a process to its first token, and its peak memory in MB, of one arm
+    in a process that does nothing else."""
+    code = "import benchmark_device, sys; benchmark_device.start_alone(*sys.argv[1:])"
+    started = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", code, path, json.dumps(dataclasses.asdict(config))],
+        stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
+    require(done.returncode == 0, f"the process that starts {path} failed; see above")
+    told, peak = json.loads(done.stdout)
+    return told - started, peak
+
+
+def start_alone(path: str, config: str) -> None:
+    """The process of `alone`: prints when the first step was done, and its peak memory."""
+    config = DeviceBenchmark(**json.loads(config))
+    make, row = open_arm(path), row_of(config)
     sampler = dataclasses.replace(plain_sampler(config), steps=1)
-    fill(make(sampler), [row_of(config)], sampler, config.seed)
-    seconds = time.perf_counter() - started
+    fill(make(sampler), [row], sampler, config.seed)
+    told = time.time()
     sampler = dataclasses.replace(sampler, steps=4)
-    fill(make(sampler), [row_of(config)], sampler, config.seed)
+    fill(make(sampler), [row], sampler, config.seed)
     status = Path("/proc/self/status")
     peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
-    results.put((seconds, int(peak[1]) / 1e3 if peak else None))
-
-
-def in_a_process(call: Callable, *arguments: Any, what: str) -> Any:
-    """What `call(*arguments, queue)` puts into the queue, called in a process of its own; a fork
-    would inherit this process's memory."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    child = context.Process(target=call, args=(*arguments, results))
-    child.start()
-    child.join()
-    require(child.exitcode == 0, f"the process that {what} failed; see above")
-    return results.get()
+    print(json.dumps([told, int(peak[1]) / 1e3 if peak else None]))
 
 
 def plain_sampler(config: DeviceBenchmark) -> Sampler:
@@ -178,47 +187,68 @@ def percentile_95(values: list[float]) -> float:
 
 def measure(config: DeviceBenchmark) -> dict:
     """Everything that device_benchmark.json holds."""
+    require(not config.power or shutil.which("tegrastats"),
+            "--power: tegrastats is not here; leave it out")
     arms, contents = arms_of(config), read_bundle(Path(config.bundle))
     row, base = row_of(config), plain_sampler(config)
     result = {"machine": board_name(), "bundle": config.bundle, "tokens": len(row) - 2,
+              "model_config": contents["model_config"], "length": contents["length"],
               "config": dataclasses.asdict(config), "arms": {}}
-    makers, times = {}, {name: {nfe: [] for nfe in config.nfe} for name in arms}
-    steps: dict[str, list[float]] = {name: [] for name in arms}
-    boards = {name: Board() for name in arms}
-    for name, path in arms.items():
-        makers[name] = open_arm(path)
-    for turn in range(config.repeats + 1):  # the first one warms up
-        for name, make in makers.items():
-            for nfe in config.nfe:
-                sampler = dataclasses.replace(base, steps=nfe)
-                step = timed_step(make(sampler), steps[name] if turn else [])
-                with boards[name]:
-                    started = time.perf_counter()
-                    fill(step, [row], sampler, config.seed + turn)
-                    seconds = time.perf_counter() - started
-                if turn:
-                    times[name][nfe].append(seconds)
-    for name, path in arms.items():
-        cold, peak = in_a_process(alone, config, path, what=f"starts {path}")
-        board = boards[name].figures()
-        require(not config.power or board["watts"], "--power: tegrastats is not here or told no "
-                                                    "VDD_IN; leave it out")
+    for name, path in arms.items():  # while nothing else is loaded
+        with Board() as board:
+            cold, peak = alone(config, path)
         precision = name.split()[-1]
         report = contents["reports"].get(precision, {}) if "torch" not in name else {
             "nelbo": contents["reports"].get("fp32", {}).get("nelbo_torch_fp32")}
         result["arms"][name] = {
-            "step_seconds": statistics.median(steps[name]),
-            "step_seconds_p95": percentile_95(steps[name]), "cold_start_seconds": cold,
-            "process_megabytes": peak, **board, "nelbo": report.get("nelbo"),
-            "megabytes": report.get("megabytes"),
+            "cold_start_seconds": cold, "process_megabytes": peak,
+            "board_megabytes": board.figures()["board_megabytes"],
+            "nelbo": report.get("nelbo"), "megabytes": report.get("megabytes")}
+    makers = {name: open_arm(path) for name, path in arms.items()}
+    times = time_stories(config, makers, row, base)
+    for name, (steps, stories) in times.items():
+        watts = power_of(config, makers[name], row, base)
+        require(not config.power or watts, "--power: tegrastats told no VDD_IN; leave it out")
+        result["arms"][name] |= {
+            "step_seconds": statistics.median(steps), "step_seconds_p95": percentile_95(steps),
+            "watts": watts,
             "stories": {str(nfe): {
                 "seconds": statistics.median(values), "seconds_p95": percentile_95(values),
                 "tokens_per_second": (len(row) - 2) / statistics.median(values),
-                "joules": board["watts"] and board["watts"] * statistics.median(values)}
-                for nfe, values in times[name].items()}}
+                "joules": watts and watts * statistics.median(values)}
+                for nfe, values in stories.items()}}
     if config.twin:
         judge_stories(config, makers, contents, result)
     return result
+
+
+def time_stories(config: DeviceBenchmark, makers: dict, row: np.ndarray, base: Sampler) -> dict:
+    """{arm: (seconds of every step, {nfe: seconds of every story})}, the arms in turn."""
+    times: dict[str, tuple] = {name: ([], {nfe: [] for nfe in config.nfe}) for name in makers}
+    for turn in range(config.repeats + 1):  # the first one warms up
+        for name, make in makers.items():
+            steps, stories = times[name]
+            for nfe in config.nfe:
+                sampler = dataclasses.replace(base, steps=nfe)
+                step = timed_step(make(sampler), steps if turn else [])
+                started = time.perf_counter()
+                fill(step, [row], sampler, config.seed + turn)
+                if turn:
+                    stories[nfe].append(time.perf_counter() - started)
+    return times
+
+
+def power_of(config: DeviceBenchmark, make: Callable, row: np.ndarray, base: Sampler,
+             ) -> float | None:
+    """Watts of the board while stories are told, for as long as a few readings take."""
+    if not shutil.which("tegrastats"):
+        return None
+    sampler = dataclasses.replace(base, steps=max(config.nfe))
+    step, end = make(sampler), time.monotonic() + POWER_SECONDS
+    with Board() as board:
+        while time.monotonic() < end:
+            fill(step, [row], sampler, config.seed)
+    return board.figures()["watts"]
 
 
 def timed_step(step: Callable, seconds: list[float]) -> Callable:
@@ -240,8 +270,9 @@ def judge_stories(config: DeviceBenchmark, makers: dict, contents: dict, result:
             f"{config.twin} was trained with another tokenizer than {config.bundle}")
     judge = Judge(model_from_checkpoint(twin).for_inference())
     tokenizer = load_tokenizer(twin["tokenizer"])
-    rows = [blank_story(draw_length(contents["length_histogram"], config.seed, i) or 64)
-            for i in range(config.judged)]
+    longest = contents["length"] - 2
+    rows = [blank_story(min(draw_length(contents["length_histogram"], config.seed, i) or 64,
+                            longest)) for i in range(config.judged)]
     for name, make in makers.items():
         for nfe in config.nfe:
             sampler = dataclasses.replace(plain_sampler(config), steps=nfe)

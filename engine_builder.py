@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from cli import UserError, atomic_file, require
-from engine_runtime import cuda_runtime, engine_key, read_bundle, sha256_of, tensorrt
+from engine_runtime import (
+    checked_path,
+    cuda_runtime,
+    engine_key,
+    engine_note,
+    read_bundle,
+    sha256_of,
+    tensorrt,
+)
 
 # Axes of the inputs (and of the outputs) that --dynamic leaves open: 0 is batch, 1 is length.
 DYNAMIC_AXES = {"tokens": {0: 0, 1: 1}, "count": {0: 0}, "noise": {0: 0, 2: 1}, "options": {},
@@ -24,10 +32,15 @@ def build_engine(path: Path, workspace_mb: int) -> Path:
     """
     require(path.is_file() and path.suffix == ".onnx", f"--build_engine {path}: no such .onnx file")
     contents = read_bundle(path.parent)
+    require(path.name != contents["files"].get("encoder", {}).get("name"),
+            f"--build_engine {path}: the encoder runs once a story, in ONNX Runtime; name a step")
     runtime, trt = cuda_runtime(), tensorrt()
-    key = engine_key(sha256_of(path), trt, runtime) | {"workspace_mb": workspace_mb}
-    engine, note = path.with_suffix(".engine"), path.with_suffix(".engine.json")
-    if engine.is_file() and note.is_file() and json.loads(note.read_text())["key"] == key:
+    key = engine_key(sha256_of(checked_path(path, contents)), trt, runtime) | {
+        "workspace_mb": workspace_mb, "batch": contents["batch"], "length": contents["length"]}
+    engine = path.with_suffix(".engine")
+    note = engine_note(engine)
+    if note and engine.is_file() and note["key"] == key and (
+            note["engine_sha256"] == sha256_of(engine)):
         print(f"{engine} is there already, and fits")
         return engine
     logger = trt.Logger(trt.Logger.WARNING)
@@ -45,14 +58,17 @@ def build_engine(path: Path, workspace_mb: int) -> Path:
     settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
     if contents["dynamic"]:
         settings.add_optimization_profile(open_profile(builder, network, contents))
-    if "fp32" in path.stem:
-        settings.clear_flag(trt.BuilderFlag.TF32)  # or its products would have 10 bits
+    settings.clear_flag(trt.BuilderFlag.TF32)  # or products in FP32 would have 10 bits
     timing = path.with_name("timing.cache")
     cache = settings.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-    settings.set_timing_cache(cache, False)
-    settings.progress_monitor = progress(trt)
+    if cache is None or not settings.set_timing_cache(cache, False):  # of another TensorRT
+        cache = settings.create_timing_cache(b"")
+        settings.set_timing_cache(cache, False)
+    settings.progress_monitor = monitor = progress(trt)
     started = time.perf_counter()
     plan = builder.build_serialized_network(network, settings)
+    if monitor.stopped:
+        raise KeyboardInterrupt
     require(plan is not None, f"TensorRT could not build {path}: most often the memory is too "
                               "small; close other programs, or lower --workspace_mb")
     with atomic_file(timing) as file:
@@ -60,8 +76,9 @@ def build_engine(path: Path, workspace_mb: int) -> Path:
     with atomic_file(engine) as file:
         file.write(bytes(plan))
     seconds = time.perf_counter() - started
-    with atomic_file(note, "w") as file:
-        json.dump({"key": key, "seconds": seconds}, file, indent=1)
+    with atomic_file(engine.with_suffix(".engine.json"), "w") as file:
+        json.dump({"key": key, "engine_sha256": sha256_of(engine), "seconds": seconds}, file,
+                  indent=1)
     print(f"wrote {engine} in {seconds:.0f} s")
     return engine
 
@@ -90,14 +107,18 @@ def progress(trt: Any) -> Any:
         def __init__(self):
             super().__init__()
             self.bars: dict[str, Any] = {}
+            self.stopped = False  # an exception would be lost in TensorRT, which calls from C++
 
         def phase_start(self, phase_name, parent_phase, num_steps):
             self.bars[phase_name] = tqdm(total=num_steps, desc=phase_name, leave=False,
                                          disable=None)
 
         def step_complete(self, phase_name, step):
-            self.bars[phase_name].update()
-            return True
+            try:
+                self.bars[phase_name].update()
+            except KeyboardInterrupt:
+                self.stopped = True
+            return not self.stopped
 
         def phase_finish(self, phase_name):
             self.bars.pop(phase_name).close()

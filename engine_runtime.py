@@ -191,7 +191,7 @@ class OnnxSession:
         try:
             import onnxruntime
         except ImportError as error:
-            raise UserError("--onnx needs ONNX Runtime: pip install onnxruntime") from error
+            raise UserError(f"{path} needs ONNX Runtime: pip install onnxruntime") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -231,6 +231,8 @@ def cuda_runtime() -> Any:
     except Exception as error:  # its loader's own exceptions
         raise UserError(f"no CUDA driver here ({error}): an engine needs an NVIDIA GPU; --onnx "
                         "runs on any processor") from error
+    require(int(status) != 35, "cuda-python is newer than this machine's driver: "  # insufficient
+            'pip install "cuda-python<13"')
     require(int(status) == 0 and count > 0, "no CUDA driver or no GPU here: an engine needs an "
             "NVIDIA GPU; --onnx runs on any processor")
     return runtime
@@ -247,8 +249,10 @@ def tensorrt() -> Any:
 
 
 def device_name(runtime: Any) -> str:
-    name = checked(runtime.cudaGetDeviceProperties(0), "cudaGetDeviceProperties").name
-    return name.decode() if isinstance(name, bytes) else str(name)
+    """The GPU's name, which several boards share, and what tells them apart."""
+    of = checked(runtime.cudaGetDeviceProperties(0), "cudaGetDeviceProperties")
+    name = of.name.decode() if isinstance(of.name, bytes) else str(of.name)
+    return f"{name}, sm_{of.major}{of.minor}, {of.multiProcessorCount} multiprocessors"
 
 
 def checked(result: tuple, what: str) -> Any:
@@ -257,6 +261,15 @@ def checked(result: tuple, what: str) -> Any:
     require(int(status) == 0, f"{what} failed (CUDA error {int(status)}): the GPU's memory may be "
                               "used up; close other programs and try again")
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def engine_note(engine: Path) -> dict | None:
+    """What build_engine wrote beside the engine; None without it, or if it is damaged."""
+    try:
+        note = json.loads(engine.with_suffix(".engine.json").read_text(encoding="utf-8"))
+        return note if isinstance(note["key"], dict) and note["engine_sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def engine_key(onnx_sha256: str, trt: Any, runtime: Any) -> dict:
@@ -272,17 +285,18 @@ class TensorRTSession:
     def __init__(self, path: Path):
         self.cuda = cuda_runtime()
         trt = tensorrt()
-        note = path.with_suffix(".engine.json")
         onnx = path.with_suffix(".onnx")
         build = f"build it here: python export_jetson.py --build_engine {onnx}"
-        require(note.is_file(), f"{note} is missing, so nobody knows where {path} was built: "
-                                f"{build}")
-        built = json.loads(note.read_text(encoding="utf-8"))["key"]
+        note = engine_note(path)
+        require(note, f"{path}.json is missing or damaged, so nobody knows where {path} was built: "
+                      f"{build}")
+        built = note["key"]
         here = engine_key(sha256_of(onnx) if onnx.is_file() else built["onnx_sha256"], trt,
                           self.cuda)
         other = ", ".join(f"{name} {built.get(name)}, here {here[name]}" for name in here
                           if built.get(name) != here[name])
         require(not other, f"{path} was built for something else ({other}): {build}")
+        require(sha256_of(path) == note["engine_sha256"], f"{path} is damaged (checksum): {build}")
         logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(logger)
         self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())

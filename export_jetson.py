@@ -26,6 +26,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ import numpy as np
 from cli import atomic_file, flag, parse, require, run
 from engine_builder import DYNAMIC_AXES, build_engine, check_rtx
 from engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, OnnxSession, sha256_of
+from sampler import PRESETS
 
 if TYPE_CHECKING:  # the Jetson, which builds engines with this script, has neither
     import onnx
@@ -64,10 +66,11 @@ Where Xor""".split())
 REQUIREMENTS = """\
 # On the Jetson, in an environment made with `python3 -m venv --system-site-packages`: TensorRT is
 # the system's. For --onnx instead of --engine: onnxruntime.
+# cuda-python 13 needs a newer driver than that of JetPack 6.
 numpy
 tokenizers
 tqdm
-cuda-python
+cuda-python>=12.6,<13
 """
 
 
@@ -100,6 +103,8 @@ class ExportConfig:
         require(self.report_rows >= 0, f"--report_rows {self.report_rows}: must be 0 or more")
         require(self.length is None or (self.length >= 16 and self.length % 16 == 0),
                 f"--length {self.length}: must be a positive multiple of 16")
+        require(not self.dynamic or self.length is None or self.length >= 32,
+                f"--length {self.length}: with --dynamic it must be at least 32")
         require(not (self.check and self.build_engine), "--check and --build_engine: choose one")
 
 
@@ -140,7 +145,8 @@ def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], output
                 16 * torch.export.Dim("sixteens", max=most[1] // 16))
         axes = [{axis: dims[which] for axis, which in DYNAMIC_AXES[name].items()}
                 for name in inputs]
-        shapes = (*axes[:4], tuple(axes[4:]))  # behind the fourth all are one argument, *context
+        # behind the fourth all are one argument, *context
+        shapes = (*axes[:4], tuple(axes[4:])) if axes[4:] else tuple(axes)
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(module.eval(), tuple(inputs.values()), dynamo=True,
@@ -304,13 +310,15 @@ def export(config: ExportConfig, folder: Path) -> dict:
         "model_config": checkpoint["model_config"], "step": checkpoint.get("step"),
         "length_histogram": checkpoint["length_histogram"],
         "tokenizer_sha256": checkpoint["tokenizer_sha256"],
+        "presets": PRESETS,
         "data_source": checkpoint.get("data_source"), "licence": checkpoint.get("licence"),
         "versions": {"torch": str(torch.__version__), "onnx": onnx.__version__},
         "config": dataclasses.asdict(config)}
     write_text(folder / "tokenizer.json", checkpoint["tokenizer"])
     for script in SCRIPTS:
         shutil.copyfile(HERE / script, folder / script)
-    write_text(folder / "requirements-jetson.txt", REQUIREMENTS)
+    write_text(folder / "requirements-jetson.txt", REQUIREMENTS + (
+        "onnxruntime  # for the encoder of the condition\n" if conditional else ""))
     write_text(folder / "README.md", device_readme(contents))
     write_text(folder / "bundle.json", json.dumps(contents, indent=1))
     return contents
@@ -332,7 +340,7 @@ def step_graph(config: ExportConfig, checkpoint: dict, precision: str, length: i
     step = DeviceStep(model, config.guided)
     step.tell_logits = True
     most = (config.batch, length) if config.dynamic else None
-    inputs = step_inputs(model, 3 if most else config.batch, 48 if most else length)
+    inputs = step_inputs(model, max(2, config.batch) if most else config.batch, length)
     graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"], most)
     if precision == "int8":
         quantize(graph, even, activation_scales(even, calibration_inputs(
@@ -392,6 +400,8 @@ def main(argv: list[str] | None = None) -> None:
         check_rtx(Path(config.out_dir))
     else:
         from data_prep import make_folder
+        require(find_spec("onnx") and find_spec("torch"), "an export needs torch and onnx, which "
+                "are not here: run it where the model was trained; here give --build_engine")
         make_folder(config.out_dir, "--out_dir", config.overwrite,
                     lambda folder: export(config, folder), marker="bundle.json")
         size = sum(path.stat().st_size for path in Path(config.out_dir).iterdir()) / 1e6

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -84,6 +85,8 @@ class GenerateConfig(Sampler):
                 "--infill fixes the whole row: leave out --prompt and --length")
         require(self.trace is None or Path(self.trace).suffix in TRACE_FORMATS,
                 f"--trace {self.trace}: name a file that ends in {' or '.join(TRACE_FORMATS)}")
+        require(not (self.trace or "").endswith(".gif") or find_spec("matplotlib"),
+                f"--trace {self.trace}: needs matplotlib, which is not here; take .html")
         sources = [name for name in ("checkpoint", "onnx", "engine") if getattr(self, name)]
         require(len(sources) < 2, f"--{' and --'.join(sources)}: give one of them")
         require(self.condition is None or self.conditions is None,

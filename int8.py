@@ -25,9 +25,9 @@ KEPT_VALUES = 2**16  # of the inputs of one product in one batch, for choosing i
 
 
 def block_products(model: DiffusionTransformer) -> dict[str, Linear]:
-    """The weight products of the blocks, by name."""
+    """The weight products of a step's blocks, by name; a condition's keys and values are inputs."""
     return {f"blocks.{name}": module for name, module in model.blocks.named_modules()
-            if isinstance(module, Linear)}
+            if isinstance(module, Linear) and not name.endswith(("cross.key", "cross.value"))}
 
 
 @torch.no_grad()
@@ -73,9 +73,10 @@ def activation_scales(model: DiffusionTransformer, runs: Iterable[Callable[[], T
 
     def watch(name: str):
         def hook(module: Linear, inputs: tuple[Tensor, ...]) -> None:
-            values = inputs[0].detach().float().abs().flatten()
+            values = inputs[0].detach().float().abs().flatten(0, -2)  # (tokens, channels)
             largest[name] = max(largest[name], float(values.max()))
-            seen[name].append(values[::max(1, len(values) // KEPT_VALUES)].numpy())
+            every = -(-values.numel() // KEPT_VALUES)  # whole rows: each has every channel
+            seen[name].append(values[::every].flatten().numpy())
         return hook
 
     handles = [module.register_forward_pre_hook(watch(name))
@@ -97,7 +98,8 @@ def best_scale(values: np.ndarray, largest: float) -> float:
 
 def quantize(graph: onnx.ModelProto, model: DiffusionTransformer, scales: dict[str, float]) -> None:
     """Puts the quantised weights of the block products, and the scales of their inputs, into an
-    exported step; changes it in place."""
+    exported step; changes it in place. A guided step has the network twice, and its weights once.
+    """
     initializers = {x.name: x for x in graph.graph.initializer}
     weights = {name: module.weight.detach().float().T.contiguous().numpy()
                for name, module in block_products(model).items()}
@@ -106,13 +108,16 @@ def quantize(graph: onnx.ModelProto, model: DiffusionTransformer, scales: dict[s
         name = None
         if node.op_type == "MatMul" and node.input[1] in initializers:
             matrix = numpy_helper.to_array(initializers[node.input[1]])
-            name = next((n for n, w in weights.items() if n not in done and w.shape == matrix.shape
-                         and np.allclose(w, matrix.astype(np.float32), rtol=2e-3, atol=1e-4)), None)
+            name = next((n for n in sorted(weights, key=done.__contains__)  # new ones first
+                         if weights[n].shape == matrix.shape and np.allclose(
+                             weights[n], matrix.astype(np.float32), rtol=2e-3, atol=1e-4)), None)
         if name is None or name not in scales:
             nodes.append(node)
             continue
-        done.add(name)
-        nodes += quantized_product(graph.graph, node, name, weights[name], scales[name],
+        if name not in done:
+            done.add(name)
+            add_constants(graph.graph, name, weights[name], scales[name])
+        nodes += quantized_product(node, name, f"{name}.{len(nodes)}",
                                    initializers[node.input[1]].data_type)
     missing = scales.keys() - done
     if missing:
@@ -125,30 +130,34 @@ def quantize(graph: onnx.ModelProto, model: DiffusionTransformer, scales: dict[s
     graph.graph.initializer.extend(kept)
 
 
-def quantized_product(graph: onnx.GraphProto, node: onnx.NodeProto, name: str, weight: np.ndarray,
-                      scale: float, kind: int) -> list[onnx.NodeProto]:
-    """The nodes that replace a product x W, W (K, N); with FP16 around it, casts too."""
+def add_constants(graph: onnx.GraphProto, name: str, weight: np.ndarray, scale: float) -> None:
+    """The INT8 weight (K, N), its scales (N,), and the scale of the input."""
     channel = np.maximum(np.abs(weight).max(0), 1e-8) / LEVELS  # (N,)
     whole = np.clip(np.round(weight / channel), -LEVELS, LEVELS).astype(np.int8)
     for what, array in (("weight", whole), ("weight_scale", channel.astype(np.float32)),
                         ("weight_zero", np.zeros(len(channel), np.int8)),
                         ("scale", np.float32(scale)), ("zero", np.int8(0))):
         graph.initializer.append(numpy_helper.from_array(np.asarray(array), f"{name}.{what}"))
+
+
+def quantized_product(node: onnx.NodeProto, name: str, here: str, kind: int,
+                      ) -> list[onnx.NodeProto]:
+    """The nodes that replace a product x W, with FP16 around it casts too. `name` is that of the
+    constants, `here` that of this place in the graph."""
     half = kind == TensorProto.FLOAT16
     source, target = node.input[0], node.output[0]
     nodes = []
     if half:  # a scale in FP16 is not what TensorRT's parser expects
-        nodes.append(helper.make_node("Cast", [source], [f"{name}.x"], to=TensorProto.FLOAT))
-        source, target = f"{name}.x", f"{name}.y"
+        nodes.append(helper.make_node("Cast", [source], [f"{here}.x"], to=TensorProto.FLOAT))
+        source, target = f"{here}.x", f"{here}.y"
+    scale, weight_scale = [f"{name}.scale", f"{name}.zero"], [f"{name}.weight_scale",
+                                                              f"{name}.weight_zero"]
     nodes += [
-        helper.make_node("QuantizeLinear", [source, f"{name}.scale", f"{name}.zero"],
-                         [f"{name}.xq"], f"{name}.q"),
-        helper.make_node("DequantizeLinear", [f"{name}.xq", f"{name}.scale", f"{name}.zero"],
-                         [f"{name}.xd"], f"{name}.dq"),
-        helper.make_node("DequantizeLinear", [f"{name}.weight", f"{name}.weight_scale",
-                                              f"{name}.weight_zero"], [f"{name}.wd"],
-                         f"{name}.weight_dq", axis=1),
-        helper.make_node("MatMul", [f"{name}.xd", f"{name}.wd"], [target], node.name)]
+        helper.make_node("QuantizeLinear", [source, *scale], [f"{here}.xq"], f"{here}.q"),
+        helper.make_node("DequantizeLinear", [f"{here}.xq", *scale], [f"{here}.xd"], f"{here}.dq"),
+        helper.make_node("DequantizeLinear", [f"{name}.weight", *weight_scale], [f"{here}.wd"],
+                         f"{here}.weight_dq", axis=1),
+        helper.make_node("MatMul", [f"{here}.xd", f"{here}.wd"], [target], node.name)]
     if half:
         nodes.append(helper.make_node("Cast", [target], [node.output[0]], to=TensorProto.FLOAT16))
     return nodes

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli import flag, parse, require
-from model import MODEL_CONFIGS
+from cli import UserError, flag, parse, require
+from model import MODEL_CONFIGS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,21 @@ def memory_of(size: Any, precision: str, length: int, weights_mb: float) -> dict
     return parts | {"total": sum(parts.values())}
 
 
+def read_measured(path: str | None) -> dict:
+    """A device_benchmark.json; without a path one without any measurement."""
+    if path is None:
+        return {"machine": "", "arms": {}}
+    try:
+        measured = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {key: measured[key] for key in ("machine", "arms", "model_config", "length")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--measured {path} is not what benchmark_device.py wrote; measure again"
+                        ) from error
+
+
 def roofline(config: Roofline) -> str:
     device = DEVICES[config.device]
-    measured = json.loads(Path(config.measured).read_text()) if config.measured else {"arms": {}}
+    measured = read_measured(config.measured)
     lines = [f"{config.device}, batch 1, {config.length} tokens, all logits; worked out, not "
              "measured", "",
              "| size | precision | GFLOP | weights, MB | compute, ms | weights, ms "
@@ -106,10 +118,13 @@ def roofline(config: Roofline) -> str:
               f"and process {PROCESS_MB} MB (the last three estimated); of {device.megabytes} MB "
               f"the system keeps {SYSTEM_MB}. The largest that fits: "
               + ", ".join(f"{name} in {precision}" for precision, name in fits.items()) + "."]
-    on_it = "Orin Nano" in measured.get("machine", "")
+    on_it = "Orin Nano" in measured["machine"]
     for name, arm in measured["arms"].items():
         if on_it and name.startswith("tensorrt"):
-            lines.append(f"{name}: a step takes {1000 * arm['step_seconds']:.2f} ms, measured")
+            size = ModelConfig(**measured["model_config"])
+            floor = floor_of(size, name.split()[-1], device, measured["length"])["floor_seconds"]
+            lines.append(f"{name}: a step takes {1000 * arm['step_seconds']:.2f} ms, measured: "
+                         f"{floor / arm['step_seconds']:.0%} of the floor's speed")
     if not on_it:
         lines.append("Share of the floor reached: not measured on this device.")
     return "\n".join(lines)

@@ -1,9 +1,11 @@
 import json
 import os
+import shutil
 import stat
 
 import pytest
 
+import benchmark_device
 from benchmark_device import Board, main, percentile_95
 
 
@@ -61,6 +63,18 @@ def test_power_and_memory_of_a_jetson(measured, tmp_path, monkeypatch):
         assert arm["watts"] == pytest.approx(6.0) and arm["board_megabytes"] == 2000
         for story in arm["stories"].values():
             assert story["joules"] == pytest.approx(6 * story["seconds"])
+
+
+def test_without_onnx_runtime_nothing_else_is_hidden(bundle, tmp_path, monkeypatch, capsys, fails):
+    monkeypatch.setattr(benchmark_device, "find_spec", lambda name: None)
+    assert "nothing to time" in fails(main, "device", "--bundle", bundle, "--output",
+                                      tmp_path / "x.json")
+    shutil.copytree(bundle, tmp_path / "copy")
+    for name in ("step_fp16.engine", "encoder.engine"):
+        (tmp_path / "copy" / name).write_bytes(b"")
+    config = benchmark_device.DeviceBenchmark(bundle=str(tmp_path / "copy"))
+    assert list(benchmark_device.arms_of(config)) == ["tensorrt fp16"]
+    assert "its arms are not measured" in capsys.readouterr().out
 
 
 def test_percentile():

@@ -13,14 +13,15 @@ import pytest
 import torch
 from conftest import ROOT, python
 
+import export_jetson
 import generate
 from device_step import DeviceStep
 from diffusion import numpy_step
 from engine_runtime import Bundle, OnnxSession
-from export_jetson import SCRIPTS, main, operators, step_inputs
+from export_jetson import SCRIPTS, main, operators, step_inputs, to_onnx
 from int8 import LEVELS, balance, best_scale, block_products
 from model import MODEL_CONFIGS, DiffusionTransformer, load_checkpoint, model_from_checkpoint
-from sampler import ORDERS, REMASKS, Sampler, blank_story, condition_row, unmask_rows
+from sampler import ORDERS, PRESETS, REMASKS, Sampler, blank_story, condition_row, unmask_rows
 
 ROWS = [blank_story(20), blank_story(40), blank_story(37)]
 
@@ -29,7 +30,7 @@ ROWS = [blank_story(20), blank_story(40), blank_story(37)]
 def told_bundle(conditional_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared") / "told"
     main(["--checkpoint", str(conditional_checkpoint), "--out_dir", str(folder), "--guided",
-          "--report_rows", "3", "--precisions", "fp32", "--batch", "2"])
+          "--report_rows", "3", "--calibration_rows", "3", "--batch", "2"])
     return folder
 
 
@@ -68,6 +69,35 @@ def test_conditions_too(told_bundle, conditional_checkpoint, guidance):
     assert (a == stories(exported.step(sampler), sampler)) == (guidance == 0)
 
 
+def test_both_sides_of_a_guided_step_are_quantised(told_bundle):
+    """The network stands in it twice, its weights once."""
+    reports = json.loads((told_bundle / "bundle.json").read_text())["reports"]
+    assert reports["int8"]["nelbo"] == pytest.approx(reports["fp32"]["nelbo"], rel=0.05)
+    graph = onnx.load(told_bundle / "step_int8.onnx").graph
+    names = [name for node in graph.node for name in node.output]
+    assert len(names) == len(set(names))
+    weights = [x for x in graph.initializer if x.data_type == onnx.TensorProto.INT8
+               and len(x.dims) == 2]
+    assert len(weights) == 2 * (6 + 2)  # two layers; query and output of the cross-attention
+    quantised = sum(node.op_type == "QuantizeLinear" for node in graph.node)
+    assert quantised > 2 * (6 + 2) + 6  # what both sides share stands there once
+    constants = {x.name for x in graph.initializer}
+    left = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+    assert len(left) == 2  # sums over the likeliest tokens, as products
+
+
+@pytest.mark.parametrize("kind", ["plain", "conditional"])
+def test_open_shapes_of_a_single_row(kind, sharp_checkpoint, conditional_checkpoint, tmp_path):
+    path = sharp_checkpoint if kind == "plain" else conditional_checkpoint
+    main(["--checkpoint", str(path), "--out_dir", str(tmp_path / "bundle"), "--dynamic",
+          "--precisions", "fp32", "--report_rows", "0", "--length", "32"])
+    exported, sampler = Bundle(tmp_path / "bundle" / "step_fp32.onnx"), Sampler(steps=3, top_k=64)
+    model = model_from_checkpoint(load_checkpoint(path, kind=None)).for_inference()
+    rows = [blank_story(9), blank_story(30)]
+    assert stories(exported.step(sampler), sampler, rows) == stories(
+        numpy_step(model, sampler), sampler, rows)
+
+
 def test_one_graph_for_any_shape(dynamic_bundle, conditional_checkpoint):
     model = model_from_checkpoint(load_checkpoint(conditional_checkpoint, kind="conditional"))
     exported = Bundle(dynamic_bundle / "step_fp32.onnx")
@@ -102,6 +132,7 @@ def test_reports_are_of_the_very_graphs(bundle):
             if node.op_type in ("Softmax", "ReduceMean"):
                 assert types[node.output[0]] == onnx.TensorProto.FLOAT
     assert contents["licence"] and contents["kind"] == "diffusion"
+    assert contents["presets"] == PRESETS
 
 
 def run_in(folder, *argv, blocked=("torch",)):
@@ -150,6 +181,12 @@ def test_the_scripts_of_a_bundle_are_python_3_10_without_torch(script):
     assert not at_the_top & {"torch", "onnx", "onnxruntime", "datasets", "matplotlib"}
 
 
+def test_a_real_size_becomes_a_graph_that_tensorrt_reads():
+    model = DiffusionTransformer(MODEL_CONFIGS["small"]).set_precision("fp16").for_inference()
+    graph = to_onnx(DeviceStep(model), step_inputs(model, 1, 256), ["new_tokens", "confidence"])
+    assert operators(graph)
+
+
 @pytest.mark.parametrize("size", list(MODEL_CONFIGS)[2:])
 def test_every_size_exports(size):
     """The shapes of the larger ones alone: their weights are not made."""
@@ -192,6 +229,12 @@ def test_every_block_product_is_quantised(sharp_checkpoint):
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
+
+def test_an_export_needs_torch_and_onnx(sharp_checkpoint, monkeypatch, tmp_path, fails):
+    monkeypatch.setattr(export_jetson, "find_spec", lambda name: None)
+    assert "here give --build_engine" in fails(main, "--checkpoint", sharp_checkpoint, "--out_dir",
+                                               tmp_path / "bundle")
+
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--pace", "entropy_bound"], "--pace entropy_bound needs the entropy"),
@@ -242,6 +285,7 @@ def test_damaged_bundles(bundle, tmp_path, fails):
     (["--batch", "0"], "must be at least 1"), (["--length", "20"], "multiple of 16"),
     (["--length", "512"], "rows of at most 256"), (["--guided"], "a model without a condition"),
     (["--check", "rtx", "--build_engine", "x"], "choose one"),
+    (["--dynamic", "--length", "16"], "with --dynamic it must be at least 32"),
     (["--report_rows", "-1"], "0 or more"), (["--data_dir", "nowhere"], "no data in nowhere")])
 def test_bad_flags(sharp_checkpoint, words, message, fails, tmp_path):
     words = words if "--check" in words else ["--checkpoint", sharp_checkpoint, *words]
@@ -262,4 +306,4 @@ def test_the_graphs_compile_for_nvidia(bundle, told_bundle, capsys):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu12 is not installed")
     for folder in (bundle, told_bundle):
         main(["--check", "rtx", "--out_dir", str(folder)])
-    assert capsys.readouterr().out.count("no warning") == 5
+    assert capsys.readouterr().out.count("no warning") == 7

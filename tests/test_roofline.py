@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -27,14 +28,21 @@ def test_the_floor_is_that_of_the_larger_of_two(capsys):
 
 def test_a_measurement_beside_the_floor(tmp_path, capsys):
     path = tmp_path / "x.json"
-    path.write_text(json.dumps({"machine": "NVIDIA Jetson Orin Nano", "arms": {
+    small = dataclasses.asdict(MODEL_CONFIGS["small"])
+    path.write_text(json.dumps({"machine": "NVIDIA Jetson Orin Nano", "model_config": small,
+                                "length": 256, "arms": {
         "tensorrt fp16": {"step_seconds": 0.005}, "onnxruntime fp16": {"step_seconds": 0.1}}}))
     main(["roofline", "--measured", str(path)])
     text = capsys.readouterr().out
     assert "tensorrt fp16: a step takes 5.00 ms, measured" in text and "onnxruntime" not in text
+    floor = floor_of(MODEL_CONFIGS["small"], "fp16", DEVICES["orin_nano_8gb"], 256)
+    assert f"{floor['floor_seconds'] / 0.005:.0%} of the floor's speed" in text
 
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--nfe", "0"], "must be positive"), (["--measured", "nowhere.json"], "no such file")])
-def test_mistakes(words, message, fails):
+def test_mistakes(words, message, fails, tmp_path):
     assert message in fails(main, "roofline", *words)
+    (tmp_path / "x.json").write_text("[1]")
+    assert "is not what benchmark_device.py wrote" in fails(main, "roofline", "--measured",
+                                                            tmp_path / "x.json")

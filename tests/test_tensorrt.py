@@ -17,8 +17,9 @@ import pytest
 from conftest import ROOT
 from test_export_jetson import ROWS, stories
 
+import engine_builder
 import generate
-from engine_runtime import Bundle, cuda_runtime
+from engine_runtime import Bundle, cuda_runtime, sha256_of
 from export_jetson import main
 from sampler import Sampler
 
@@ -36,10 +37,10 @@ class Cuda(types.ModuleType):
         self.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def cudaGetDeviceCount(self):
-        return (0, self.devices) if self.devices else (100, 0)
+        return (0, self.devices) if self.devices > 0 else (35 if self.devices else 100, 0)
 
     def cudaGetDeviceProperties(self, device):
-        return 0, types.SimpleNamespace(name=b"Orin")
+        return 0, types.SimpleNamespace(name=b"Orin", major=8, minor=7, multiProcessorCount=8)
 
     def _memory(self, size):
         buffer = ctypes.create_string_buffer(size)
@@ -150,7 +151,7 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
             self.cleared.append(flag)
 
         def create_timing_cache(self, content):
-            return Cache(content)
+            return None if content == b"not mine" else Cache(content)
 
         def add_optimization_profile(self, profile):
             self.profile = profile
@@ -203,8 +204,11 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
         def build_serialized_network(self, network, settings):
             monitor = settings.progress_monitor
             monitor.phase_start("build", None, 2)
-            assert monitor.step_complete("build", 1)
+            going_on = monitor.step_complete("build", 1)
             monitor.phase_finish("build")
+            assert settings.inside.cleared == [trt.BuilderFlag.TF32]
+            if not going_on:
+                return None
             plans[network.inside.graph] = getattr(settings.inside, "profile", None)
             return bytearray(network.inside.graph)
 
@@ -362,16 +366,52 @@ def test_an_engine_of_another_device_is_refused(device, copy, fails):
     device()
     note = copy / "step_fp32.engine.json"
     changed = json.loads(note.read_text())
+    here = changed["key"]["device"]
     changed["key"]["device"] = "RTX 5060 Ti"
     note.write_text(json.dumps(changed))
     assert "device RTX 5060 Ti, here Orin" in told()
     note.unlink()
     assert "nobody knows where" in told()
-    with open(copy / "step_fp32.engine.json", "w") as file:
-        changed["key"]["device"] = "Orin"
-        json.dump(changed, file)
-    (copy / "step_fp32.engine").write_bytes(b"broken")
+    note.write_text("{}")
+    assert "nobody knows where" in told()
+    engine = copy / "step_fp32.engine"
+    engine.write_bytes(b"broken")
+    changed["key"]["device"] = here
+    note.write_text(json.dumps(changed))
+    assert "is damaged (checksum)" in told()
+    changed["engine_sha256"] = sha256_of(engine)
+    note.write_text(json.dumps(changed))
     assert "TensorRT cannot read" in told()
+
+
+def test_an_engine_that_was_cut_off_is_built_again(device, copy, capsys):
+    device()
+    for damage in (lambda: (copy / "step_fp32.engine").write_bytes(b"\x08"),
+                   lambda: (copy / "step_fp32.engine.json").write_text("")):
+        main(["--build_engine", str(copy / "step_fp32.onnx")])
+        damage()
+        capsys.readouterr()
+        main(["--build_engine", str(copy / "step_fp32.onnx")])
+        assert "wrote" in capsys.readouterr().out
+        Bundle(copy / "step_fp32.engine")
+
+
+def test_ctrl_c_stops_a_build_and_leaves_nothing(device, copy, monkeypatch):
+    device()
+
+    def interrupt(self, n=1):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("tqdm.tqdm.update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine_builder.build_engine(copy / "step_fp32.onnx", 64)
+    assert not list(copy.glob("*.engine*"))
+
+
+def test_a_timing_cache_of_another_tensorrt_is_left(device, copy):
+    device()
+    (copy / "timing.cache").write_bytes(b"not mine")
+    main(["--build_engine", str(copy / "step_fp32.onnx")])
+    assert (copy / "timing.cache").read_bytes() == b"timed"
 
 
 def test_what_is_missing_is_one_line(device, copy, fails, monkeypatch):
@@ -380,13 +420,22 @@ def test_what_is_missing_is_one_line(device, copy, fails, monkeypatch):
     assert "needs cuda-python" in fails(main, "--build_engine", graph)
     device(devices=0)
     assert "no CUDA driver or no GPU here" in fails(main, "--build_engine", graph)
+    device(devices=-1)
+    assert "newer than this machine's driver" in fails(main, "--build_engine", graph)
     device()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert "TensorRT is not installed" in fails(main, "--build_engine", graph)
     device()
     assert "no such .onnx file" in fails(main, "--build_engine", copy / "nothing.onnx")
     graph.write_bytes(b"broken")
+    assert "is damaged (checksum)" in fails(main, "--build_engine", graph)
+    contents = json.loads((copy / "bundle.json").read_text())
+    contents["files"]["fp32"]["sha256"] = sha256_of(graph)
+    contents["files"]["encoder"] = {"name": "encoder.onnx", "sha256": "x"}
+    (copy / "bundle.json").write_text(json.dumps(contents))
     assert "does not take" in fails(main, "--build_engine", graph)
+    shutil.copy(graph, copy / "encoder.onnx")
+    assert "name a step" in fails(main, "--build_engine", copy / "encoder.onnx")
     assert not list(copy.glob("*.engine*"))
 
 
