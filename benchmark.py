@@ -355,6 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     config.check()
     if isinstance(config, SampleBenchmark):
         config.check_used(given)
+        require("guidance" not in given, "--guidance: there is no condition here; leave it out")
         unused = sorted({"model_config", "vocab_size"} & given) if config.checkpoint else []
         require(not unused, f"--{' --'.join(unused)}: the --checkpoint has its own; leave it out")
     if config.json:

@@ -47,7 +47,8 @@ class MetricsLog:
                             if line.endswith("\n") and json.loads(line)["step"] <= step)
 
     def lines(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # one may be cut off
 
     def plot(self) -> None:
         """Draws training_curves.png."""
@@ -139,14 +140,19 @@ class PlotConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = parse(PlotConfig, __doc__, argv)
+    config, given = parse(PlotConfig, __doc__, argv)
+    require(config.compare or "output" not in given, "--output belongs to --compare; the curves of "
+                                                     "one run go into its folder")
     folders = [Path(name) for name in config.compare or [config.checkpoint_dir]]
     for folder in folders:
         require(MetricsLog(folder).path.is_file(),
                 f"no {MetricsLog(folder).path}: name the folder of a run, with --checkpoint_dir or "
                 "--compare")
     if config.compare:
+        require("checkpoint_dir" not in given,
+                "--checkpoint_dir: --compare names the folders; leave it out")
         check_writable(Path(config.output).parent, "--output")
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         compare(folders, Path(config.output))
         print(f"wrote {config.output}")
     else:

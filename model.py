@@ -377,8 +377,7 @@ def save_checkpoint(path: str | Path, model: DiffusionTransformer, tokenizer: st
         torch.save(contents, file)
 
 
-def load_checkpoint(path: str | Path, map_location: Any = "cpu",
-                    kind: str | tuple[str, ...] | None = "diffusion") -> dict:
+def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diffusion") -> dict:
     """Reads a checkpoint without running code from it (`weights_only`).
 
     Raises UserError if the file is missing, damaged, foreign, of another format version, or not of
@@ -390,7 +389,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu",
     contents, cause = None, None
     if zipfile.is_zipfile(path):  # as torch.save writes; anything else is refused unopened
         try:
-            contents = torch.load(path, map_location=map_location, weights_only=True)
+            contents = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise nearly anything
             cause = error
     if contents is None:

@@ -1,6 +1,6 @@
 """Stage 2: token shards -> checkpoints.
 
-    python train.py --quick                         # tiny model, made-up stories, about 2.5 minutes
+    python train.py --quick                         # tiny model, made-up stories, about 3.5 minutes
     python train.py --model_config small            # TinyStories, prepared first if it is missing
     python train.py --model_config small --resume   # go on after a stop or a kill
     python train.py --objective autoregressive      # the causal twin, for comparison
@@ -133,7 +133,8 @@ class Trainer:
             self.restore(checkpoint)
         self.loader = BatchLoader(self.rows, config.batch_tokens, config.seed,
                                   self.process.corrupt_batch, self.step,
-                                  checkpoint["cursor"] if checkpoint else None, self.told,
+                                  checkpoint["cursor"] if checkpoint and not
+                                  self.other_data(checkpoint) else None, self.told,
                                   config.condition_dropout if config.stage == 3 else 0.0)
         self.compiled = self.compile()
         self.speed = Speedometer(math.inf)  # the machine's peak is measured when the run begins
@@ -453,6 +454,11 @@ class Trainer:
                 data_source=self.meta["source"], licence=self.meta["licence"], **state)
         self.processes.barrier()
 
+    def other_data(self, checkpoint: dict) -> bool:
+        """Whether the data folder is not that of the checkpoint: its place in it and its best
+        validation mean nothing here."""
+        return checkpoint["train_config"]["data_dir"] != self.config.data_dir
+
     def restore(self, checkpoint: dict) -> None:
         """All of the state but the weights, which are there before they are spread."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer"], strict=True):
@@ -465,7 +471,8 @@ class Trainer:
         self.step, self.tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         self.seconds, self.best = checkpoint["seconds"], checkpoint["best"]
         self.validation = checkpoint["metrics"]
-        if checkpoint["train_config"]["valid_rows"] != self.config.valid_rows:
+        if self.other_data(checkpoint) or (
+                checkpoint["train_config"]["valid_rows"] != self.config.valid_rows):
             self.best = math.inf  # that of other rows
         if self.processes.main:
             self.log.rewind(self.step)

@@ -6,7 +6,7 @@ Every field is a flag of the same name and lands in the checkpoint.
 import math
 from dataclasses import dataclass
 
-from cli import flag, require
+from cli import UserError, flag, require
 from diffusion import OBJECTIVES, SCHEDULES
 from model import MODEL_CONFIGS, PRECISIONS
 from optimizers import DEFAULT_LR, OPTIMIZERS
@@ -104,7 +104,10 @@ class TrainConfig:
         for name in ("dropout", "ema_decay", "condition_dropout"):
             require(0 <= getattr(self, name) < 1,
                     f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
-        self.sampler().check()
+        try:
+            self.sampler().check()
+        except UserError as error:  # whose flags have other names here
+            raise UserError(str(error).replace("--", "--sample_", 1)) from error
         require(self.lr is None or 0 < self.lr < math.inf, f"--lr {self.lr}: must be positive")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
 
@@ -114,6 +117,9 @@ class TrainConfig:
                              ("condition_dropout", (3,))):
             require(name not in given or self.stage in stages, f"--{name} belongs to --stage "
                     f"{' or '.join(map(str, stages))}: leave it out of stage {self.stage}")
+        unused = sorted(given & {"schedule", "sample_order", "sample_steps"})
+        require(self.objective != "autoregressive" or not unused,
+                f"--{' --'.join(unused)}: the twin writes from left to right; leave it out")
         unused = sorted(given & set(SIZES)) if self.stage > 1 else []
         require(not unused, f"--{' --'.join(unused)}: stage {self.stage} goes on with the model of "
                             f"{self.decoder_checkpoint}; leave it out")

@@ -5,6 +5,7 @@ defaults of the flags that were not given.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from cli import flag, require
@@ -45,6 +46,8 @@ class LongConfig(TrainConfig):
         self.train_config(valid_every=self.valid_every or 1).check()
         require(not self.quick, "--quick belongs to train.py; choose a --preset here")
         require(self.stage == 1, f"--stage {self.stage} belongs to train.py")
+        self.story_sampler().check()
+        require(self.minutes < math.inf, f"--minutes {self.minutes}: must be a number")
         for name in ("draws", "written_steps"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("minutes", "evaluate_rows", "compared_stories", "written_stories"):

@@ -34,6 +34,7 @@ from parallel import Processes, start_processes
 from sources import describe_source
 from throughput import EnergyMeter
 from train import COMPILE_FROM, Trainer, refuse_changes
+from train_config import TrainConfig
 from train_config_long import PRESETS, STAGES, LongConfig
 
 TIMED_STEPS = 8
@@ -43,7 +44,9 @@ VALIDATION_SHARE, CLOSING_SHARE = 0.04, 0.10
 STAGE_SETTINGS = {"evaluate": {"draws", "evaluate_rows", "compared_stories", "precision"},
                   "samples": {"written_stories", "written_steps", "sample_temperature",
                               "sample_order"}}
-DATA_SETTINGS = {"data_source", "valid_source", "vocab_size", "seq_len"}
+# What a finished training may be called again with: nothing else would be in the report's figures.
+HARMLESS = {"max_steps", "device", "compile", "fsdp", "wandb", "log_every", "save_every"}.union(
+    *STAGE_SETTINGS.values())
 
 
 class LongRun:
@@ -58,6 +61,12 @@ class LongRun:
         self.config.check()
         self.again = STAGES[STAGES.index(self.config.from_stage or "report"):]
         self.check_data(given)
+        if "train" not in self.again and self.finished("train"):
+            stale = sorted(self.changed & {field.name for field in dataclasses.fields(TrainConfig)}
+                           - HARMLESS)
+            require(not stale, f"--{' --'.join(stale)}: the training in {self.folder} is finished; "
+                    "give more --max_steps or --minutes too, or --from_stage train, or another "
+                    "--checkpoint_dir")
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -65,6 +74,11 @@ class LongRun:
         """The stored settings of this folder's run, or the preset, and the given flags on top."""
         path = self.folder / "settings.json"
         once = {"from_stage", "skip_data_prep", "overwrite", "resume"}  # not kept
+        require(not {"minutes", "max_steps"} <= given,
+                "--minutes and --max_steps: give one of them")
+        require(not config.resume or (self.folder / "last.pt").exists(),
+                f"--resume: no {self.folder / 'last.pt'} to continue from")
+        config.check_used(given)
         if path.exists() and not config.overwrite:
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +109,10 @@ class LongRun:
     def check_data(self, given: set[str]) -> None:
         """Refuses data that is not what the flags say, and to replace data that is another's."""
         config, path = self.config, Path(self.config.data_dir)
+        require(not (config.skip_data_prep and config.from_stage == "data"),
+                "--skip_data_prep and --from_stage data: give one of them")
         if not (path / "meta.json").exists():
+            data_prep.check_config(config.data_config())
             return
         meta = load_meta(path)
         wanted = describe_source(config.data_source, config.valid_source)["source"]
@@ -107,8 +124,8 @@ class LongRun:
         mend = "name another --data_dir, or give --from_stage data to prepare it again"
         require(not given & {"data_source", "valid_source"} or meta["source"] == wanted,
                 f"{path} was prepared from {meta['source']}, not from {wanted}: {mend}")
-        different = self.changed & DATA_SETTINGS | (
-            {"seq_len"} if "seq_len" in given and meta["seq_len"] != config.seq_len else set())
+        different = {name for name in given & {"vocab_size", "seq_len"}
+                     if meta["config"][name] != getattr(config, name)}
         require(not different, f"{path} was prepared with another "
                                f"--{' --'.join(sorted(different))}: {mend}")
 
@@ -184,8 +201,9 @@ class LongRun:
             require(seconds < 60 * config.minutes, f"--minutes {config.minutes:g}: the run in "
                     f"{self.folder} has trained for {seconds / 60:.0f} already; give more")
             config.max_steps = step + self.steps_that_fit(seconds)
-        config.valid_every = config.valid_every or max(1, config.max_steps // 10)
-        settings = config.train_config(overwrite=start_again, resume=resumed)
+        settings = config.train_config(
+            overwrite=start_again, resume=resumed,
+            valid_every=config.valid_every or max(1, config.max_steps // 10))
         if resumed:
             refuse_changes(checkpoint["train_config"], dataclasses.asdict(settings),
                            config.checkpoint_dir)
@@ -215,9 +233,11 @@ class LongRun:
             compiled, step = self.time_steps(length)
             spent = trained + time.perf_counter() - self.started
             left = 60 * config.minutes * (1 - VALIDATION_SHARE - CLOSING_SHARE) - spent
-            steps = self.processes.gather(max(1, int(left / step)))[0]
+            steps = self.processes.gather(int(left / step))[0]
             if not compiled or config.compile or steps >= COMPILE_FROM:
                 break
+        require(steps > 0, f"--minutes {config.minutes:g}: {spent:.0f} s are spent already and a "
+                           f"step takes {step:.2f} s; give more")
         self.say(f"a step takes {step:.2f} s here: {steps:,} {'more ' if trained else ''}steps fit "
                  f"into {config.minutes:g} minutes with everything else")
         return steps

@@ -103,7 +103,7 @@ def test_the_textbook_model_is_of_the_same_size():
     (["train", "--arms", "fast"], "textbook, eager, compiled"),
     (["sample", "--arms", "eager"], "textbook, own"), (["sample", "--steps", "0"], "--steps"),
     (["sample", "--pace", "threshold"], "give a --checkpoint"),
-    (["sample", "--eta", "0.1"], "--remask"),
+    (["sample", "--eta", "0.1"], "--remask"), (["sample", "--guidance", "3"], "no condition"),
     (["train", "--batch", "0"], "--batch"), (["train", "--vocab_size", "3"], "--vocab_size")])
 def test_bad_settings(argv, message, fails):
     assert message in fails(main, *argv)

@@ -46,6 +46,12 @@ def test_runs_are_compared_by_their_best_so_far(tmp_path, capsys, fails):
     assert str(output) in capsys.readouterr().out
     assert output.read_bytes().startswith(b"\x89PNG")
     before = output.read_bytes()
+    with open(folders[1] / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 4, "valid_b')  # a killed run
+    main(["--compare", *map(str, folders), "--output", str(tmp_path / "new" / "both.png")])
+    assert (tmp_path / "new" / "both.png").read_bytes() == before
+    assert "belongs to --compare" in fails(main, "--output", output, "--checkpoint_dir", folders[0])
+    assert "names the folders" in fails(main, "--compare", folders[0], "--checkpoint_dir", "x")
     (folders[1] / "metrics.jsonl").write_text("")
     assert "no validation" in fails(main, "--compare", *folders, "--output", output)
     assert output.read_bytes() == before

@@ -27,8 +27,9 @@ LONGER = ("--max_steps", "16")
 
 def settings(data_dir: Path, folder: Path, *more: object) -> list[object]:
     return ["--data_dir", data_dir, "--checkpoint_dir", folder, "--model_config", "micro",
-            "--batch_tokens", 512, "--valid_every", 6, "--valid_rows", 20, "--num_samples", 0,
-            "--log_every", 1, "--device", "cpu", "--precision", "fp32", "--save_every", 4, *more]
+            "--batch_tokens", 512, "--valid_every", 6, "--valid_rows", 20, "--num_samples", 1,
+            "--sample_steps", 3, "--log_every", 1, "--device", "cpu", "--precision", "fp32",
+            "--save_every", 4, *more]
 
 
 def torchrun(count: int, *argv: object) -> list[str]:

@@ -298,6 +298,18 @@ def test_a_run_in_the_folder_is_kept(settings, fails):
     assert load_checkpoint(path)["train_config"]["seed"] == 1
 
 
+def test_other_data_begins_at_its_start_with_its_own_best(settings, data_dir, tmp_path):
+    main(argv(settings))
+    shutil.copytree(data_dir, tmp_path / "other")
+    path = Path(settings["checkpoint_dir"]) / "last.pt"
+    checkpoint = load_checkpoint(path)
+    same = Trainer(TrainConfig(**checkpoint["train_config"]), checkpoint)
+    other = Trainer(TrainConfig(**{**checkpoint["train_config"],
+                                   "data_dir": str(tmp_path / "other")}), checkpoint)
+    assert same.best == checkpoint["best"] and same.loader.cursor == checkpoint["cursor"]
+    assert other.best == math.inf and other.loader.cursor == {"epoch": 0, "position": 0}
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"model_config": "huge"}, "tiny, small, medium"), ({"max_steps": 0}, "--max_steps"),
     ({"batch_tokens": 32}, "--batch_tokens"), ({"dropout": 1.0}, "--dropout"),
@@ -305,7 +317,9 @@ def test_a_run_in_the_folder_is_kept(settings, fails):
     ({"resume": True, "overwrite": True}, "exclude"), ({"device": "toaster"}, "--device"),
     ({"weight_decay": -1}, "--weight_decay"), ({"seed": 2**64}, "--seed"),
     ({"warmup_steps": -5}, "--warmup_steps"), ({"lr": "inf"}, "--lr"),
-    ({"data_source": ["tinystories"]}, "was prepared from sample")])
+    ({"data_source": ["tinystories"]}, "was prepared from sample"),
+    ({"sample_steps": 0}, "--sample_steps 0"), ({"sample_temperature": -1}, "--sample_temperature"),
+    ({"objective": "autoregressive", "schedule": "cosine"}, "--schedule: the twin writes")])
 def test_bad_settings(settings, changes, message, fails):
     import re
     assert re.search(message, fails(main, *argv(settings, **changes)))

@@ -109,6 +109,36 @@ def test_a_change_after_training_does_its_stage_again(argv, capsys):
     assert capsys.readouterr().out.count("is there already") == 5
 
 
+def test_a_finished_training_is_not_said_to_be_another(argv, fails):
+    main(argv)
+    folder = folder_of(argv)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert "--dropout --lr --model_config: the training in" in fails(
+        main, "--checkpoint_dir", folder, "--model_config", "micro", "--lr", "0.1", "--dropout",
+        "0.3")
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_minutes_that_are_over_before_the_first_step(argv, monkeypatch, fails):
+    monkeypatch.setattr(train_long.LongRun, "time_steps", lambda self, steps: (False, 50.0))
+    at = argv.index("--max_steps")
+    argv[at:at + 2] = ["--minutes", "0.5"]
+    assert "are spent already and a step takes 50.00 s" in fails(main, *argv)
+    assert not (folder_of(argv) / "last.pt").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--minutes", "inf"], "must be a number"),
+    (["--minutes", "5", "--max_steps", "5"], "--minutes and --max_steps: give one"),
+    (["--resume"], "last.pt to continue from"), (["--condition_dropout", "0.2"], "belongs to"),
+    (["--written_steps", "200000"], "--steps 200000"), (["--seq_len", "17"], "multiple of 16"),
+    (["--vocab_size", "5"], "--vocab_size"), (["--data_source", "nowhere.txt"], "no such file"),
+    (["--skip_data_prep", "--from_stage", "data"], "give one of them")])
+def test_what_cannot_work_is_said_at_once(words, message, tmp_path, fails):
+    assert message in fails(main, "--checkpoint_dir", tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_of_another_source_is_neither_used_nor_replaced(argv, tmp_path, fails):
     main(argv)
     other = tmp_path / "other.txt"
@@ -117,6 +147,7 @@ def test_data_of_another_source_is_neither_used_nor_replaced(argv, tmp_path, fai
     for flags, message in ((["--data_source", other], "not from other.txt"),
                            (["--vocab_size", "290"], "another --vocab_size"),
                            (["--overwrite", "--data_source", other], "--from_stage data"),
+                           (["--overwrite", "--vocab_size", "290"], "another --vocab_size"),
                            (["--preset", "gpu16gb"], "was started with laptop")):
         assert message in fails(main, *run, *flags)
     # a data folder that is not this run's own is never replaced by something else
@@ -188,7 +219,10 @@ def test_minutes_decide_the_steps_of_this_machine(argv, monkeypatch, capsys):
     steps = settings["settings"]["max_steps"]
     assert f"{steps:,} steps fit into 0.2 minutes" in text and steps > 1
     assert load_checkpoint(folder_of(argv) / "final.pt")["step"] == steps
-    assert settings["settings"]["valid_every"] == max(1, steps // 10)
+    # ten validations, in a longer run of this folder too
+    assert load_checkpoint(folder_of(argv) / "last.pt")["train_config"]["valid_every"] == max(
+        1, steps // 10)
+    assert settings["settings"]["valid_every"] == 0
 
 
 def test_a_run_too_short_to_be_compiled_is_timed_as_it_will_run(tmp_path, monkeypatch):

@@ -223,6 +223,12 @@ def test_the_page_plays_in_a_browser(trace, tmp_path, browser):
     wait_for("agedc")
     assert browser.run("return document.getElementById('play').textContent") == "Play"
     assert status() == "Step 4 of 4: 4 of 4 tokens uncovered"
+    # the slider has keys of its own, but not this one
+    browser.run("document.getElementById('scrub').focus()")
+    browser.press(" ")
+    assert browser.run("return document.getElementById('play').textContent") == "Pause"
+    wait_for("agedc")
+    browser.run("document.activeElement.blur()")
     # play again begins again; pausing keeps the place
     click("play")
     wait_for("ab__c")
