@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cli import require
 from data_prep import EOS, MASK, length_nats
+from layers import take
 from model import Context, device_of
 from sampler import ADAPTIVE_PACES, Kept, Sampler, State, Step, unmask
 
@@ -390,17 +391,16 @@ class UnmaskStep(nn.Module):
         sampler = self.sampler
         masked = tokens == MASK  # (B, L)
         ratio = masked.sum(1) / maskable(tokens).sum(1).clamp(min=1)
-        hidden = self.hidden(tokens, ratio, context)
         adaptive = sampler.pace in ADAPTIVE_PACES
         # 1. Score the hidden positions, the best first, and choose `count` of every row, or more
         #    where the pace finds the network sure of them.
         if sampler.order == "random" and not adaptive:
             positions = best_first(noise[:, 0].masked_fill(~masked, -1), most_count)  # (B, C)
-            logits = self.logits(hidden, positions)  # (B, C, V)
+            logits = self.logits(tokens, positions, ratio, context)  # (B, C, V)
             sure = None
         else:
             candidates = best_first(masked.int(), most_hidden)  # (B, M)
-            every = self.logits(hidden, candidates)  # (B, M, V)
+            every = self.logits(tokens, candidates, ratio, context)  # (B, M, V)
             score = (noise[:, 0].gather(1, candidates) if sampler.order == "random"
                      else SCORES[sampler.order](every))  # (B, M)
             score = score.masked_fill(~masked.gather(1, candidates), -math.inf)
@@ -423,21 +423,19 @@ class UnmaskStep(nn.Module):
         confidence = torch.zeros_like(tokens, dtype=torch.float32)
         return new, confidence.scatter(1, positions, probability * wanted)
 
-    def hidden(self, tokens: Tensor, ratio: Tensor, context: Context | None) -> list[Tensor]:
-        """(B, L, D) hidden states with the condition, those without it, or for guidance both."""
+    def logits(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
+               ) -> Tensor:
+        """FP32 logits (B, C, V) at positions (B, C): with the condition, without it, or for
+        guidance of both."""
         guidance = self.sampler.guidance
         contexts = ([None] if context is None or guidance == 0 else
                     [context] if guidance == 1 else [context, None])
-        return [self.model.hidden(tokens, ratio) if x is None else
-                self.model.hidden(tokens, ratio, x) for x in contexts]
-
-    def logits(self, hidden: list[Tensor], positions: Tensor) -> Tensor:
-        """FP32 logits (B, C, V) at positions (B, C)."""
-        first, *second = (self.model.head(take(states, positions)).float() for states in hidden)
+        first, *second = (self.model.head(self.model.hidden(
+            tokens, ratio, context=told, at=positions)).float() for told in contexts)
         # The head's FP16 stand-in for -inf must not survive a high temperature.
         never = first <= -1e4
         if second:
-            first = second[0] + self.sampler.guidance * (first - second[0])
+            first = second[0] + guidance * (first - second[0])
         return first.masked_fill(never, -math.inf)
 
     def sure(self, logits: Tensor) -> Tensor:
@@ -476,11 +474,6 @@ SCORES = {"confidence": confidence_score, "margin": margin_score, "entropy": ent
 def best_first(score: Tensor, count: int) -> Tensor:
     """(B, L) scores -> (B, count) positions of the highest; of equals the leftmost first."""
     return torch.sort(score, dim=1, descending=True, stable=True).indices[:, :count]
-
-
-def take(x: Tensor, positions: Tensor) -> Tensor:
-    """x[b, positions[b]]: (B, L, D), (B, C) -> (B, C, D)."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: int = 0, top_p: float = 1.0,

@@ -103,6 +103,11 @@ def neighbour_biases(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return query[:, None], key[:, None].clone()
 
 
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """x[b, positions[b]]: (B, L, D), (B, C) -> (B, C, D)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, D) -> (B, H, L, D/H)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -120,13 +125,17 @@ class Attention(nn.Module):
         if config.neighbour_init:
             self.query_bias, self.key_bias = map(nn.Parameter, neighbour_biases(config))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, k, v = (split_heads(part(x), self.heads) for part in (self.query, self.key, self.value))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None = None,
+                at: Tensor | None = None) -> Tensor:
+        asking = x if at is None else take(x, at)  # (B, C, D)
+        q, k, v = (split_heads(part(y), self.heads) for part, y in (
+            (self.query, asking), (self.key, x), (self.value, x)))
         if self.query_bias is not None:
             q, k = q + self.query_bias.to(q.dtype), k + self.key_bias.to(k.dtype)
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        where = (cos, sin) if at is None else (cos[at][:, None], sin[at][:, None])  # (B, 1, C, d/2)
+        q, k = rotate(q, *where), rotate(k, cos, sin)
         y = attention(q, k, v, self.causal, bias)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, L, D)
 
@@ -175,11 +184,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keep: Tensor | None = None,
                 bias: Tensor | None = None, context: tuple[Tensor, Tensor, Tensor] | None = None,
-                ) -> Tensor:
+                at: Tensor | None = None) -> Tensor:
         """`keep` (2, B, L, D) is dropout's factor for what attention and MLP add, `bias` is added
-        to the attention scores, `context` has keys, values and bias for the cross-attention."""
-        y = self.attention(rms_norm(x), cos, sin, bias)
-        x = x + (y if keep is None else y * keep[0])
+        to the attention scores, `context` has keys, values and bias for the cross-attention; the
+        result is for all positions or those `at` (B, C)."""
+        y = self.attention(rms_norm(x), cos, sin, bias, at)
+        x = (x if at is None else take(x, at)) + (y if keep is None else y * keep[0])
         if self.cross is not None and context is not None:
             x = x + self.cross(rms_norm(x), *context)
         y = self.down(F.relu(self.up(rms_norm(x))).square())

@@ -124,8 +124,9 @@ class Transformer(nn.Module):
 
     def through_blocks(self, x: Tensor, bias: Tensor | None = None,
                        context: Context | None = None, states: list[Tensor] | None = None,
-                       ) -> Tensor:
-        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised.
+                       at: Tensor | None = None) -> Tensor:
+        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised; with `at` (B, C)
+        those of these positions, (B, C, D).
 
         What each block reads, (B, L, D), is appended to `states`.
         """
@@ -137,8 +138,9 @@ class Transformer(nn.Module):
         for i, (block, factors) in enumerate(zip(self.blocks, keep, strict=True)):
             if states is not None:
                 states.append(rms_norm(x))
-            x = block(x, cos, sin, factors, bias, None if context is None else
-                      (context.keys[i], context.values[i], context.bias))
+            told = None if context is None else (context.keys[i], context.values[i], context.bias)
+            # The other positions of the last block would be worked out for nobody.
+            x = block(x, cos, sin, factors, bias, told, at if block is self.blocks[-1] else None)
         return rms_norm(x)
 
 
@@ -165,7 +167,7 @@ class DiffusionTransformer(Transformer):
         return "autoregressive" if self.config.causal else "diffusion"
 
     def hidden(self, tokens: Tensor, t: Tensor | None = None, context: Context | None = None,
-               bias: Tensor | None = None) -> Tensor:
+               bias: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Final hidden states.
 
         Args:
@@ -174,16 +176,19 @@ class DiffusionTransformer(Transformer):
             context: what `encode` of a conditional model gives; None is no condition.
             bias: (B, 1, 1, L), added to the attention scores: hides positions in a graph whose
                 rows are longer than the story's.
-        Returns: (B, L, D), normalised, in the compute precision.
+            at: (B, C) the positions that are wanted, without dropout; None is all.
+        Returns: (B, L, D) or (B, C, D), normalised, in the compute precision.
         """
         if context is not None and self.kind != "conditional":
             raise ValueError("this model has no cross-attention: it takes no context")
+        if at is not None and self.config.causal:
+            raise ValueError("a causal model gives all positions")
         x = self.embed(tokens)  # (B, L, D)
         if self.time is not None:
             if t is None:
                 raise ValueError("this model is conditioned on time: pass t")
             x = x + self.time(self._time_features(t).to(x.dtype))[:, None]  # (B, 1, D)
-        return self.through_blocks(x, bias, context)
+        return self.through_blocks(x, bias, context, at=at)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) logits; ids that can never be predicted get -inf."""

@@ -18,6 +18,7 @@ import prep_conditional_data
 import train
 import train_config
 from data_prep import BOS, EOS, MASK, DataConfig, prepare
+from layers import take
 
 ROOT = Path(__file__).parent.parent
 SMALL = model_module.ModelConfig(width=32, heads=2, layers=2)
@@ -167,14 +168,14 @@ class TableModel(nn.Module):
         logits = 1.5 * torch.randn(4, 4, 4, 3, 3, generator=generator, dtype=torch.float64)
         self.register_buffer("table", logits)
 
-    def hidden(self, tokens, t=None, context=None):
+    def hidden(self, tokens, t=None, context=None, at=None):
         inner = tokens[:, 1:4]
         index = torch.where(inner == MASK, 0, inner - 3)  # (B, 3): 0 hidden, 1..3 letters
         letters = self.table[index[:, 0], index[:, 1], index[:, 2]]  # (B, 3, 3)
         logits = torch.full((*tokens.shape, 7), -torch.inf, dtype=self.table.dtype)
         logits[:, 1:4, 4:] = letters
         logits[:, [0, 4]] = 0.0  # nothing asks for the ends, but a network has numbers there too
-        return logits
+        return logits if at is None else take(logits, at)
 
     def head(self, hidden):
         return hidden

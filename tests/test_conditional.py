@@ -190,9 +190,9 @@ def test_guidance_1_is_the_conditional_and_0_the_unconditional_model(sampler):
         """The conditional network as if it had no other side."""
         config, head = model.config, staticmethod(model.head)
 
-        def hidden(self, tokens, t=None):
+        def hidden(self, tokens, t=None, context=None, at=None):
             rows = always if len(tokens) == 4 else pytest.fail("rows left the batch")
-            return given(model, tokens, t, rows)
+            return given(model, tokens, t, rows, at=at)
     if sampler.pace in ("cosine", "linear"):
         assert told(1.0) == [row.tolist() for row in fill(
             numpy_step(Given(), sampler), rows_to_fill(), sampler, 2)]
@@ -213,8 +213,8 @@ def test_guidance_sharpens_the_distribution_as_its_formula_says():
             return model_module.Context(*(torch.zeros(1, len(condition), 1, 1, 1),) * 2,
                                         torch.zeros(len(condition), 1, 1, 1))
 
-        def hidden(self, tokens, t=None, context=None):
-            return (self.plain if context is None else super()).hidden(tokens)
+        def hidden(self, tokens, t=None, context=None, at=None):
+            return (self.plain if context is None else super()).hidden(tokens, at=at)
     model, count = Both(), 4000
     sampler = Sampler(steps=1, guidance=2.5)
     rows = [np.array([BOS, 4, MASK, 6, EOS])] * count

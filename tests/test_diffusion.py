@@ -583,9 +583,9 @@ def test_time_conditioned_models_are_told_the_share_hidden():
     seen = []
 
     class Spy(TableModel):
-        def hidden(self, tokens, t=None, context=None):
+        def hidden(self, tokens, t=None, context=None, at=None):
             seen.append(t.tolist())
-            return super().hidden(tokens)
+            return super().hidden(tokens, at=at)
     rows = np.array([[BOS, MASK, MASK, 5, EOS], [BOS, MASK, MASK, MASK, EOS]])
     list(DiscreteDiffusion().unmask(Spy(), rows, Sampler(pace="linear", steps=3)))
     assert seen[0] == pytest.approx([2 / 3, 1]) and len(seen) == 3

@@ -9,7 +9,9 @@ from cli import UserError
 from data_prep import BOS, EOS, MASK, PAD, load_meta, train_tokenizer
 from layers import rms_norm
 from model import (
+    HIDDEN,
     PRECISIONS,
+    ConditionalTransformer,
     DiffusionTransformer,
     ModelConfig,
     check_tokenizer,
@@ -77,6 +79,26 @@ def test_forward_is_head_of_hidden():
     logits = model(tokens)
     assert logits.shape == (3, 16, 50)
     torch.testing.assert_close(model.head(hidden[masked]), logits[masked])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_hidden_states_of_some_positions_are_those_of_all(precision):
+    torch.manual_seed(0)
+    model = ConditionalTransformer(CONFIG, CONFIG).set_precision(precision)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model, tokens = model.for_inference(), random_tokens()
+    told, bias = model.encode(random_tokens(3, 5)), torch.zeros(3, 1, 1, 16)
+    bias[1, ..., 12:] = HIDDEN
+    at = torch.tensor([[0, 3, 15], [5, 2, 9], [7, 7, 1]])
+    for context in (None, told):
+        every = model.hidden(tokens, None, context, bias.to(model.compute_dtype))
+        some = model.hidden(tokens, None, context, bias.to(model.compute_dtype), at)
+        tolerance = dict(fp32=1e-5, fp16=4e-3, bf16=3e-2)[precision]
+        torch.testing.assert_close(some, every[torch.arange(3)[:, None], at], rtol=0,
+                                   atol=tolerance)
+    with pytest.raises(ValueError, match="gives all positions"):
+        random_model(causal=True).hidden(tokens, at=at)
 
 
 def test_special_tokens_are_never_predicted():
