@@ -103,11 +103,16 @@ def quantize(graph: onnx.ModelProto, model: DiffusionTransformer, scales: dict[s
     initializers = {x.name: x for x in graph.graph.initializer}
     weights = {name: module.weight.detach().float().T.contiguous().numpy()
                for name, module in block_products(model).items()}
+    # Of a weight that is used twice the exporter leaves a large one to be turned in the graph.
+    turned = {node.output[0]: node.input[0] for node in graph.graph.node
+              if node.op_type == "Transpose" and node.input[0] in initializers}
     nodes, done = [], set()
     for node in graph.graph.node:
-        name = None
-        if node.op_type == "MatMul" and node.input[1] in initializers:
-            matrix = numpy_helper.to_array(initializers[node.input[1]])
+        name, factor = None, node.input[1] if node.op_type == "MatMul" else None
+        stored = initializers.get(turned.get(factor, factor))
+        if stored is not None:
+            matrix = numpy_helper.to_array(stored)
+            matrix = matrix.T if factor in turned else matrix
             name = next((n for n in sorted(weights, key=done.__contains__)  # new ones first
                          if weights[n].shape == matrix.shape and np.allclose(
                              weights[n], matrix.astype(np.float32), rtol=2e-3, atol=1e-4)), None)
@@ -117,11 +122,12 @@ def quantize(graph: onnx.ModelProto, model: DiffusionTransformer, scales: dict[s
         if name not in done:
             done.add(name)
             add_constants(graph.graph, name, weights[name], scales[name])
-        nodes += quantized_product(node, name, f"{name}.{len(nodes)}",
-                                   initializers[node.input[1]].data_type)
+        nodes += quantized_product(node, name, f"{name}.{len(nodes)}", stored.data_type)
     missing = scales.keys() - done
     if missing:
         raise ValueError(f"the graph has no product for {', '.join(sorted(missing))}")
+    used = {name for node in nodes for name in node.input}
+    nodes = [node for node in nodes if node.output[0] not in turned or node.output[0] in used]
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}

@@ -19,8 +19,15 @@ from device_step import DeviceStep
 from diffusion import numpy_step
 from engine_runtime import Bundle, OnnxSession
 from export_jetson import SCRIPTS, main, operators, step_inputs, to_onnx
-from int8 import LEVELS, balance, best_scale, block_products
-from model import MODEL_CONFIGS, DiffusionTransformer, load_checkpoint, model_from_checkpoint
+from int8 import LEVELS, balance, best_scale, block_products, quantize
+from model import (
+    MODEL_CONFIGS,
+    ConditionalTransformer,
+    DiffusionTransformer,
+    ModelConfig,
+    load_checkpoint,
+    model_from_checkpoint,
+)
 from sampler import ORDERS, PRESETS, REMASKS, Sampler, blank_story, condition_row, unmask_rows
 
 ROWS = [blank_story(20), blank_story(40), blank_story(37)]
@@ -85,6 +92,26 @@ def test_both_sides_of_a_guided_step_are_quantised(told_bundle):
     constants = {x.name for x in graph.initializer}
     left = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in constants]
     assert len(left) == 2  # sums over the likeliest tokens, as products
+
+
+def test_weights_that_both_sides_share_are_found_where_they_are_turned():
+    """From some size on the exporter does not turn a weight itself that is used twice."""
+    config = ModelConfig(width=128, heads=2, layers=2, vocab_size=300, max_len=32)
+    torch.manual_seed(0)
+    model = ConditionalTransformer(config, config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.for_inference()
+    graph = to_onnx(DeviceStep(model, guided=True), step_inputs(model, 1, 32),
+                    ["new_tokens", "confidence"])
+    assert any(node.op_type == "Transpose" and node.input[0].startswith("model.blocks")
+               for node in graph.graph.node)
+    quantize(graph, model, dict.fromkeys(block_products(model), 0.1))
+    onnx.checker.check_model(graph)
+    assert sum(x.data_type == onnx.TensorProto.INT8 and len(x.dims) == 2
+               for x in graph.graph.initializer) == 2 * (6 + 2)
+    assert not any(x.name.startswith("model.blocks") and len(x.dims) == 2
+                   for x in graph.graph.initializer)
 
 
 def test_open_shapes_of_a_single_row(sharp_checkpoint, tmp_path):
