@@ -99,7 +99,6 @@ class Board:
         if memory:
             self.megabytes.append(int(memory[1]))
 
-
     def figures(self) -> dict:
         return {"watts": statistics.mean(self.watts) if self.watts else None,
                 "board_megabytes": max(self.megabytes) if self.megabytes else None}

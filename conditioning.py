@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import quality
-from autoregressive import before_each
+from autoregressive import Autoregressive
 from data_prep import BOS, EOS, MASK, TokenRows, bucket_batches, decode, pad_rows, row_kind
 from diffusion import (
     Corrupted,
@@ -185,9 +185,9 @@ def prompted_bound(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int,
     def hide(clean: torch.Tensor, part: np.ndarray):
         whole = torch.from_numpy(pad_rows([pairs.prompted[i] for i in part]))
         if exact:
-            wanted = clean >= EOS
-            yield Corrupted(whole, before_each(whole), wanted, wanted.float(),
-                            torch.ones(len(part))), maskable(clean).sum(1)
+            every = Autoregressive().corrupt_batch(whole)
+            every.masked = clean >= EOS  # the prompt is given
+            yield every, maskable(clean).sum(1)
             return
         text = maskable(whole).sum(1)
         for draw in range(draws):

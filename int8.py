@@ -30,6 +30,15 @@ def block_products(model: DiffusionTransformer) -> dict[str, Linear]:
             if isinstance(module, Linear) and not name.endswith(("cross.key", "cross.value"))}
 
 
+def run_watched(runs: Iterable[Callable[[], Tensor]], hooks: dict[Linear, Callable]) -> None:
+    """Calls each of `runs` while the hooks see the inputs of their products."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
+    for run in runs:
+        run()
+    for handle in handles:
+        handle.remove()
+
+
 @torch.no_grad()
 def balance(model: DiffusionTransformer, runs: Iterable[Callable[[], Tensor]]) -> None:
     """Evens out the channels between two products, so that one scale serves them all; in place.
@@ -46,11 +55,7 @@ def balance(model: DiffusionTransformer, runs: Iterable[Callable[[], Tensor]]) -
     def watch(module: Linear, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].float().abs().flatten(0, -2).amax(0)
         largest[module] = torch.maximum(largest[module], values)
-    handles = [second.register_forward_pre_hook(watch) for _, second, _ in pairs]
-    for run in runs:
-        run()
-    for handle in handles:
-        handle.remove()
+    run_watched(runs, {second: watch for second in largest})
     for first, second, power in pairs:
         weight = second.weight.abs().amax(0).clamp(min=1e-6)
         scale = (largest[second].clamp(min=1e-6) / weight).sqrt()
@@ -79,12 +84,7 @@ def activation_scales(model: DiffusionTransformer, runs: Iterable[Callable[[], T
             seen[name].append(values[::every].flatten().numpy())
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(name))
-               for name, module in block_products(model).items()]
-    for run in runs:
-        run()
-    for handle in handles:
-        handle.remove()
+    run_watched(runs, {module: watch(name) for name, module in block_products(model).items()})
     return {name: best_scale(np.concatenate(seen[name]), largest[name]) for name in seen
             if seen[name]}
 

@@ -61,12 +61,11 @@ class LongRun:
         self.config.check()
         self.again = STAGES[STAGES.index(self.config.from_stage or "report"):]
         self.check_data(given)
-        if "train" not in self.again and self.finished("train"):
-            stale = sorted(self.changed & {field.name for field in dataclasses.fields(TrainConfig)}
-                           - HARMLESS)
-            require(not stale, f"--{' --'.join(stale)}: the training in {self.folder} is finished; "
-                    "give more --max_steps or --minutes too, or --from_stage train, or another "
-                    "--checkpoint_dir")
+        stale = sorted(self.changed & {field.name for field in dataclasses.fields(TrainConfig)}
+                       - HARMLESS)
+        require(not stale or "train" in self.again or not self.finished("train"),
+                f"--{' --'.join(stale)}: the training in {self.folder} is finished; give more "
+                "--max_steps or --minutes too, or --from_stage train, or another --checkpoint_dir")
 
     # ---- settings --------------------------------------------------------------------------------
 
