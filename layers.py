@@ -108,57 +108,88 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def rotation_at(cos: Tensor, sin: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rotary angles of the positions `at` (B, C): (B, 1, C, D/H/2) each; None is all."""
+    return (cos, sin) if at is None else (cos[at][:, None], sin[at][:, None])
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, D) -> (B, H, L, D/H)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+# AdamW moves a parameter by about the learning rate, whatever its gradient: a gate alone would need
+# hundreds of steps to open.
+GATE_SPEED = 10
+
+
+class Heads(nn.Module):
+    """What self-attention and cross-attention have in common; E is the width of what is read."""
+
+    def __init__(self, config: ModelConfig, read_width: int):
         super().__init__()
-        self.heads, self.qk_norm, self.causal = config.heads, config.qk_norm, config.causal
-        width = config.width
+        self.heads, self.qk_norm = config.heads, config.qk_norm
         # Three matrices, not one: Muon orthogonalises each map on its own.
-        self.query, self.key, self.value = (Linear(width, width) for _ in range(3))
-        self.out = Linear(width, width, std=0.0)
+        self.query = Linear(config.width, config.width)
+        self.key, self.value = (Linear(read_width, config.width) for _ in range(2))
+        self.out = Linear(config.width, config.width, std=0.0)  # adds nothing at first
         self.query_bias = self.key_bias = None
+        if config.neighbour_init:  # zero unless the heads are to look at neighbours
+            shape = (config.heads, 1, config.width // config.heads)
+            self.query_bias, self.key_bias = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, L, D) -> (B, H, L, D/H), turned to their positions."""
+        return self._turned(self.query(x), self.query_bias, cos, sin)
+
+    def keys_values(self, read: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, E) -> keys, turned to their positions, and values, (B, H, S, D/H) each."""
+        return (self._turned(self.key(read), self.key_bias, cos, sin),
+                split_heads(self.value(read), self.heads))
+
+    def _turned(self, x: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        x = split_heads(x, self.heads)
+        if bias is not None:
+            x = x + bias.to(x.dtype)
+        return rotate(rms_norm(x) if self.qk_norm else x, cos, sin)
+
+
+class Attention(Heads):
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, config.width)
+        self.causal = config.causal
         if config.neighbour_init:
             self.query_bias, self.key_bias = map(nn.Parameter, neighbour_biases(config))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None = None,
                 at: Tensor | None = None) -> Tensor:
         asking = x if at is None else take(x, at)  # (B, C, D)
-        q, k, v = (split_heads(part(y), self.heads) for part, y in (
-            (self.query, asking), (self.key, x), (self.value, x)))
-        if self.query_bias is not None:
-            q, k = q + self.query_bias.to(q.dtype), k + self.key_bias.to(k.dtype)
-        if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
-        where = (cos, sin) if at is None else (cos[at][:, None], sin[at][:, None])  # (B, 1, C, d/2)
-        q, k = rotate(q, *where), rotate(k, cos, sin)
+        q = self.queries(asking, *rotation_at(cos, sin, at))
+        k, v = self.keys_values(x, cos, sin)
         y = attention(q, k, v, self.causal, bias)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
-class CrossAttention(nn.Module):
-    """Queries from the story, keys and values from the encoder, whose width E may differ."""
+class CrossAttention(Heads):
+    """Queries from the story, keys and values from the encoder, whose width E may differ.
 
-    def __init__(self, config: ModelConfig, context_width: int):
-        super().__init__()
-        self.heads, self.qk_norm = config.heads, config.qk_norm
-        self.query = Linear(config.width, config.width)
-        self.key, self.value = (Linear(context_width, config.width) for _ in range(2))
-        self.out = Linear(config.width, config.width, std=0.0)  # adds nothing at first
+    Every head has a gate, closed at first, so that nothing is added (arXiv 2204.14198, section 2.2,
+    here without tanh). The output projection behind it need not start at zero: it can have what
+    self-attention has learned.
+    """
 
-    def keys_values(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, E) -> keys and values, (B, H, S, D/H) each: the same in every step."""
-        k, v = (split_heads(part(encoded), self.heads) for part in (self.key, self.value))
-        return rms_norm(k) if self.qk_norm else k, v
+    def __init__(self, config: ModelConfig, read_width: int):
+        super().__init__(config, read_width)
+        nn.init.normal_(self.out.weight, std=config.width ** -0.5)
+        self.gate = nn.Parameter(torch.zeros(config.heads, 1, 1))  # in units of 1 / GATE_SPEED
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        q = split_heads(self.query(x), self.heads)  # (B, H, L, D/H)
-        y = attention(rms_norm(q) if self.qk_norm else q, k, v, bias=bias)
-        return self.out(y.transpose(1, 2).flatten(2))  # (B, L, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, bias: Tensor,
+                ) -> Tensor:
+        """(B, L, D), the angles of its positions, the condition's keys, values and bias ->
+        (B, L, D)."""
+        y = attention(self.queries(x, cos, sin), k, v, bias=bias)
+        y = y * (GATE_SPEED * self.gate).to(y.dtype)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def dropout_factors(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
@@ -191,6 +222,6 @@ class Block(nn.Module):
         y = self.attention(rms_norm(x), cos, sin, bias, at)
         x = (x if at is None else take(x, at)) + (y if keep is None else y * keep[0])
         if self.cross is not None and context is not None:
-            x = x + self.cross(rms_norm(x), *context)
+            x = x + self.cross(rms_norm(x), *rotation_at(cos, sin, at), *context)
         y = self.down(F.relu(self.up(rms_norm(x))).square())
         return x + (y if keep is None else y * keep[1])

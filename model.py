@@ -274,8 +274,14 @@ class ConditionalTransformer(DiffusionTransformer):
         # Every block reads the encoder at its own depth, as it reads its own row.
         states = self.encoder(condition, bias)  # of (B, S, E)
         depth = (len(states) - 1) / max(1, len(self.blocks) - 1)
+        # The text begins at position 1: the condition's last token, before its [EOS], is at 0.
+        position = torch.arange(condition.shape[1], device=condition.device)
+        position = position - (given.sum(1, keepdim=True) - 2)  # (B, S)
+        frequencies = rope_frequencies(self.config).to(condition.device)
+        angles = position[:, None, :, None].float() * frequencies  # (B, 1, S, D/H/2)
+        where = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
         keys, values = map(torch.stack, zip(*(
-            block.cross.keys_values(states[round(i * depth)])
+            block.cross.keys_values(states[round(i * depth)], *where)
             for i, block in enumerate(self.blocks)), strict=True))
         return Context(keys, values.masked_fill(none[:, None, None, None], 0.0), bias)
 
@@ -287,15 +293,13 @@ class ConditionalTransformer(DiffusionTransformer):
 
     def start_encoder(self) -> None:
         """Gives the encoder the denoiser's first blocks, which have learned to read already, and
-        the cross-attention its queries, keys and values, so that the condition is first read as if
-        it stood before the text. Both must have the same width.
+        the cross-attention the weights of the self-attention beside it, so that the condition is
+        first read as if it stood before the text. Both must have the same width.
         """
         learned = self.state_dict()
         self.encoder.load_state_dict({name: learned[name] for name in self.encoder.state_dict()})
         for block in self.blocks:
-            for name in ("query", "key", "value"):
-                getattr(block.cross, name).load_state_dict(
-                    getattr(block.attention, name).state_dict())
+            block.cross.load_state_dict(block.cross.state_dict() | block.attention.state_dict())
 
     def freeze_decoder(self) -> None:
         """Leaves only the encoder and the cross-attention to be trained."""

@@ -18,7 +18,7 @@ import prep_conditional_data
 import train
 import train_config
 from data_prep import BOS, EOS, MASK, DataConfig, prepare
-from layers import take
+from layers import GATE_SPEED, take
 
 ROOT = Path(__file__).parent.parent
 SMALL = model_module.ModelConfig(width=32, heads=2, layers=2)
@@ -88,6 +88,7 @@ def conditional_checkpoint(checkpoint, pairs_dir, tmp_path_factory):
     model.start_encoder()
     for block in model.blocks:
         torch.nn.init.normal_(block.cross.out.weight, std=0.3)
+        torch.nn.init.constant_(block.cross.gate, 1 / GATE_SPEED)
     path = tmp_path_factory.mktemp("shared") / "conditional.pt"
     model_module.save_checkpoint(
         path, model, source["tokenizer"], source["length_histogram"], ema=None, step=1,

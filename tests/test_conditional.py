@@ -78,6 +78,32 @@ def test_adding_it_changes_nothing_at_first(precision):
         plain.hidden(tokens, context=context)
 
 
+def test_the_condition_is_first_read_as_if_it_stood_before_the_text():
+    """What the first block's heads compare and read is that of one row of both."""
+    config = dataclasses.replace(SMALL, vocab_size=50, max_len=32)
+    torch.manual_seed(0)
+    model = ConditionalTransformer(config, dataclasses.replace(config, layers=1, max_len=16))
+    torch.nn.init.normal_(model.blocks[0].attention.query_bias, std=1.0)
+    model.start_encoder()
+    assert not any(block.cross.gate.any() for block in model.blocks)
+    told, text = [7, 8, 9, 10], [11, 12, 13]
+    context = model.encode(torch.tensor([[BOS, *told, EOS], [BOS, 9, EOS, PAD, PAD, PAD]]))
+    own, cross = model.blocks[0].attention, model.blocks[0].cross
+
+    def read(layer, row):
+        x = model_module.rms_norm(model_module.rms_norm(model.embed(torch.tensor([row]))))
+        where = model.cos[:len(row)], model.sin[:len(row)]
+        return layer.queries(x, *where), *layer.keys_values(x, *where)
+    joined, keys, values = read(own, [BOS, *told, *text, EOS])
+    queries, _, _ = read(cross, [BOS, *text, EOS])
+    torch.testing.assert_close(queries[0, :, 1:] @ context.keys[0, 0, :, :-1].mT,  # without [EOS]
+                               joined[0, :, 5:] @ keys[0, :, :5].mT)
+    torch.testing.assert_close(context.values[0, 0, :, :-1], values[0, :, :5])
+    joined, keys, _ = read(own, [BOS, 9, *text, EOS])  # a shorter one ends in the same place
+    torch.testing.assert_close(queries[0, :, 1:] @ context.keys[0, 1, :, :2].mT,
+                               joined[0, :, 2:] @ keys[0, :, :2].mT)
+
+
 def test_a_trained_one_without_context_is_the_denoiser():
     model = small_conditional()
     plain = create_model("tiny", vocab_size=50, max_len=32)
@@ -289,8 +315,8 @@ def test_stage_2_trains_the_condition_alone_and_stage_3_everything(settings, che
         for name, value in plain["ema"].items():
             assert torch.equal(done[weights][name], value), name
         new = [name for name in done[weights] if name not in plain["ema"]]
-        assert all(map(is_of_condition, new)) and len(new) == 17
-        assert all(done[weights][name].any() for name in new if name.endswith("cross.out.weight"))
+        assert all(map(is_of_condition, new)) and len(new) == 23
+        assert all(done[weights][name].any() for name in new if name.endswith("cross.gate"))
     # the encoder has started with the denoiser's weights, and has moved
     name = "blocks.0.up.weight"
     start, end = plain["ema"][name], done["weights"][f"encoder.{name}"]
