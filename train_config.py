@@ -12,7 +12,7 @@ from model import MODEL_CONFIGS, PRECISIONS
 from optimizers import DEFAULT_LR, OPTIMIZERS
 from sampler import ORDERS, Sampler
 
-STAGE_LR = {1: 1.0, 2: 1 / 3, 3: 0.1}  # share of the default: what has learned is to be kept
+STAGE_LR = {1: 1.0, 2: 1.0, 3: 2 / 3}  # share of the default: in stage 3 all has learned already
 # What a later stage takes over from the model that it starts from
 SIZES = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head")
 
@@ -37,7 +37,7 @@ class TrainConfig:
     tied_head: bool = flag(True, "one matrix for embedding and vocabulary head")
     # condition
     stage: int = flag(1, "1 trains a model without a condition; 2 adds encoder and cross-attention "
-                         "to one and trains only these; 3 then trains everything, more gently",
+                         "to one and trains only these; 3 then trains everything",
                       (1, 2, 3))
     decoder_checkpoint: str | None = flag(None, "stage 2: the model to start from; stage 3: that "
                                                 "of stage 2")
@@ -57,8 +57,7 @@ class TrainConfig:
     optimizer: str = flag("muon", "muon: the blocks' matrices by Muon, the rest by AdamW",
                           OPTIMIZERS)
     lr: float | None = flag(None, "peak learning rate (default: " + ", ".join(
-        f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + "; a third of it in stage 2, a "
-                                  "tenth in stage 3)")
+        f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + "; two thirds of it in stage 3)")
     warmup_steps: int | None = flag(None, "steps of linear warm-up (default: 5 % of max_steps)")
     min_lr_ratio: float = flag(0.0, "the cosine decay ends at this share of the peak")
     weight_decay: float = flag(0.0, "decoupled weight decay of the blocks' matrices")

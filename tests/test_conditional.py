@@ -329,7 +329,7 @@ def test_stage_2_trains_the_condition_alone_and_stage_3_everything(settings, che
     last = load_checkpoint(tmp_path / "stage3" / "best.pt", kind="conditional")
     assert not any(torch.equal(last["weights"][name], value) for name, value in
                    done["ema"].items() if value.ndim == 2)
-    assert TrainConfig(**last["train_config"]).peak_lr == pytest.approx(0.0006)
+    assert TrainConfig(**last["train_config"]).peak_lr == pytest.approx(0.004)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
