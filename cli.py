@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import errno
 import io
+import json
 import os
 import sys
 import types
@@ -108,6 +109,21 @@ def run(main: Callable[[], None]) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror}; free some space or name another place, then try again", 2)
+
+
+def print_json(entry: dict) -> None:
+    """One JSON object as a line of UTF-8 on stdout, whatever the locale says: a data channel, whose
+    reader gets every line at once."""
+    line = json.dumps(entry, ensure_ascii=False) + "\n"
+    if sys.stdout is None:  # started with stdout closed: there is nobody to read it
+        return
+    buffer = getattr(sys.stdout, "buffer", None)
+    sys.stdout.flush()  # what was printed before stands before
+    if buffer is None:  # a stand-in without bytes behind it, as in a notebook
+        sys.stdout.write(line)
+    else:
+        buffer.write(line.encode("utf-8"))
+    sys.stdout.flush()
 
 
 def _fail(message: str, status: int) -> typing.NoReturn:
