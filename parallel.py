@@ -65,6 +65,17 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def agree(self, work: Callable[[], None]) -> None:
+        """Does `work` in the main process; its UserError is raised in all of them."""
+        problem = None
+        if self.main:
+            try:
+                work()
+            except UserError as error:
+                problem = str(error)
+        problem = self.gather(problem)[0]
+        require(problem is None, problem or "")
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
