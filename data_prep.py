@@ -5,13 +5,17 @@
     python data_prep.py --source sample                    # made-up stories, no network
 
 A .txt file has a line <|endoftext|> after every story, .jsonl and .parquet have a `text` field.
+Three splits: "train", "val" for everything that is chosen, "test" for everything that is reported.
+The stories of --valid_source, of the hub's validation split, or else a share --valid_fraction of
+all are held out, and --test_fraction of those (half) is the test split; a hash of the text decides,
+so that a story stands in one split only. Or name a file of their own with --test_source.
 Writes `--data_dir` whole or not at all and prints what is in it. The slice of 8,504 stories takes
 about 3 s on 2 CPU cores; memory stays flat.
 
 The data folder (format version 1)
     tokenizer.json             byte-level BPE; decoding gives the source text back byte for byte
     meta.json                  versions, source, licence, counts, length histogram, checksums
-    train_00000.bin, .idx ...  uint16 token ids; int64 header and row offsets (val_* likewise)
+    train_00000.bin, .idx ...  uint16 token ids; int64 header and row offsets (val_*, test_*)
 One row is one story, [BOS] story [EOS]. A story longer than `seq_len` becomes several rows of
 nearly equal length, of which only the first has [BOS] and only the last [EOS].
 prep_conditional_data.py adds train_condition_00000.bin ..., the condition of every row.
@@ -34,10 +38,11 @@ from typing import Any
 import numpy as np
 
 from cli import UserError, atomic_file, check_writable, flag, parse, require, run
-from sources import check_source, describe_source, read_stories, source_bytes
+from sources import check_source, describe_source, file_digest, read_stories, source_bytes
 
 PAD, MASK, BOS, EOS = range(4)
 SPECIAL_TOKENS = ["[PAD]", "[MASK]", "[BOS]", "[EOS]"]
+SPLITS = ("train", "val", "test")
 FORMAT, FORMAT_VERSION = "diffusion-llm data", 1
 SHARD_MAGIC = int.from_bytes(b"dllmrows", "little")
 SHARD_HEADER = 4  # int64: magic, format version, rows, tokens; then rows + 1 offsets
@@ -45,6 +50,7 @@ SHARD_TOKENS = 2**25  # 64 MiB a shard
 BUCKET = 16  # row lengths are rounded up to a multiple of this: few shapes, little padding
 ROW_KINDS = ("story", "start", "middle", "end")
 BATCH_BYTES = 2**20  # text tokenized together: keeps the cores busy and the memory small
+TEST_FRACTION = 0.5  # of the held-out stories
 META_KEYS = ("source", "licence", "vocab_size", "seq_len", "bytes_per_token", "length_histogram",
              "tokenizer_sha256", "splits")
 
@@ -53,11 +59,15 @@ META_KEYS = ("source", "licence", "vocab_size", "seq_len", "bytes_per_token", "l
 class DataConfig:
     source: list[str] = flag(["tinystories"], "tinystories (the hub), sample, or local files")
     valid_source: str | None = flag(None, "file with the validation stories (local sources)")
+    test_source: str | None = flag(None, "file with the test stories (local sources)")
     data_dir: str = flag("data", "folder to write")
     max_stories: int | None = flag(None, "stories to read at most, of each split")
     vocab_size: int = flag(8192, "size of the vocabulary, 260 to 65536")
     seq_len: int = flag(256, "longest row in tokens, a multiple of 16")
     valid_fraction: float = flag(0.05, "share held out where the source has no validation split")
+    test_fraction: float | None = flag(
+        None, f"share of the held-out stories kept for the test split (default: {TEST_FRACTION}, "
+              "or none where too few are held out); 0: no test split")
     tokenizer_stories: int = flag(50_000, "training stories from which the vocabulary is learned")
     num_workers: int = flag(0, "threads for tokenizing; 0 uses every core")
     overwrite: bool = flag(False, "replace a data folder that is already there")
@@ -218,13 +228,21 @@ def check_config(config: DataConfig) -> None:
     check_row_length("--seq_len", config.seq_len)
     require(0 < config.valid_fraction < 1, f"--valid_fraction {config.valid_fraction}: must lie "
                                            "between 0 and 1")
+    check_test_fraction(config.test_fraction, config.test_source)
     for name in ("max_stories", "tokenizer_stories"):
         value = getattr(config, name)
         require(value is None or value > 0, f"--{name} {value}: must be positive")
     require(config.num_workers >= 0, f"--num_workers {config.num_workers}: must be 0 or more")
     require(config.source != ["sample"] or (config.max_stories or 0) <= 100_000,
             f"--max_stories {config.max_stories}: the bundled story maker has 100,000 stories")
-    check_source(config.source, config.valid_source)
+    check_source(config.source, config.valid_source, config.test_source)
+
+
+def check_test_fraction(fraction: float | None, test_source: str | None) -> None:
+    require(fraction is None or 0 <= fraction < 1,
+            f"--test_fraction {fraction}: must be 0 or more and less than 1")
+    require(fraction is None or not test_source,
+            "--test_source brings the test stories: leave out --test_fraction")
 
 
 def check_row_length(flag: str, length: int) -> None:
@@ -260,9 +278,12 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
         os.environ["RAYON_NUM_THREADS"] = str(config.num_workers)
     started = time.perf_counter()
 
+    files = config.source, config.valid_source, config.test_source
+    test_fraction = TEST_FRACTION if config.test_fraction is None else config.test_fraction
+
     def stories() -> Iterator[tuple[str, str]]:
         return read_stories(config.source, config.valid_source, config.valid_fraction,
-                            config.max_stories)
+                            config.max_stories, config.test_source, test_fraction)
 
     # 1. The vocabulary, from the first training stories.
     texts = (text for split, text in stories() if split == "train" and text)
@@ -270,9 +291,9 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
         tqdm(islice(texts, config.tokenizer_stories), desc="learning the vocabulary",
              unit=" stories", disable=None), config.vocab_size)
     # 2. Every story to rows, a batch at a time: memory does not grow with the corpus.
-    writers = {split: SplitWriter(folder, split, config.seq_len) for split in ("train", "val")}
+    writers = {split: SplitWriter(folder, split, config.seq_len) for split in SPLITS}
     dropped = 0
-    total = None if config.max_stories else source_bytes(config.source, config.valid_source)
+    total = None if config.max_stories else source_bytes(*files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         for split, text, ids in tokenize_batches(stories(), tokenizer):
             if text:
@@ -280,11 +301,40 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
             else:
                 dropped += 1
     # 3. What a reader must know.
+    settle_test_split(writers, config.test_fraction, config.test_source)
     return finish_folder(
         folder, writers, tokenizer.to_str(pretty=True), tokenizer.get_vocab_size(),
         f"no stories in {', '.join(config.source)}: the corpus is empty",
-        **describe_source(config.source, config.valid_source), dropped_empty=dropped,
+        **describe_source(*files), dropped_empty=dropped,
         config=dataclasses.asdict(config), seconds=round(time.perf_counter() - started, 2))
+
+
+def settle_test_split(writers: dict[str, SplitWriter], fraction: float | None,
+                      test_source: str | None, divided: bool = True) -> None:
+    """Takes an empty test split out of `writers`; raises UserError if it was asked for.
+
+    `fraction` is that of the command line, None where the default holds: then too few held-out
+    stories all become validation stories, also those whose hash says test, and a line says so.
+    With `divided` False the stories came with their split and keep it.
+    """
+    texts = {split: writers[split].counts["stories"] for split in SPLITS}
+    held_out = texts["val"] + texts["test"]
+    require(texts["test"] or not test_source, f"{test_source}: no test stories in it; name another "
+                                              "--test_source or give --test_fraction")
+    require(texts["test"] or not fraction, f"no test stories: --test_fraction {fraction} of "
+            f"{held_out:,} held-out stories gives none; raise it or --valid_fraction, or give 0 to "
+            "do without")
+    short = fraction is None and not test_source
+    if texts["test"] and (texts["val"] or not (short and divided) or writers["test"].shards):
+        return
+    for name in [name for name in writers if name.startswith("test")]:
+        writer = writers.pop(name)
+        if texts["test"]:
+            writer.split = name.replace("test", "val")
+            writers[writer.split] = writer
+    if short and held_out:
+        print(f"no test split: {held_out:,} held-out stories are too few to divide; raise "
+              "--valid_fraction or give more text, or do without: --test_fraction 0")
 
 
 def finish_folder(folder: Path, writers: dict[str, SplitWriter], tokenizer: str, vocab_size: int,
@@ -296,7 +346,8 @@ def finish_folder(folder: Path, writers: dict[str, SplitWriter], tokenizer: str,
     for split, writer in writers.items():
         writer.flush()
         require(writer.counts["stories"], empty if split == "train" else
-                "no validation stories: raise --valid_fraction or --max_stories, or give more text")
+                "no validation stories: raise --valid_fraction or --max_stories, lower "
+                "--test_fraction, or give more text")
     train = writers["train"]
     text_tokens = train.counts["tokens"] - 2 * train.counts["stories"]  # less [BOS] and [EOS]
     meta = {
@@ -348,6 +399,15 @@ def load_meta(data_dir: str | Path) -> dict:
     return meta
 
 
+def content_hashes(meta: dict) -> dict[str, str]:
+    """What a data folder holds, from its meta.json: one checksum for the tokenizer and for the
+    shards of each split. Equal hashes mean equal rows, wherever the folder lies."""
+    return {"tokenizer": meta["tokenizer_sha256"]} | {
+        split: sha256("".join(shard[key] for shard in summary["shards"]
+                              for key in ("sha256", "index_sha256")).encode())
+        for split, summary in meta["splits"].items()}
+
+
 def check_version(path: Path, version: int) -> None:
     require(version == FORMAT_VERSION, f"{path} has data format version {version}, this program "
             f"reads version {FORMAT_VERSION}: prepare the data again with this data_prep.py")
@@ -364,10 +424,12 @@ def read_tokenizer_file(data_dir: str | Path, meta: dict) -> str:
 
 
 class TokenRows:
-    """The rows of one split ("train" or "val"), memory-mapped. `lengths` is (N,) int64."""
+    """The rows of a split ("train", "val", "test"), memory-mapped. `lengths` is (N,) int64."""
 
     def __init__(self, data_dir: str | Path, split: str = "train"):
         self.data_dir, self.split, self.meta = Path(data_dir), split, load_meta(data_dir)
+        require(split in self.meta["splits"], f"{data_dir} has no {split} split: prepare the data "
+                "again" + (" with --test_fraction or --test_source" if split == "test" else ""))
         shards = [self._open(shard) for shard in self.meta["splits"][split]["shards"]]
         require(shards, f"{data_dir} has no {split} shards; prepare the data again")
         self._tokens, self._offsets = zip(*shards, strict=True)
@@ -526,10 +588,8 @@ def verify(data_dir: str) -> None:
         for shard in summary["shards"]:
             for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
                 path = Path(data_dir) / (shard["name"] + suffix)
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                require(digest == shard[key], f"{path} is damaged (checksum): prepare the data "
-                                              "again or copy the folder again")
+                require(file_digest(path) == shard[key], f"{path} is damaged (checksum): prepare "
+                        "the data again or copy the folder again")
     print(f"{data_dir}: every checksum is right")
 
 

@@ -26,21 +26,30 @@ from pathlib import Path
 from cli import UserError, flag, parse, require, run
 from data_prep import (
     EOS,
+    SPLITS,
+    TEST_FRACTION,
     SplitWriter,
     TokenRows,
     check_row_length,
+    check_test_fraction,
     decode,
     finish_folder,
     load_meta,
     load_tokenizer,
     make_folder,
     read_tokenizer_file,
+    settle_test_split,
     split_row,
     tokenize_batches,
 )
-from sources import check_source, describe_source, read_json_lines, read_stories, side_of
-
-SPLITS = ("train", "val")
+from sources import (
+    check_source,
+    describe_files,
+    describe_source,
+    read_json_lines,
+    read_stories,
+    side_of,
+)
 
 
 @dataclass
@@ -48,6 +57,7 @@ class PairConfig:
     data_dir: str = flag("data", "data folder with the tokenizer, and the stories by default")
     source: list[str] | None = flag(None, "other stories: tinystories, sample, or local files")
     valid_source: str | None = flag(None, "file with their validation stories (local files)")
+    test_source: str | None = flag(None, "file with their test stories (local files)")
     pairs: str | None = flag(None, 'file of lines {"condition": "...", "text": "..."} to use '
                                    "instead of first sentences")
     output_dir: str = flag("data_pairs", "folder to write")
@@ -56,6 +66,9 @@ class PairConfig:
     max_stories: int | None = flag(None, "stories or pairs to read at most, of each split "
                                         "where there are two")
     valid_fraction: float = flag(0.05, "share held out where there is no validation split")
+    test_fraction: float | None = flag(
+        None, "share of the held-out ones kept for the test split, where there is none (default: "
+              f"{TEST_FRACTION}, or no test split where too few are held out)")
     overwrite: bool = flag(False, "replace an output folder that is already there")
 
     def check(self) -> None:
@@ -67,11 +80,15 @@ class PairConfig:
                 f"--max_stories {self.max_stories}: must be positive")
         require(0 < self.valid_fraction < 1, f"--valid_fraction {self.valid_fraction}: must lie "
                                              "between 0 and 1")
-        require(not (self.pairs and (self.source or self.valid_source)),
-                "--pairs brings its own texts: leave out --source and --valid_source")
-        require(self.source or not self.valid_source, "--valid_source belongs to --source")
+        check_test_fraction(self.test_fraction, self.test_source)
+        require(not (self.pairs and (self.source or self.valid_source or self.test_source)),
+                "--pairs brings its own texts: leave out --source, --valid_source and "
+                "--test_source")
+        for flag_name, name in (("--valid_source", self.valid_source),
+                                ("--test_source", self.test_source)):
+            require(self.source or not name, f"{flag_name} belongs to --source")
         if self.source:
-            check_source(self.source, self.valid_source)
+            check_source(self.source, self.valid_source, self.test_source)
         require(self.pairs is None or Path(self.pairs).is_file(),
                 f"--pairs {self.pairs}: no such file")
 
@@ -80,6 +97,8 @@ class PairConfig:
         splits = not self.pairs and (self.source in (None, ["tinystories"]) or self.valid_source)
         require("valid_fraction" not in given or not splits, "--valid_fraction: these stories have "
                                                              "a validation split; leave it out")
+        require("test_fraction" not in given or self.pairs or self.source,
+                "--test_fraction: the stories of --data_dir keep their splits; leave it out")
 
 
 # ---- sentences -----------------------------------------------------------------------------------
@@ -150,22 +169,24 @@ def stories_of(data_dir: str, split: str, tokenizer) -> Iterator[str]:
 
 
 def read_pairs(config: PairConfig, tokenizer) -> Iterator[tuple[str, str, str]]:
-    """Yields ("train" or "val", condition, text)."""
+    """Yields ("train", "val" or "test", condition, text)."""
+    test_fraction = TEST_FRACTION if config.test_fraction is None else config.test_fraction
     if config.pairs:
         try:
             for condition, text in islice(
                     read_json_lines(Path(config.pairs), ("condition", "text")),
                     config.max_stories):
                 condition, text = condition.strip(), text.strip()
-                yield side_of(text, config.valid_fraction), condition, text
+                yield side_of(text, config.valid_fraction, test_fraction), condition, text
         except UnicodeDecodeError as error:
             raise UserError(f"{config.pairs} is not UTF-8 text ({error.reason}); convert it to "
                             "UTF-8") from error
         return
+    splits = [split for split in SPLITS if split in load_meta(config.data_dir)["splits"]]
     stories = (read_stories(config.source, config.valid_source, config.valid_fraction,
-                            config.max_stories)
+                            config.max_stories, config.test_source, test_fraction)
                if config.source else
-               ((split, text) for split in SPLITS for text in
+               ((split, text) for split in splits for text in
                 islice(stories_of(config.data_dir, split, tokenizer), config.max_stories)))
     for split, story in stories:
         yield split, *first_sentence(story)
@@ -187,9 +208,8 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
     meta = load_meta(config.data_dir)
     tokenizer_text = read_tokenizer_file(config.data_dir, meta)
     tokenizer = load_tokenizer(tokenizer_text)
-    texts = {split: SplitWriter(folder, split, meta["seq_len"]) for split in SPLITS}
-    told = {split: SplitWriter(folder, f"{split}_condition", config.condition_len)
-            for split in SPLITS}
+    texts, told = ({split: SplitWriter(folder, split + end, length) for split in SPLITS}
+                   for end, length in (("", meta["seq_len"]), ("_condition", config.condition_len)))
     dropped = {split: Counter() for split in SPLITS}
     both = ((split, part) for split, *parts in read_pairs(config, tokenizer) for part in parts)
     encoded = tokenize_batches(both, tokenizer)  # condition, text, condition, text ...
@@ -203,12 +223,16 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
             texts[split].add(text, text_ids)
             for _ in split_row(text_ids, meta["seq_len"]):
                 told[split].add(condition, ids)
-    source = (describe_source([config.pairs]) if config.pairs else
-              describe_source(config.source, config.valid_source) if config.source else
-              {key: meta[key] for key in ("source", "licence")})
+    own = not (config.pairs or config.source)  # stories of the data folder keep their splits
+    writers = texts | {writer.split: writer for writer in told.values()}
+    settle_test_split(writers, 0 if own and "test" not in meta["splits"] else config.test_fraction,
+                      config.test_source, divided=not own)
+    source = (describe_files([("--pairs", config.pairs)]) if config.pairs else
+              describe_source(config.source, config.valid_source, config.test_source)
+              if config.source else
+              {key: meta[key] for key in ("source", "licence", "sources") if key in meta})
     return finish_folder(
-        folder, texts | {writer.split: writer for writer in told.values()}, tokenizer_text,
-        meta["vocab_size"], "no pair can be used: " + (", ".join(
+        folder, writers, tokenizer_text, meta["vocab_size"], "no pair can be used: " + (", ".join(
             f"{count:,} x {reason}" for reason, count in dropped["train"].most_common())
             or "there is none"), **source,
         condition={"kind": "pairs" if config.pairs else "first sentence",
@@ -217,7 +241,7 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
 
 
 def report(output_dir: str, meta: dict) -> None:
-    for split in SPLITS:
+    for split in [split for split in SPLITS if split in meta["splits"]]:
         counts, conditions = meta["splits"][split], meta["splits"][f"{split}_condition"]
         print(f"{split:>5}: {counts['stories']:,} pairs, {counts['rows']:,} rows, "
               f"{counts['tokens']:,} tokens of text; conditions of "

@@ -76,7 +76,8 @@ def test_every_story_decodes_to_its_source(tmp_path, suffix):
     train = write_corpus(tmp_path / f"train{suffix}", HOSTILE)
     valid = write_corpus(tmp_path / f"valid{suffix}", ["", HOSTILE[1], "   "])
     meta = prepare(DataConfig(source=[str(train)], valid_source=str(valid), seq_len=64,
-                              data_dir=str(tmp_path / "data"), vocab_size=300, num_workers=2))
+                              data_dir=str(tmp_path / "data"), vocab_size=300, num_workers=2,
+                              test_fraction=0))
     assert stored_texts(tmp_path / "data", "train") == [text.strip() for text in HOSTILE]
     assert stored_texts(tmp_path / "data", "val") == [HOSTILE[1]]
     assert meta["dropped_empty"] == 2
@@ -96,11 +97,89 @@ def test_split_is_by_text_and_max_stories_holds(tmp_path):
     texts = [f"story number {i % 50}" for i in range(200)]
     path = write_corpus(tmp_path / "a.jsonl", texts)
     config = DataConfig(source=[str(path)], data_dir=str(tmp_path / "data"), vocab_size=270,
-                        seq_len=32, valid_fraction=0.3, max_stories=150)
+                        seq_len=32, valid_fraction=0.3, max_stories=150, test_fraction=0)
     meta = prepare(config)
     train, valid = (set(stored_texts(tmp_path / "data", split)) for split in ("train", "val"))
     assert not train & valid and len(train | valid) == 50
     assert sum(meta["splits"][split]["stories"] for split in ("train", "val")) == 150
+
+
+def test_held_out_stories_are_divided_into_validation_and_test(tmp_path):
+    texts = [f"story number {i % 100}" for i in range(400)]
+    path = write_corpus(tmp_path / "a.jsonl", texts)
+    found = {}
+    for fraction in (None, 0.25, 0):
+        config = DataConfig(source=[str(path)], data_dir=str(tmp_path / str(fraction)),
+                            vocab_size=270, seq_len=32, valid_fraction=0.4, test_fraction=fraction)
+        splits = prepare(config)["splits"]
+        assert splits.keys() == {"train", "val", *(["test"] if fraction != 0 else [])}
+        found[fraction] = {split: stored_texts(Path(config.data_dir), split) for split in splits}
+        assert sorted(sum(found[fraction].values(), [])) == sorted(texts)
+        assert sum(len(set(part)) for part in found[fraction].values()) == 100
+    # what is held out does not depend on how it is divided
+    assert all(part["train"] == found[0]["train"] for part in found.values())
+    assert len(found[0.25]["test"]) < len(found[0.25]["val"])
+    assert 0.3 < len(found[None]["test"]) / len(found[0]["val"]) < 0.7
+
+
+def test_which_story_is_for_the_test_does_not_hang_on_the_share_held_out():
+    texts = [f"story {i}" for i in range(4000)]
+    few = {text for text in texts if sources.side_of(text, 0.1, 0.5) == "test"}
+    many = {text for text in texts if sources.side_of(text, 0.5, 0.5) == "test"}
+    assert few < many and 150 < len(few) < 250 and 900 < len(many) < 1100
+
+
+def test_a_validation_file_is_divided_and_a_test_file_is_not(tmp_path, fails):
+    files = {name: write_corpus(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(40)])
+             for name in ("train", "valid", "test")}
+    argv = ["--source", files["train"], "--valid_source", files["valid"], "--vocab_size", "270",
+            "--seq_len", "32", "--data_dir", tmp_path / "data"]
+    main([*map(str, argv), "--test_fraction", "0.5"])
+    found = {split: stored_texts(tmp_path / "data", split) for split in ("train", "val", "test")}
+    assert found["train"] == [f"train {i}" for i in range(40)]
+    assert sorted(found["val"] + found["test"]) == sorted(f"valid {i}" for i in range(40))
+    assert 10 < len(found["val"]) < 30
+    argv += ["--overwrite", "--test_source", files["test"]]
+    main([*map(str, argv)])
+    assert stored_texts(tmp_path / "data", "test") == [f"test {i}" for i in range(40)]
+    assert len(stored_texts(tmp_path / "data", "val")) == 40
+    assert "leave out --test_fraction" in fails(main, *argv, "--test_fraction", "0.5")
+    files["test"].write_text("\n")
+    assert "no test stories" in fails(main, *argv)
+
+
+def test_too_few_held_out_stories_have_no_test_split(tmp_path, fails, capsys):
+    path = write_corpus(tmp_path / "train.txt", HOSTILE)
+    for text in ("one", "two", "three", "four"):  # on either side of the hash
+        valid = write_corpus(tmp_path / "valid.txt", [text])
+        argv = ["--source", path, "--valid_source", valid, "--vocab_size", "270", "--data_dir",
+                tmp_path / "data", "--overwrite"]
+        main([*map(str, argv)])
+        said = capsys.readouterr().out
+        assert said.count("no test split: 1 held-out") == 1 and "--valid_fraction" in said
+        assert stored_texts(tmp_path / "data", "val") == [text]
+        with pytest.raises(UserError, match="prepare the data again with --test_fraction"):
+            TokenRows(tmp_path / "data", "test")
+    valid = write_corpus(tmp_path / "valid.txt", ["one"])
+    assert "--test_fraction" in fails(main, *argv, "--test_fraction", "0.001")  # was asked for
+    assert "lower --test_fraction" in fails(main, *argv, "--test_fraction", "0.999")
+    main([*map(str, argv), "--test_fraction", "0"])
+    assert "no test split" not in capsys.readouterr().out
+
+
+def test_content_hashes_know_the_rows_and_nothing_else(tmp_path):
+    def hashes(name, **settings):
+        return data_prep.content_hashes(prepare(DataConfig(
+            source=["sample"], data_dir=str(tmp_path / name), seq_len=64,
+            **{"vocab_size": 300, "max_stories": 200, **settings})))
+    first = hashes("a")
+    assert first.keys() == {"tokenizer", "train", "val", "test"} and len(set(first.values())) == 4
+    assert hashes("b", num_workers=1) == first
+    assert hashes("c", test_fraction=0) == {
+        **{key: first[key] for key in ("tokenizer", "train")}, "val": hashes("c2", test_fraction=0)[
+            "val"]}
+    assert hashes("d", vocab_size=301)["tokenizer"] != first["tokenizer"]
+    assert hashes("e", max_stories=199)["train"] != first["train"]
 
 
 def test_long_stories_become_rows_of_nearly_equal_length():
@@ -149,7 +228,7 @@ def test_hub_stories_stream_through_datasets(tmp_path, monkeypatch):
         return real("parquet", data_files={split: files[split]}, split=split, streaming=True)
     monkeypatch.setattr(datasets, "load_dataset", load)
     meta = prepare(DataConfig(data_dir=str(tmp_path / "data"), vocab_size=270, seq_len=32,
-                              max_stories=30))
+                              max_stories=30, test_fraction=0))
     assert stored_texts(tmp_path / "data", "train") == [f"train story {i}" for i in range(30)]
     assert stored_texts(tmp_path / "data", "val")[0] == "validation story 0"
     assert meta["licence"] == "CDLA-Sharing-1.0"
@@ -168,7 +247,7 @@ def test_no_network_names_the_other_sources(tmp_path, monkeypatch, fails):
 
 def test_command_line_reports(tmp_path, capsys):
     main(["--source", "sample", "--max_stories", "200", "--vocab_size", "300", "--data_dir",
-          str(tmp_path / "data")])
+          str(tmp_path / "data"), "--test_fraction", "0"])
     text = capsys.readouterr().out
     meta = load_meta(tmp_path / "data")
     counts = meta["splits"]["train"]
