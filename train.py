@@ -496,7 +496,7 @@ class Trainer:
                     data=content_hashes(self.meta), data_source=self.meta["source"],
                     licence=self.meta["licence"], **state)
             except OSError as error:
-                problem = self.say_not_written(error)
+                problem = self.say_not_written(error, give_up or resumable and self.failed_saves)
         problem = self.processes.gather(problem)[0]
         if resumable:
             self.failed_saves = self.failed_saves + 1 if problem else 0
@@ -508,11 +508,14 @@ class Trainer:
                     "try again" if self.saved_step is None else "--resume"))
         return not problem
 
-    def say_not_written(self, error: OSError) -> str:
-        """Says that a file could not be written, and why; returns it. A bug stays one."""
+    def say_not_written(self, error: OSError, ends: bool = False) -> str:
+        """Says that a file could not be written, and why, unless the run `ends` with it; returns
+        it. A bug stays one."""
         if not is_of_the_machine(error):
             raise error
-        tqdm.write(f"step {self.step}: not written: {describe(error)}", file=sys.stderr)
+        if not ends:
+            tqdm.write(f"step {self.step}: not written: {describe(error)}; training goes on and "
+                       "tries again at the next save", file=sys.stderr)
         return describe(error)
 
     def restore(self, checkpoint: dict) -> None:
