@@ -45,8 +45,10 @@ VALIDATION_SHARE, CLOSING_SHARE = 0.04, 0.10
 STAGE_SETTINGS = {"evaluate": {"draws", "evaluate_rows", "compared_stories", "precision"},
                   "samples": {"written_stories", "written_steps", "sample_temperature",
                               "sample_order"}}
+# Where the data lies; what is in it is compared by its hashes.
+PLACES = {"data_dir", "data_source", "valid_source"}
 # What a finished training may be called again with: nothing else would be in the report's figures.
-HARMLESS = {"max_steps", "device", "compile", "fsdp", "wandb", "log_every", "save_every"}.union(
+HARMLESS = {*PLACES, "max_steps", "device", "compile", "fsdp", "wandb", "log_every", "save_every"}.union(
     *STAGE_SETTINGS.values())
 
 
@@ -94,7 +96,7 @@ class LongRun:
             require("preset" not in self.changed, f"--preset {config.preset}: the run in "
                     f"{self.folder} was started with {base['preset']}; name another "
                     "--checkpoint_dir, or give --overwrite")
-            for name in sorted(self.changed):
+            for name in sorted(self.changed - PLACES):
                 self.say(f"--{name} changes from {base.get(name)} to {getattr(config, name)}")
             if "max_steps" in given:
                 config.minutes = 0.0

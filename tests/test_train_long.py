@@ -144,6 +144,10 @@ def test_data_of_another_source_is_neither_used_nor_replaced(argv, tmp_path, fai
     other = tmp_path / "other.txt"
     other.write_text(Path(argv[1]).read_text())
     run = ["--checkpoint_dir", folder_of(argv)]
+    written = (Path(folder_of(argv)) / "final.pt").read_bytes()
+    main([*map(str, run), "--data_source", str(other)])  # the same text elsewhere
+    assert (Path(folder_of(argv)) / "final.pt").read_bytes() == written
+    other.write_text(other.read_text() + "One more story.\n<|endoftext|>\n")
     for flags, message in ((["--data_source", other], "not from other.txt"),
                            (["--vocab_size", "290"], "another --vocab_size"),
                            (["--overwrite", "--data_source", other], "--from_stage data"),
