@@ -151,7 +151,9 @@ class LongRun:
         with contextlib.ExitStack() as held:
             def take_folder() -> None:
                 check_writable(self.folder, "--checkpoint_dir")
-                self.folder.mkdir(parents=True, exist_ok=True)
+                if not self.folder.exists():
+                    self.folder.mkdir(parents=True)
+                    held.callback(remove_if_empty, self.folder)
                 held.enter_context(lock(self.folder, "--checkpoint_dir"))
 
             self.processes.agree(take_folder)
@@ -309,6 +311,11 @@ class LongRun:
         with atomic_file(self.folder / "report.md", "w") as file:
             file.write(text)
         print(f"\n{text}\nwrote {self.folder / 'report.md'}")
+
+
+def remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, evaluation: dict,
