@@ -16,25 +16,34 @@ from cli import UserError, require
 
 SEPARATOR = "<|endoftext|>"
 HUB_DATASET = "roneneldan/TinyStories"
-LONGEST_LINE = 2**20  # characters; a text file without separators must not fill the memory
+CHUNK = 2**20  # characters of a text file read at once
+# Characters; a file without separators or without ends of lines must not fill the memory.
+LONGEST_STORY = 2**20  # in a text file
+LONGEST_LINE = 2**26  # of JSON
 
 
 def read_txt(path: Path) -> Iterator[str]:
-    """Stories of a text file, separated by `<|endoftext|>`; newlines are kept as they are."""
-    lines: list[str] = []
-    size = 0
+    """Stories of a text file, separated by `<|endoftext|>`; newlines are kept as they are.
+
+    The separator is found wherever it stands: what follows the last one that was read is kept and
+    searched again with the next piece.
+    """
+    tail = ""
     with open(path, encoding="utf-8-sig", newline="\n") as file:
-        while line := file.readline(LONGEST_LINE):
-            *ended, rest = line.split(SEPARATOR)
-            for part in ended:
-                yield "".join(lines) + part
-                lines, size = [], 0
-            lines.append(rest)
-            size += len(rest)
-            require(size < LONGEST_LINE, f"{path}: no {SEPARATOR} in a million characters; put a "
-                                         f"line {SEPARATOR} after every story")
-    if "".join(lines).strip():  # the last story may lack its separator
-        yield "".join(lines)
+        while piece := file.read(CHUNK):
+            *ended, tail = (tail + piece).split(SEPARATOR)
+            for story in ended:
+                check_length(path, len(story))
+                yield story
+            check_length(path, len(tail) - len(SEPARATOR))  # it may end in most of a separator
+    check_length(path, len(tail))
+    if tail.strip():  # the last story may lack its separator
+        yield tail
+
+
+def check_length(path: Path, length: int) -> None:
+    require(length <= LONGEST_STORY, f"{path}: no {SEPARATOR} in {LONGEST_STORY:,} characters; "
+                                     f"put a line {SEPARATOR} after every story")
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
@@ -45,15 +54,17 @@ def read_json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, ..
     """The strings of these keys of every line of a file; empty lines are passed over."""
     with open(path, encoding="utf-8-sig") as file:
         number = 0
-        while line := file.readline(LONGEST_LINE):
+        while line := file.readline(LONGEST_LINE + 1):
             number += 1
+            require(len(line) <= LONGEST_LINE, f"{path}, line {number}: more than {LONGEST_LINE:,} "
+                    "characters; put every story on a line of its own")
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
                 texts = tuple(entry[key] for key in keys)
                 "".join(texts).encode()  # half a surrogate pair is no text
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 expected = ", ".join(f'"{key}": "..."' for key in keys)
                 raise UserError(f"{path}, line {number}: expected {{{expected}}}") from error
             yield texts
