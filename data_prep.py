@@ -25,20 +25,33 @@ import dataclasses
 import hashlib
 import json
 import os
+import queue
+import re
 import shutil
+import threading
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cli import UserError, atomic_file, check_writable, flag, parse, require, run
-from sources import check_source, describe_source, file_digest, read_stories, source_bytes
+from sources import (
+    check_source,
+    describe_source,
+    file_digest,
+    local_files,
+    missing_separator,
+    read_stories,
+    source_bytes,
+)
 
 PAD, MASK, BOS, EOS = range(4)
 SPECIAL_TOKENS = ["[PAD]", "[MASK]", "[BOS]", "[EOS]"]
@@ -49,6 +62,7 @@ SHARD_HEADER = 4  # int64: magic, format version, rows, tokens; then rows + 1 of
 SHARD_TOKENS = 2**25  # 64 MiB a shard
 BUCKET = 16  # row lengths are rounded up to a multiple of this: few shapes, little padding
 ROW_KINDS = ("story", "start", "middle", "end")
+LONGEST_WORD = 1024  # characters; a longer one is cut while the vocabulary is learned
 BATCH_BYTES = 2**20  # text tokenized together: keeps the cores busy and the memory small
 TEST_FRACTION = 0.5  # of the held-out stories
 META_KEYS = ("source", "licence", "vocab_size", "seq_len", "bytes_per_token", "length_histogram",
@@ -76,8 +90,60 @@ class DataConfig:
 
 # ---- tokenizer -----------------------------------------------------------------------------------
 
+class Background:
+    """Runs `work` in a thread, so that this one hears Ctrl-C while it waits: the tokenizer's own
+    code hears nothing until it returns. Work that is left so ends with the process at the latest.
+    """
+
+    def __init__(self, work: Callable[[], Any]):
+        self.value, self.error = None, None
+        self.thread = threading.Thread(target=self._call, args=[work], daemon=True)
+        self.thread.start()
+
+    def _call(self, work: Callable[[], Any]) -> None:
+        try:
+            self.value = work()
+        except BaseException as error:
+            self.error = error
+
+    def put(self, handed: queue.Queue, item: Any) -> None:
+        """Hands something over to the work; nothing if that has ended, as `result` will tell."""
+        while self.thread.is_alive():
+            with suppress(queue.Full):
+                return handed.put(item, timeout=0.1)
+
+    def result(self) -> Any:
+        try:
+            while self.thread.is_alive():
+                self.thread.join(0.1)  # without a limit Windows would not hear it either
+        except BaseException:
+            self.thread.join(1)  # most work is short; better that it ends by itself
+            raise
+        if self.error:
+            raise self.error
+        return self.value
+
+
+def cut_long_words(text: str) -> Iterator[str]:
+    """The text in pieces, cut only inside words and white space of over LONGEST_WORD characters.
+
+    Learning a vocabulary takes time that grows with the square of a word's length.
+    """
+    words = text.split()
+    longest_gap = len(text) - sum(map(len, words))  # at most
+    if max(map(len, words), default=0) <= LONGEST_WORD and longest_gap <= LONGEST_WORD:
+        yield text
+        return
+    start = 0
+    for part in re.finditer(rf"\S{{1,{LONGEST_WORD}}}|\s{{1,{LONGEST_WORD}}}", text):
+        if part.end() - part.start() == LONGEST_WORD:
+            yield text[start:part.end()]
+            start = part.end()
+    yield text[start:]
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """Byte-level BPE: every byte is a token, so any text round-trips."""
+    """Byte-level BPE: every byte is a token, so any text round-trips. Ctrl-C is heard."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,7 +151,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.train_from_iterator(texts, trainer)
+    # The texts are read here and handed over a batch at a time.
+    batches: queue.Queue[list[str]] = queue.Queue(maxsize=2)  # an empty one is the end
+    stop = threading.Event()
+
+    def received() -> Iterator[list[str]]:
+        while (batch := batches.get()) and not stop.is_set():
+            yield batch
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    learning = Background(lambda: tokenizer.train_from_iterator(received(), trainer))
+    try:
+        pieces = (piece for text in texts for piece in cut_long_words(text))
+        for batch in chain(in_batches(pieces, len), [[]]):
+            learning.put(batches, batch)
+    except BaseException:
+        stop.set()
+        with suppress(queue.Full):
+            batches.put_nowait([])  # wakes it up
+        raise
+    learning.result()
     return load_tokenizer(tokenizer.to_str())
 
 
@@ -146,6 +232,8 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, seq_len: int):
         self.folder, self.split, self.seq_len = folder, split, seq_len
         self.shards: list[dict] = []
+        self.first: str | None = None  # of the texts
+        self.varied = False  # whether another one came after it
         self.counts = Counter(stories=0, rows=0, tokens=0, bytes=0)
         self.histogram = {kind: Counter() for kind in ROW_KINDS}
         self.tokens, self.offsets = array("H"), array("q", [0])  # of the shard being filled
@@ -153,6 +241,9 @@ class SplitWriter:
     def add(self, text: str, ids: list[int]) -> int:
         """Takes one story and its token ids; returns the bytes of its text."""
         size = len(text.encode())
+        if self.first is None:
+            self.first = text
+        self.varied = self.varied or text != self.first
         self.counts.update(stories=1, bytes=size)
         for row in split_row(ids, self.seq_len):
             self.histogram[row_kind(row)][len(row)] += 1
@@ -250,26 +341,39 @@ def check_row_length(flag: str, length: int) -> None:
             f"{flag} {length}: must be a positive multiple of {BUCKET}")
 
 
+def in_batches(items: Iterable[Any], size_of: Callable[[Any], int]) -> Iterator[list]:
+    """The items in lists of about BATCH_BYTES."""
+    batch: list[Any] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def tokenize_batches(stories: Iterable[tuple[str, str]], tokenizer,
                      ) -> Iterator[tuple[str, str, list[int]]]:
     """Yields (split, text, token ids); some megabytes at a time, on every core."""
-    batch: list[tuple[str, str]] = []
-    size = 0
-
-    def encoded():
+    for batch in in_batches(stories, lambda story: len(story[1])):
+        texts = [text for _, text in batch]
         # `encode_batch_fast` leaves out the offsets, which nothing here needs
-        for (split, text), encoding in zip(
-                batch, tokenizer.encode_batch_fast([text for _, text in batch]), strict=True):
+        encode = partial(tokenizer.encode_batch_fast, texts)
+        for (split, text), encoding in zip(batch, Background(encode).result(), strict=True):
             yield split, text, encoding.ids
 
+
+def without_null_and_empty(stories: Iterable[tuple[str, str | None]], dropped: Counter,
+                           ) -> Iterator[tuple[str, str]]:
+    """The stories that have a text; counts the others."""
     for split, text in stories:
-        batch.append((split, text))
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield from encoded()
-            batch.clear()
-            size = 0
-    yield from encoded()
+        if text:
+            yield split, text
+        else:
+            dropped["null" if text is None else "empty"] += 1
 
 
 def write_folder(config: DataConfig, folder: Path) -> dict:
@@ -281,7 +385,7 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
     files = config.source, config.valid_source, config.test_source
     test_fraction = TEST_FRACTION if config.test_fraction is None else config.test_fraction
 
-    def stories() -> Iterator[tuple[str, str]]:
+    def stories() -> Iterator[tuple[str, str | None]]:
         return read_stories(config.source, config.valid_source, config.valid_fraction,
                             config.max_stories, config.test_source, test_fraction)
 
@@ -292,62 +396,78 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
              unit=" stories", disable=None), config.vocab_size)
     # 2. Every story to rows, a batch at a time: memory does not grow with the corpus.
     writers = {split: SplitWriter(folder, split, config.seq_len) for split in SPLITS}
-    dropped = 0
+    dropped = Counter(empty=0, null=0)
     total = None if config.max_stories else source_bytes(*files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-        for split, text, ids in tokenize_batches(stories(), tokenizer):
-            if text:
-                bar.update(writers[split].add(text, ids))
-            else:
-                dropped += 1
+        for split, text, ids in tokenize_batches(without_null_and_empty(stories(), dropped),
+                                                 tokenizer):
+            bar.update(writers[split].add(text, ids))
     # 3. What a reader must know.
-    settle_test_split(writers, config.test_fraction, config.test_source)
+    lone = any(writer.counts["stories"] == 1 for writer in writers.values())
+    hint = missing_separator(name for _, name in local_files(*files)) if lone else ""
+    with_splits = config.source == ["tinystories"] or config.valid_source
+    settle_splits(writers, "held out" if with_splits else "all",
+                  f"no stories in {', '.join(config.source)}: the corpus is empty",
+                  config.test_fraction, config.test_source, hint)
+    if hint:
+        print(f"read as one story: {hint}")
     return finish_folder(
         folder, writers, tokenizer.to_str(pretty=True), tokenizer.get_vocab_size(),
-        f"no stories in {', '.join(config.source)}: the corpus is empty",
-        **describe_source(*files), dropped_empty=dropped,
+        **describe_source(*files), dropped_empty=dropped["empty"],
+        dropped_null=dropped["null"],
         config=dataclasses.asdict(config), seconds=round(time.perf_counter() - started, 2))
 
 
-def settle_test_split(writers: dict[str, SplitWriter], fraction: float | None,
-                      test_source: str | None, divided: bool = True) -> None:
-    """Takes an empty test split out of `writers`; raises UserError if it was asked for.
+def settle_splits(writers: dict[str, SplitWriter], divided: str, empty: str,
+                  fraction: float | None, test_source: str | None, hint: str = "") -> None:
+    """Raises UserError where a split that must be there is empty, UserError(empty) where everything
+    is, and takes an empty test split out of `writers`.
 
-    `fraction` is that of the command line, None where the default holds: then too few held-out
-    stories all become validation stories, also those whose hash says test, and a line says so.
-    With `divided` False the stories came with their split and keep it.
+    `divided` says what a hash has divided: "all" the stories, the "held out" ones into validation
+    and test, or "none" (they came with their splits). `fraction` is --test_fraction, None where the
+    default holds: then held-out stories too few for both all become validation stories, and a line
+    says so. `hint` says why there may be one story only.
     """
-    texts = {split: writers[split].counts["stories"] for split in SPLITS}
-    held_out = texts["val"] + texts["test"]
-    require(texts["test"] or not test_source, f"{test_source}: no test stories in it; name another "
-                                              "--test_source or give --test_fraction")
-    require(texts["test"] or not fraction, f"no test stories: --test_fraction {fraction} of "
-            f"{held_out:,} held-out stories gives none; raise it or --valid_fraction, or give 0 to "
-            "do without")
+    stories = {split: writers[split].counts["stories"] for split in SPLITS}
+    total, held_out = sum(stories.values()), stories["val"] + stories["test"]
+    more = "raise --valid_fraction" if divided == "all" else "give more of them"
+    require(total and (stories["train"] or divided == "all"), empty)
+    if divided == "all":
+        # What has the same text stays together, whatever the fraction.
+        alone = [writers[split] for split in SPLITS if stories[split]]
+        require(len(alone) > 1 or alone[0].varied,
+                ("one story" if total == 1 else f"{total:,} stories of the same text")
+                + " cannot be divided into training and validation stories: "
+                + (hint or "give more text"))
+        require(stories["train"], f"no training stories: all {total:,} are held out; lower "
+                                  "--valid_fraction or give more text")
+    require(stories["test"] or not test_source, f"{test_source}: no test stories in it; name "
+                                                "another --test_source, or give --test_fraction")
+    require(stories["test"] or not fraction, f"no test stories: --test_fraction {fraction} of "
+            f"{held_out:,} held-out stories gives none; raise it, {more}, or do without: 0")
     short = fraction is None and not test_source
-    if texts["test"] and (texts["val"] or not (short and divided) or writers["test"].shards):
-        return
-    for name in [name for name in writers if name.startswith("test")]:
-        writer = writers.pop(name)
-        if texts["test"]:
-            writer.split = name.replace("test", "val")
-            writers[writer.split] = writer
-    if short and held_out:
-        print(f"no test split: {held_out:,} held-out stories are too few to divide; raise "
-              "--valid_fraction or give more text, or do without: --test_fraction 0")
+    move = (short and divided != "none" and stories["test"] and not stories["val"]
+            and not writers["test"].shards)
+    if move or not stories["test"]:
+        for name in [name for name in writers if name.startswith("test")]:
+            writer = writers.pop(name)
+            if move:
+                writer.split = name.replace("test", "val")
+                writers[writer.split] = writer
+        if short and held_out:
+            print(f"no test split: {held_out:,} held-out stories are too few to divide; {more}, or "
+                  "do without: --test_fraction 0")
+    require(writers["val"].counts["stories"], "no validation stories: " + (
+        "lower --test_fraction or give more text" if stories["test"] and not test_source else
+        "raise --valid_fraction or --max_stories, or give more text" if divided == "all" else
+        "those that are there are empty; name others"))
 
 
 def finish_folder(folder: Path, writers: dict[str, SplitWriter], tokenizer: str, vocab_size: int,
-                  empty: str, **more: Any) -> dict:
-    """Ends the shards, and writes tokenizer.json and meta.json with `more` in it; returns meta.
-
-    Raises UserError(empty) where there is no training story.
-    """
-    for split, writer in writers.items():
+                  **more: Any) -> dict:
+    """Ends the shards, and writes tokenizer.json and meta.json with `more` in it; returns meta."""
+    for writer in writers.values():
         writer.flush()
-        require(writer.counts["stories"], empty if split == "train" else
-                "no validation stories: raise --valid_fraction or --max_stories, lower "
-                "--test_fraction, or give more text")
     train = writers["train"]
     text_tokens = train.counts["tokens"] - 2 * train.counts["stories"]  # less [BOS] and [EOS]
     meta = {
@@ -599,6 +719,9 @@ def report(data_dir: str, meta: dict) -> None:
               f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text")
     lengths = TokenRows(data_dir).lengths
     padding = padding_share(lengths, bucket_batches(lengths, 4096))
+    for reason in ("empty", "null"):
+        if count := meta.get(f"dropped_{reason}", 0):
+            print(f"{'':7}{count:,} dropped: the story is {reason}")
     size = sum(counts["bytes"] for counts in meta["splits"].values()) / 1e6
     wanted = meta["config"]["vocab_size"]
     smaller = f" (the text gives no {wanted:,})" if meta["vocab_size"] < wanted else ""

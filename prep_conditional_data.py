@@ -38,7 +38,7 @@ from data_prep import (
     load_tokenizer,
     make_folder,
     read_tokenizer_file,
-    settle_test_split,
+    settle_splits,
     split_row,
     tokenize_batches,
 )
@@ -168,16 +168,20 @@ def stories_of(data_dir: str, split: str, tokenizer) -> Iterator[str]:
             ids = []
 
 
-def read_pairs(config: PairConfig, tokenizer) -> Iterator[tuple[str, str, str]]:
-    """Yields ("train", "val" or "test", condition, text)."""
+def read_pairs(config: PairConfig, tokenizer, dropped: dict[str, Counter],
+               ) -> Iterator[tuple[str, str, str]]:
+    """Yields ("train", "val" or "test", condition, text); counts what is null in `dropped`."""
     test_fraction = TEST_FRACTION if config.test_fraction is None else config.test_fraction
     if config.pairs:
         try:
             for condition, text in islice(
                     read_json_lines(Path(config.pairs), ("condition", "text")),
                     config.max_stories):
-                condition, text = condition.strip(), text.strip()
-                yield side_of(text, config.valid_fraction, test_fraction), condition, text
+                side = side_of((text or "").strip(), config.valid_fraction, test_fraction)
+                if condition is None or text is None:
+                    dropped[side][f"the {'text' if text is None else 'condition'} is null"] += 1
+                else:
+                    yield side, condition.strip(), text.strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{config.pairs} is not UTF-8 text ({error.reason}); convert it to "
                             "UTF-8") from error
@@ -189,7 +193,10 @@ def read_pairs(config: PairConfig, tokenizer) -> Iterator[tuple[str, str, str]]:
                ((split, text) for split in splits for text in
                 islice(stories_of(config.data_dir, split, tokenizer), config.max_stories)))
     for split, story in stories:
-        yield split, *first_sentence(story)
+        if story is None:
+            dropped[split]["the story is null"] += 1
+        else:
+            yield split, *first_sentence(story)
 
 
 def why_dropped(condition: str, text: str, length: int, config: PairConfig) -> str | None:
@@ -211,7 +218,8 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
     texts, told = ({split: SplitWriter(folder, split + end, length) for split in SPLITS}
                    for end, length in (("", meta["seq_len"]), ("_condition", config.condition_len)))
     dropped = {split: Counter() for split in SPLITS}
-    both = ((split, part) for split, *parts in read_pairs(config, tokenizer) for part in parts)
+    both = ((split, part) for split, *parts in read_pairs(config, tokenizer, dropped)
+            for part in parts)
     encoded = tokenize_batches(both, tokenizer)  # condition, text, condition, text ...
     with tqdm(desc="tokenizing", unit=" pairs", disable=None) as bar:
         for (split, condition, ids), (_, text, text_ids) in zip(encoded, encoded, strict=True):
@@ -223,29 +231,33 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
             texts[split].add(text, text_ids)
             for _ in split_row(text_ids, meta["seq_len"]):
                 told[split].add(condition, ids)
+    reasons = sum(dropped.values(), Counter()).most_common()
     own = not (config.pairs or config.source)  # stories of the data folder keep their splits
+    with_splits = config.source == ["tinystories"] or config.valid_source
     writers = texts | {writer.split: writer for writer in told.values()}
-    settle_test_split(writers, 0 if own and "test" not in meta["splits"] else config.test_fraction,
-                      config.test_source, divided=not own)
+    settle_splits(writers, "none" if own else "held out" if with_splits else "all",
+                  "no pair can be used: " + (", ".join(
+                      f"{count:,} x {reason}" for reason, count in reasons) or "there is none"),
+                  0 if own and "test" not in meta["splits"] else config.test_fraction,
+                  config.test_source)
     source = (describe_files([("--pairs", config.pairs)]) if config.pairs else
               describe_source(config.source, config.valid_source, config.test_source)
               if config.source else
               {key: meta[key] for key in ("source", "licence", "sources") if key in meta})
     return finish_folder(
-        folder, writers, tokenizer_text, meta["vocab_size"], "no pair can be used: " + (", ".join(
-            f"{count:,} x {reason}" for reason, count in dropped["train"].most_common())
-            or "there is none"), **source,
+        folder, writers, tokenizer_text, meta["vocab_size"], **source,
         condition={"kind": "pairs" if config.pairs else "first sentence",
                    "max_len": config.condition_len, "dropped": dropped},
         config=dataclasses.asdict(config), seconds=round(time.perf_counter() - started, 2))
 
 
 def report(output_dir: str, meta: dict) -> None:
-    for split in [split for split in SPLITS if split in meta["splits"]]:
-        counts, conditions = meta["splits"][split], meta["splits"][f"{split}_condition"]
-        print(f"{split:>5}: {counts['stories']:,} pairs, {counts['rows']:,} rows, "
-              f"{counts['tokens']:,} tokens of text; conditions of "
-              f"{conditions['tokens'] / conditions['rows']:.1f} tokens on average")
+    for split in SPLITS:
+        if split in meta["splits"]:
+            counts, conditions = meta["splits"][split], meta["splits"][f"{split}_condition"]
+            print(f"{split:>5}: {counts['stories']:,} pairs, {counts['rows']:,} rows, "
+                  f"{counts['tokens']:,} tokens of text; conditions of "
+                  f"{conditions['tokens'] / conditions['rows']:.1f} tokens on average")
         for reason, count in meta["condition"]["dropped"][split].items():
             print(f"{'':7}{count:,} dropped: {reason}")
     print(f"wrote {output_dir} in {meta['seconds']:.1f} s; source: {meta['source']}")

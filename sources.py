@@ -1,12 +1,15 @@
 """Where stories come from: TinyStories on the hub, local files, or the bundled story maker.
 
 A library for data_prep.py: nothing to run here. Every source is a generator, so that a corpus of
-any size is read with the same small memory.
+any size is read with the same small memory. A story that is null (in JSON or parquet) comes as
+None, for whoever reads to count.
 """
 
 import hashlib
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,50 +19,99 @@ from cli import UserError, require
 
 SEPARATOR = "<|endoftext|>"
 HUB_DATASET = "roneneldan/TinyStories"
-LONGEST_LINE = 2**20  # characters; a text file without separators must not fill the memory
+CHUNK = 2**20  # characters of a text file read at once
+# Characters; a file without separators or without ends of lines must not fill the memory.
+LONGEST_STORY = 2**20  # in a text file
+LONGEST_LINE = 2**26  # of JSON
+
+
+# Other spellings of an end of a story, which are hardly ever meant as text.
+_OTHER_MARK = re.compile(r"<[|/]*(?:end[a-z_ -]*|eo[a-z]|im_end|sep|s|/?story)[|/]*>"
+                         r"|\[(?:end[a-z_ -]*|eo[a-z]|sep)\]", re.IGNORECASE)
+_RULE = re.compile(r"^[ \t]*(?:-{3,}|\*{3,}|={3,}|_{3,}|#{3,}|\* \* \*)[ \t]*\r?$", re.MULTILINE)
 
 
 def read_txt(path: Path) -> Iterator[str]:
-    """Stories of a text file, separated by `<|endoftext|>`; newlines are kept as they are."""
-    lines: list[str] = []
-    size = 0
+    """Stories of a text file, separated by `<|endoftext|>`; newlines are kept as they are.
+
+    The separator is found wherever it stands: what follows the last one that was read is kept and
+    searched again with the next piece. A file with none of them is one story, unless it has
+    another mark again and again.
+    """
+    tail, separated = "", False
     with open(path, encoding="utf-8-sig", newline="\n") as file:
-        while line := file.readline(LONGEST_LINE):
-            *ended, rest = line.split(SEPARATOR)
-            for part in ended:
-                yield "".join(lines) + part
-                lines, size = [], 0
-            lines.append(rest)
-            size += len(rest)
-            require(size < LONGEST_LINE, f"{path}: no {SEPARATOR} in a million characters; put a "
-                                         f"line {SEPARATOR} after every story")
-    if "".join(lines).strip():  # the last story may lack its separator
-        yield "".join(lines)
+        while piece := file.read(CHUNK):
+            *ended, tail = (tail + piece).split(SEPARATOR)
+            for story in ended:
+                separated = True
+                check_length(path, story)
+                yield story
+            check_length(path, tail, len(SEPARATOR))  # it may end in most of a separator
+    check_length(path, tail)
+    require(separated or len(_OTHER_MARK.findall(tail)) < 2,
+            f"{path}: no {SEPARATOR} in it{likely_separator(tail)}; put a line {SEPARATOR} after "
+            "every story")
+    if tail.strip():  # the last story may lack its separator
+        yield tail
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
+def check_length(path: Path, story: str, more: int = 0) -> None:
+    if len(story) > LONGEST_STORY + more:
+        seen = likely_separator(story[:LONGEST_STORY])
+        raise UserError(f"{path}: no {SEPARATOR} in {LONGEST_STORY:,} characters{seen}; put a line "
+                        f"{SEPARATOR} after every story")
+
+
+def likely_separator(text: str) -> str:
+    """", but <what seems to separate stories instead> N times", or nothing."""
+    if marks := Counter(_OTHER_MARK.findall(text)):
+        (mark, count), = marks.most_common(1)
+        return f", but {mark} {count:,} times"
+    for name, pattern in (("a line like {}", _RULE), ("a blank line", re.compile(r"\n\r?\n"))):
+        if len(found := pattern.findall(text)) > 1:
+            return f", but {name.format(found[0].strip())} {len(found):,} times"
+    return ""
+
+
+def missing_separator(names: Iterable[str]) -> str:
+    """Names the first text file that was read as one story, and what may separate its stories."""
+    for path in map(Path, names):
+        if path.suffix.lower() == ".txt":
+            with open(path, encoding="utf-8-sig", newline="\n") as file:
+                text = file.read(LONGEST_STORY)
+            if SEPARATOR not in text and text.strip():
+                return (f"{path} has no {SEPARATOR}, which must stand after every story"
+                        f"{likely_separator(text)}")
+    return ""
+
+
+def read_jsonl(path: Path) -> Iterator[str | None]:
     return (text for text, in read_json_lines(path, ("text",)))
 
 
-def read_json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The strings of these keys of every line of a file; empty lines are passed over."""
+def read_json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
+    """The strings, or None for null, of these keys of every line of a file; empty lines are passed
+    over."""
     with open(path, encoding="utf-8-sig") as file:
         number = 0
-        while line := file.readline(LONGEST_LINE):
+        while line := file.readline(LONGEST_LINE + 1):
             number += 1
+            require(len(line) <= LONGEST_LINE, f"{path}, line {number}: more than {LONGEST_LINE:,} "
+                    "characters; put every story on a line of its own")
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
                 texts = tuple(entry[key] for key in keys)
-                "".join(texts).encode()  # half a surrogate pair is no text
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                # half a surrogate pair is no text
+                "".join(text for text in texts if text is not None).encode()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 expected = ", ".join(f'"{key}": "..."' for key in keys)
                 raise UserError(f"{path}, line {number}: expected {{{expected}}}") from error
             yield texts
 
 
-def read_parquet(path: Path) -> Iterator[str]:
+def read_parquet(path: Path) -> Iterator[str | None]:
     import pyarrow
     import pyarrow.parquet
     try:
@@ -69,16 +121,16 @@ def read_parquet(path: Path) -> Iterator[str]:
         require(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind),
                 f"{path}: the column `text` holds {kind}, not strings")
         for batch in file.iter_batches(batch_size=1000, columns=["text"]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
+            yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file ({error})") from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+READERS: dict[str, Callable[[Path], Iterator[str | None]]] = {
     ".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
-def read_files(names: Iterable[str]) -> Iterator[str]:
+def read_files(names: Iterable[str]) -> Iterator[str | None]:
     for path in map(Path, names):
         try:
             yield from READERS[path.suffix.lower()](path)
@@ -87,7 +139,7 @@ def read_files(names: Iterable[str]) -> Iterator[str]:
                             ) from error
 
 
-def read_hub(split: str) -> Iterator[str]:
+def read_hub(split: str) -> Iterator[str | None]:
     """Streams one split ("train" or "validation") of TinyStories: no copy is kept on disk."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one line, not its retries
     print(f"reading {HUB_DATASET} ({split}) from the Hugging Face hub ...", flush=True)
@@ -207,8 +259,9 @@ def source_bytes(source: list[str], valid_source: str | None, test_source: str |
 
 def read_stories(source: list[str], valid_source: str | None, valid_fraction: float,
                  max_stories: int | None, test_source: str | None = None,
-                 test_fraction: float = 0.0) -> Iterator[tuple[str, str]]:
-    """Yields ("train", "val" or "test", story) with the white space around each story removed.
+                 test_fraction: float = 0.0) -> Iterator[tuple[str, str | None]]:
+    """Yields ("train", "val" or "test", story) with the white space around each story removed;
+    None for a story that is null.
 
     `test_fraction` is the share of test stories among the held-out ones; with a `test_source`, or
     where it is 0, all of those are validation stories.
@@ -216,7 +269,7 @@ def read_stories(source: list[str], valid_source: str | None, valid_fraction: fl
     if test_source:
         test_fraction = 0.0
     # The share that is held out of each: of a validation file, everything.
-    parts: list[tuple[Iterator[str], float]]
+    parts: list[tuple[Iterator[str | None], float]]
     if source == ["tinystories"]:
         parts = [(read_hub("train"), 0.0), (read_hub("validation"), 1.0)]
     elif source == ["sample"]:
@@ -228,11 +281,11 @@ def read_stories(source: list[str], valid_source: str | None, valid_fraction: fl
         parts = [(read_files(source), valid_fraction)]
     for texts, held_out in parts:
         for text in islice(texts, max_stories):
-            text = text.strip()
-            yield side_of(text, held_out, test_fraction), text
+            text = text and text.strip()
+            yield side_of(text or "", held_out, test_fraction), text
     if test_source:
         for text in islice(read_files([test_source]), max_stories):
-            yield "test", text.strip()
+            yield "test", text and text.strip()
 
 
 def side_of(text: str, valid_fraction: float, test_fraction: float = 0.0) -> str:

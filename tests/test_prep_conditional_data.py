@@ -89,7 +89,7 @@ def test_pairs_are_those_of_the_stories(data_dir, prepare):
 def test_other_stories_and_what_is_dropped(prepare, tmp_path):
     source = tmp_path / "stories.jsonl"
     long = "Once there was " + "a very, " * 60 + "very long sentence. And more."
-    texts = ["One sentence alone.", long, *sample_stories(60)]
+    texts = ["One sentence alone.", long, None, *sample_stories(60)]
     source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     folder, text = prepare("--source", source, "--valid_fraction", 0.2, "--test_fraction", 0)
     meta = load_meta(folder)
@@ -98,6 +98,7 @@ def test_other_stories_and_what_is_dropped(prepare, tmp_path):
         for reason, count in meta["condition"]["dropped"][split].items():
             total[reason] = total.get(reason, 0) + count
             assert f"{count} dropped: {reason}" in text
+    assert total.pop("the story is null") == 1
     assert total == {"one sentence alone": 1, "a condition of more than 64 tokens": 1}
     assert sum(meta["splits"][split]["stories"] for split in ("train", "val")) == 60
     assert meta["source"] == "stories.jsonl"
@@ -106,7 +107,8 @@ def test_other_stories_and_what_is_dropped(prepare, tmp_path):
 def test_ones_own_pairs(prepare, tmp_path):
     pairs = tmp_path / "mine.jsonl"
     lines = [{"condition": f"title {i}", "text": f"The story of number {i}."} for i in range(40)]
-    lines += [{"condition": " ", "text": "No title."}, {"condition": "No text", "text": ""}]
+    lines += [{"condition": " ", "text": "No title."}, {"condition": "No text", "text": ""},
+              {"condition": None, "text": "b"}, {"condition": "c", "text": None}]
     pairs.write_text("\n".join(map(json.dumps, lines)))
     folder, text = prepare("--pairs", pairs, "--valid_fraction", 0.3, "--condition_len", 16,
                            "--test_fraction", 0)
@@ -121,6 +123,7 @@ def test_ones_own_pairs(prepare, tmp_path):
     assert found == {(line["condition"], line["text"]) for line in lines[:40]}
     assert meta["condition"]["kind"] == "pairs" and meta["condition"]["max_len"] == 16
     assert "1 dropped: the condition is empty" in text and "1 dropped: the text is empty" in text
+    assert "1 dropped: the condition is null" in text and "1 dropped: the text is null" in text
 
 
 def test_a_story_of_the_test_split_stays_in_it(data_dir, prepare, capsys):
