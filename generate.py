@@ -12,8 +12,9 @@
 
 Starts from a row of [MASK] and uncovers it step by step. `[MASK:n]` in --infill hides n tokens
 (a token is about four letters); the space before a gap belongs to it. Prints the stories and the
-speed; with --json one JSON object a line, and the speed on stderr. Three stories in 64 steps with
-the small model take about 10 s on 2 CPU cores in FP32.
+speed; with --json one JSON object a line, in UTF-8, as stories finish ("row" is a story's number),
+and the speed on stderr. Three stories in 64 steps with the small model take about 10 s on 2 CPU
+cores in FP32.
 
 A model with a condition (train.py --stage 2) goes on from the sentence that it is given;
 --conditions reads one a line of a .txt file, or the key "condition" of a .jsonl file. Without one
@@ -21,7 +22,6 @@ the network is that of before stage 2; the lengths drawn are those of the texts 
 condition.
 """
 
-import json
 import re
 import sys
 import time
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, check_writable, flag, parse, preset, require, run
+from cli import UserError, check_writable, flag, parse, preset, print_json, require, run
 from data_prep import BOS, EOS, MASK, decode
 from sampler import PRESETS, Sampler, Step, blank_story, condition_row, draw_length, unmask_rows
 from sources import read_json_lines
@@ -69,7 +69,7 @@ class GenerateConfig(Sampler):
     trace: str | None = flag(None, "file to write: a web page (.html) that plays the unmasking of "
                                    "the stories, or an animation (.gif) of the first")
     show_steps: bool = flag(False, "print the text after every step, hidden tokens as _")
-    json: bool = flag(False, "print one JSON object for each story")
+    json: bool = flag(False, "print one JSON object for each story, as soon as it is finished")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("fp32", "fp32, or bf16 or fp16 (faster on a GPU; a story may then depend "
                                   "on its batch)", ("fp32", "bf16", "fp16"))
@@ -226,15 +226,23 @@ def main(argv: list[str] | None = None) -> None:
     step = source.step(config, told)
     started = time.perf_counter()
     trace = Trace(tokenizer, rows) if config.trace else None
+
+    def tell(i: int, row: np.ndarray, nfe: int) -> None:
+        told = {"condition": texts[i], "guidance": config.guidance} if texts else {}
+        with tqdm.external_write_mode():  # the bar makes room on a terminal
+            print_json({**told, "text": decode(tokenizer, row), "tokens": row.tolist(), "nfe": nfe,
+                        "seed": config.seed, "row": i, "checkpoint": source.name})
+
     filled, row_evaluations, evaluations = generate(
-        step, rows, config, tokenizer, trace,
-        config.evaluations_per_step if texts else 1)
+        step, rows, config, tokenizer, trace, config.evaluations_per_step if texts else 1,
+        tell if config.json else None)
     seconds = time.perf_counter() - started
     if trace:
         Path(config.trace).parent.mkdir(parents=True, exist_ok=True)
         trace.write(config.trace, f"{max(row_evaluations)} steps, {config.order} order, "
                                   f"{config.pace} pace, temperature {config.temperature:g}")
-    show(filled, row_evaluations, config, tokenizer, source.name, texts)
+    if not config.json:
+        show(filled, tokenizer, texts)
     tokens = sum(int((row == MASK).sum()) for row in rows)
     print(f"{tokens:,} tokens in {len(rows)} stories, {evaluations} network evaluations, "
           f"{seconds:.2f} s: {tokens / seconds:.1f} tokens/s",
@@ -290,8 +298,11 @@ def open_exported(config: GenerateConfig, told: bool) -> Source:
 
 def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokenizer: "Tokenizer",
              trace: Trace | None = None, each: int = 1,
+             tell: Callable[[int, np.ndarray, int], None] | None = None,
              ) -> tuple[list[np.ndarray], list[int], int]:
     """Fills the rows; a step takes `each` network evaluations.
+
+    `tell` is given every row as soon as it is filled: its number, itself, its network evaluations.
 
     Returns: the filled rows, in order; how many network evaluations each of them took; and the
         network evaluations of all batches together.
@@ -310,22 +321,18 @@ def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokeniz
                 # on stderr beside --json, whose lines must stay parseable
                 print(f"[story {i + 1}, step {state.step}] {text_with_gaps(tokenizer, filled[i])}",
                       file=sys.stderr if config.json else sys.stdout)
+        if tell and not (state.tokens == MASK).any():  # the batch's last
+            for i in part:
+                tell(i, filled[i], row_evaluations[i])
     return filled, row_evaluations, evaluations
 
 
-def show(filled: list[np.ndarray], row_evaluations: list[int], config: GenerateConfig,
-         tokenizer: "Tokenizer", checkpoint: str, conditions: list[str]) -> None:
+def show(filled: list[np.ndarray], tokenizer: "Tokenizer", conditions: list[str]) -> None:
     for i, row in enumerate(filled):
         text = decode(tokenizer, row)
-        if config.json:
-            told = {"condition": conditions[i], "guidance": config.guidance} if conditions else {}
-            print(json.dumps({**told, "text": text, "tokens": row.tolist(),
-                              "nfe": row_evaluations[i], "seed": config.seed, "row": i,
-                              "checkpoint": checkpoint}, ensure_ascii=False))
-        else:
-            if conditions:  # a text that is the rest of a story brings its space
-                text = conditions[i] + (text if text[:1].isspace() else f"\n{text}")
-            print(f"--- {i + 1} ---\n{text}\n")
+        if conditions:  # a text that is the rest of a story brings its space
+            text = conditions[i] + (text if text[:1].isspace() else f"\n{text}")
+        print(f"--- {i + 1} ---\n{text}\n")
 
 
 if __name__ == "__main__":

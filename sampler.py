@@ -312,11 +312,11 @@ def unmask_rows(step: Step, rows: Sequence[np.ndarray], sampler: Sampler, seed: 
                 batch_size: int = 32) -> Iterator[tuple[list[int], State]]:
     """Fills rows of any lengths; yields (numbers of the rows, state) after every step.
 
-    Rows of the same padded width share a batch, so that a row is padded alike in any company. The
-    state of a batch with nothing left hidden is its last.
+    Rows of the same padded width share a batch, so that a row is padded alike in any company; the
+    width of the first row comes first. The state of a batch with nothing left hidden is its last.
     """
     widths = [round_up(len(row)) for row in rows]
-    for width in sorted(set(widths)):
+    for width in dict.fromkeys(widths):
         same = [i for i, w in enumerate(widths) if w == width]
         for start in range(0, len(same), batch_size):
             part = same[start:start + batch_size]

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, python
 
-from data_prep import BOS, EOS, MASK, decode
+from data_prep import BOS, EOS, MASK, decode, round_up
 from diffusion import DiscreteDiffusion
 from generate import GAP, infill_row, main, text_with_gaps
 from model import DiffusionTransformer, ModelConfig, load_checkpoint, tokenizer_from_checkpoint
@@ -156,6 +158,45 @@ def test_the_command_as_typed(checkpoint):
         text=True)
     assert done.returncode == 2 and "error: --steps 0" in done.stderr
     assert " torch\n" not in done.stderr
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
+
+
+def test_json_lines_are_there_as_stories_finish(checkpoint):
+    """Read from a pipe while the process works; Ctrl-C in the middle leaves whole lines of UTF-8,
+    also where the locale is not UTF-8."""
+    words = ["--checkpoint", checkpoint, "--num_samples", 400, "--batch_size", 2, "--steps", 40,
+             "--temperature", 2, "--json"]
+    process = subprocess.Popen(
+        python(ROOT / "generate.py", *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, **C_LOCALE})
+    first = [process.stdout.readline() for _ in range(3)]
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.decode() == "error: interrupted\n"
+    output = b"".join(first) + rest
+    assert output.endswith(b"\n")
+    stories = [json.loads(line) for line in output.decode("utf-8").split("\n")[:-1]]
+    assert 3 <= len(stories) < 400
+    assert len({story["row"] for story in stories}) == len(stories)
+    # bytes drawn at random make broken letters, each of which is one letter in the text
+    assert any("\ufffd" in story["text"] for story in stories)
+
+
+def test_lines_come_by_width_and_the_first_row_first(call, checkpoint, capsys):
+    stories = call("--num_samples", 12, "--batch_size", 2)[0]
+    rows, widths = zip(*((story["row"], round_up(len(story["tokens"]))) for story in stories),
+                       strict=True)
+    assert sorted(rows) == list(range(12)) != list(rows) and rows[0] == 0
+    assert len(set(widths)) == 1 + sum(a != b for a, b in zip(widths, widths[1:], strict=False))
+    # plain text keeps the order of the rows
+    main(["--checkpoint", str(checkpoint), "--steps", "4", "--num_samples", "12"])
+    told = capsys.readouterr().out
+    by_row = {story["row"]: story["text"] for story in stories}
+    places = [told.index(f"--- {i + 1} ---\n{by_row[i]}\n") for i in range(12)]
+    assert places == sorted(places)
 
 
 def test_golden_tokens():
