@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 GAP = re.compile(r"\[MASK(?::([^\]]*))?\]")
+LIKE_A_GAP = re.compile(r"\[\s{0,9}mask(?:\s{0,9}[:=-]\s{0,9}[^\]\s]{0,9}|\s{1,9}[^\]\s]{0,9})?"
+                        r"\s{0,9}\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,21 @@ def read_conditions(path: Path) -> list[str]:
     conditions = [line.strip() for line in lines if line.strip()]
     require(conditions, f"{path} holds no condition")
     return conditions
+
+
+def warn_of_text(config: GenerateConfig, conditions: list[str]) -> None:
+    """Says on stderr, in one line, which text was probably meant as a gap and is none."""
+    notes = []
+    for name, texts in (("prompt", [config.prompt or ""]), ("infill", [config.infill or ""]),
+                        ("conditions" if config.conditions else "condition", conditions)):
+        found = next((gap[0] for text in texts for gap in LIKE_A_GAP.finditer(text)
+                      if name != "infill" or not GAP.fullmatch(gap[0])), None)
+        if found:
+            notes.append(f"--{name}: {found!r} is taken as text; " + (
+                "a gap is spelled [MASK:n]" if name == "infill" else
+                "gaps are filled in --infill, spelled [MASK:n]"))
+    if notes:
+        print("warning: " + "; ".join(notes), file=sys.stderr)
 
 
 def condition_rows(texts: list[str], tokenizer: "Tokenizer", max_len: int) -> np.ndarray:
@@ -223,6 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = [text for text in texts for _ in range(config.num_samples)]
     rows = build_rows(config, tokenizer, source.histogram, source.max_len,
                       len(texts) or config.num_samples)
+    warn_of_text(config, texts)
     step = source.step(config, told)
     started = time.perf_counter()
     trace = Trace(tokenizer, rows) if config.trace else None

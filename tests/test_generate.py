@@ -86,6 +86,36 @@ def test_gaps_are_filled_and_the_rest_stays(call, tokenizer):
     assert (infill_row("[MASK:3]", tokenizer, 256) == [BOS, MASK, MASK, MASK, EOS]).all()
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (["--prompt", "Tom had a [MASK:3]."],
+     "--prompt: '[MASK:3]' is taken as text; gaps are filled in --infill, spelled [MASK:n]"),
+    (["--prompt", "Tom [mask] and [MASK 2]"], "--prompt: '[mask]' is taken as text"),
+    (["--infill", "Tom [mask:3] a [MASK:2]."],
+     "--infill: '[mask:3]' is taken as text; a gap is spelled [MASK:n]"),
+    (["--infill", "Tom [MASK 3] a [MASK:2]. [Mask]"], "--infill: '[MASK 3]'"),
+    (["--infill", "Tom [ MASK:3 ] a [MASK:2]."], "--infill: '[ MASK:3 ]'"),
+    (["--infill", "Tom [MASK:2] a [Mask: 3 ]."], "--infill: '[Mask: 3 ]'"),
+    (["--infill", "Tom [MASK:2] a [Mask : 3]."], "--infill: '[Mask : 3]'"),
+    (["--infill", "Tom [MASK:2] and [mask of gold] and [masked] and mask:3"], None),
+    (["--infill", "Tom [MASK] [MASK:2]"], None)])
+def test_what_looks_like_a_gap_and_is_text_is_named(call, words, message):
+    (story,), error = call(*words, "--num_samples", 1)
+    warnings = [line for line in error.splitlines() if line.startswith("warning")]
+    assert len(warnings) == (message is not None)
+    if message:
+        assert message in warnings[0]
+        assert message.split("'")[1] in story["text"]  # it is text nevertheless
+
+
+def test_conditions_with_gaps_are_named_once(conditional_checkpoint, tmp_path, capsys):
+    file = tmp_path / "conditions.txt"
+    file.write_text("Tom ran.\nTom [MASK:3] ran.\nTom [MASK:4] ran.\n")
+    for words in (["--conditions", str(file)], ["--condition", "Tom [MASK:3] ran."]):
+        main(["--checkpoint", str(conditional_checkpoint), "--steps", "1", *words])
+        error = capsys.readouterr().err
+        assert error.count("warning") == 1 and f"{words[0]}: '[MASK:3]' is taken as text" in error
+
+
 def test_steps_are_shown(checkpoint, capsys):
     words = ["--checkpoint", str(checkpoint), "--infill", "Tom [MASK:8].", "--steps", "3",
              "--num_samples", "1", "--show_steps"]
