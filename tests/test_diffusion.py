@@ -533,7 +533,7 @@ def order_probability(model: TableModel, row: tuple, order: tuple) -> float:
     return p
 
 
-def sample_limited(model, sampler, limits: list, count=12_000, seed=11) -> np.ndarray:
+def sample_limited(model, sampler, limits: list, count=8000, seed=11) -> np.ndarray:
     rows = [np.array([BOS, MASK, MASK, MASK, EOS])] * count
     filled = {}
     for part, state in unmask_rows(numpy_step(model, sampler), rows, sampler, seed, 5000,
@@ -547,7 +547,7 @@ def counted(tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("letters", [(4, 6), (5,), (4, 5, 6)], ids=str)
+@pytest.mark.parametrize("letters", [(4, 6), (5,)], ids=str)
 def test_a_limited_place_conditions_the_model_on_it(table_model, place, letters):
     """Enumerated: the joint of the orders that begin with the place, given what it holds."""
     tokens = sample_limited(table_model, made("random", "linear", 3),
