@@ -180,10 +180,27 @@ def test_a_copied_bundle_tells_the_stories_of_the_checkpoint_without_torch(
     shutil.copytree(bundle, copy)
     done = run_in(copy, "--onnx", "step_fp32.onnx", "--json", *words)
     assert done.returncode == 0, done.stderr
-    generate.main(["--checkpoint", str(sharp_checkpoint), "--json", "--top_k", "64", *words])
+    # without healing, for which a step would have to give its probabilities
+    generate.main(["--checkpoint", str(sharp_checkpoint), "--json", "--top_k", "64", "--no-heal",
+                   *words])
     told, expected = ([json.loads(line)["text"] for line in text.splitlines()]
                       for text in (done.stdout, capsys.readouterr().out))
     assert told == expected and len(told) >= 2
+
+
+@pytest.mark.parametrize(("words", "cut"), [
+    (["--prompt", "Tom had a fri"], "--prompt: 'fri' is cut"),
+    (["--prompt", "Tom had a friend"], None), (["--prompt", "Tom had a fri "], None),
+    (["--prompt", "Tom had a fri", "--no-heal"], None),
+    (["--infill", "Tom had [MASK:2]end and a fri[MASK:2]."], "--infill: 'end' is cut"),
+    (["--infill", "Tom had a fri[MASK:2]."], "--infill: 'fri' is cut"),
+    (["--infill", "Tom [MASK:2] ran [MASK:2]."], None), ([], None)])
+def test_an_exported_step_names_the_word_that_it_does_not_complete(bundle, words, cut, capsys):
+    generate.main(["--onnx", str(bundle / "step_fp32.onnx"), "--num_samples", "1", "--steps", "1",
+                   "--json", *words])
+    told, error = capsys.readouterr()
+    assert error.count("warning") == (cut is not None) and (cut or "") in error
+    assert len(told.splitlines()) == 1
 
 
 def test_conditions_without_torch(told_bundle, conditional_checkpoint, capsys):
@@ -266,6 +283,7 @@ def test_an_export_needs_torch_and_onnx(sharp_checkpoint, monkeypatch, tmp_path,
     (["--pace", "entropy_bound"], "--pace entropy_bound needs the entropy"),
     (["--top_k", "65"], "among the 64 likeliest"),
     (["--device", "cpu"], "--device: an exported step has its own"),
+    (["--heal", "--prompt", "Tom"], "--heal: an exported step gives no probabilities"),
     (["--condition", "Tom ran."], "diffusion model; what is needed here"),
     (["--checkpoint", "x.pt"], "--checkpoint and --onnx: give one")])
 def test_what_an_exported_step_cannot_do(bundle, words, message, fails):
