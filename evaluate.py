@@ -12,10 +12,12 @@ the split.
 Prints a table and writes evaluation.json beside the checkpoint:
 - the likelihood bound (NELBO) of held-out stories in bits/byte, nats/token and perplexity, with
   its standard error, and masked cross-entropy and accuracy by mask ratio
-- distinct-1/2/3, self-BLEU and unigram entropy of samples, beside those of real stories
+- distinct-1/2/3, self-BLEU and unigram entropy of samples, and the share of their 8-grams and
+  16-grams (of tokens) that stand in the training text, beside those of real stories
 With --sampling it compares the samplers instead, at each number of network evaluations: a table,
 sampling.json and sampling_pareto.png (see quality.py). With --infilling it fills in the middle
-sentence of real stories: exact match, BLEU, nats/token and infilling.json. It shows its progress;
+sentence of real stories: exact match, BLEU, nats/token with the paired difference from the twin,
+and infilling.json. It shows its progress;
 --num_samples makes it shorter, and --max_rows the scoring. The autoregressive twin is scored on the
 same bytes, exactly: its "NELBO" is the negative log-likelihood.
 Of a model with a condition it tells what the condition is worth, at every guidance (see
@@ -37,7 +39,6 @@ import quality
 from autoregressive import Autoregressive, write_stories
 from cli import atomic_file, check_writable, flag, parse, require, run
 from data_prep import (
-    EOS,
     MASK,
     TokenRows,
     bucket_batches,
@@ -47,7 +48,7 @@ from data_prep import (
     row_kind,
     token_bytes,
 )
-from diffusion import DiscreteDiffusion, Nelbo, numpy_step
+from diffusion import DiscreteDiffusion, Nelbo, numpy_step, ratio_error
 from model import (
     PRECISIONS,
     check_conditions,
@@ -135,18 +136,18 @@ def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.nda
 def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
                     stories: np.ndarray, tokenizer) -> dict:
     """Diversity of generated stories and of the real `stories` (row numbers), of equal lengths
-    (but for the twin's, which end where it ends them)."""
+    (but for the twin's, which end where it ends them), and how much of them stands in the training
+    text."""
     real = [rows[i] for i in stories]
     if model.config.causal:
         made = write_stories(model, len(real), model.config.max_len, config, config.seed)
     else:
         made = fill(numpy_step(model, config), [blank_story(len(row) - 2) for row in real], config,
                     config.seed)
-    result = {}
-    for name, group in (("samples", made), ("data", real)):
-        ids = [[int(i) for i in row if i > EOS] for row in group]
-        result[name] = diversity([decode(tokenizer, row) for row in ids], ids)
-    return result
+    groups = [quality.text_ids(group) for group in (made, real)]
+    overlaps = quality.train_overlap(groups, TokenRows(rows.data_dir, "train"))
+    return {name: diversity([decode(tokenizer, row) for row in ids], ids) | overlap
+            for name, ids, overlap in zip(("samples", "data"), groups, overlaps, strict=True)}
 
 
 def choose_stories(config: EvaluateConfig, rows: TokenRows) -> np.ndarray:
@@ -244,8 +245,9 @@ def report(result: dict) -> None:
     if "diversity" in result:
         print(f"\n{'':18s}" + "".join(f"{name:>12s}" for name in result["diversity"]))
         for key in result["diversity"]["data"]:
-            print(f"{key:18s}" + "".join(f"{group[key]:12.3f}"
-                                         for group in result["diversity"].values()))
+            cells = ("-" if group[key] is None else f"{group[key]:.3f}"
+                     for group in result["diversity"].values())
+            print(f"{key:18s}" + "".join(f"{cell:>12s}" for cell in cells))
 
 
 def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
@@ -259,7 +261,8 @@ def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, targe
               "split": rows.split,
               "config": dataclasses.asdict(config),
               **quality.measure(model, config, real, tokenizer, twin and quality.Judge(twin),
-                                config.seed, config.samplers, tuple(config.evaluations))}
+                                config.seed, config.samplers, TokenRows(rows.data_dir, "train"),
+                                tuple(config.evaluations))}
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
     quality.plot(result, plot_beside(target))
@@ -303,14 +306,25 @@ def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, targ
               "arms": {name: quality.infilling(arm, *map(list, zip(*pairs, strict=True)), config,
                                                tokenizer, config.draws, config.seed)
                        for name, arm in arms.items()}}
+    tokens = [int((gap == MASK).sum()) for _, gap in pairs]
+    result["story_tokens"] = tokens
+    if twin:
+        mine, other = (np.array(arm["story_nats"]) for arm in result["arms"].values())
+        result["difference"] = {  # story by story: a long one costs both much
+            "nats_per_token": float((mine - other).sum() / sum(tokens)),
+            "standard_error": ratio_error(mine - other, np.array(tokens))}
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
-    tokens = sum(int((gap == MASK).sum()) for _, gap in pairs)
-    print(f"the middle sentence of {len(pairs)} stories of {rows.split}, {tokens} tokens, "
+    print(f"the middle sentence of {len(pairs)} stories of {rows.split}, {sum(tokens)} tokens, "
           f"temperature {config.temperature:g}, {config.steps} steps, seed {config.seed}\n\n"
           f"{'':15s}{'exact match':>12s}{'BLEU':>8s}{'nats/token':>12s}")
     for name, arm in result["arms"].items():
-        print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}{arm['nats_per_token']:12.3f}")
+        print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}"
+              f"{arm['nats_per_token']:12.3f} ± {arm['standard_error']:.3f}")
+    if twin:
+        print("\nthis model (a bound) less left to right (exact), story by story: "
+              f"{result['difference']['nats_per_token']:+.3f} ± "
+              f"{result['difference']['standard_error']:.3f} nats/token")
     print(f"\nwrote {target}")
 
 

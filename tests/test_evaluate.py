@@ -56,8 +56,10 @@ def test_table_and_file(call, long_data_dir):
     assert set(result["averages_over_t"]) == set(INVERSE_RATIOS) and len(INVERSE_RATIOS) == 4
     assert all(f"\n{name:14s}" in text for name in INVERSE_RATIOS)  # none is left out in print
     assert set(result["diversity"]) == {"samples", "data"}
-    for shown in ("bits/byte", "perplexity", "0.95 - 1.00", "sin(pi t/2)^2", "distinct_3",
-                  "self_bleu"):
+    for group in result["diversity"].values():
+        assert 0 <= group["train_overlap_16"] <= group["train_overlap_8"] < 1
+    for shown in ("train_overlap_8", "train_overlap_16", "bits/byte", "perplexity", "0.95 - 1.00",
+                  "sin(pi t/2)^2", "distinct_3", "self_bleu"):
         assert shown in text
 
 
