@@ -339,17 +339,20 @@ def evaluate_conditional(config: EvaluateConfig, path: Path, checkpoint: dict, t
         (config.twin, "autoregressive"), (config.plain, "diffusion")))
     plain = plain or model
     pairs = conditioning.Pairs(rows, tokenizer, model.config.max_len)
-    arms, scored = condition_likelihood(config, model, rows, tokenizer, pairs, plain, twin)
+    likelihoods, scored = condition_likelihood(config, model, rows, tokenizer, pairs, plain, twin)
     told = pairs.some(np.random.default_rng(config.seed).permutation(len(pairs))
                       [:config.num_samples])
     result = {"checkpoint": str(path), "kind": checkpoint["kind"], "step": checkpoint.get("step"),
               "data": rows.meta["source"], "split": rows.split, "texts": scored,
               "stories": len(told), "plain": config.plain, "judge": config.twin,
-              "config": dataclasses.asdict(config), "likelihood": arms, "generation": {}}
+              "config": dataclasses.asdict(config), **likelihoods,
+              "generative_perplexity_is": quality.PERPLEXITY, "generation": {}}
     if len(told):
-        wanted = conditioning.training_words(TokenRows(rows.data_dir, "train"), tokenizer)
+        train = TokenRows(rows.data_dir, "train")
+        wanted = conditioning.training_words(train, tokenizer)
         result["generation"], texts = conditioning.generation(
-            model, told, config, config.guidances, tokenizer, wanted, twin, config.seed, plain)
+            model, told, config, config.guidances, tokenizer, wanted, twin, config.seed, plain,
+            train)
         with atomic_file(target.with_suffix(".md"), "w") as file:
             file.write(conditioning.sheet([decode(tokenizer, ids) for ids in told.told], texts))
     with atomic_file(target, "w") as file:
@@ -363,8 +366,8 @@ def evaluate_conditional(config: EvaluateConfig, path: Path, checkpoint: dict, t
 def condition_likelihood(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows, tokenizer,
                          pairs: conditioning.Pairs, plain: torch.nn.Module,
                          twin: torch.nn.Module | None) -> tuple[dict, int]:
-    """The bound in every arm, and how many texts were scored: those that also fit into a row with
-    the condition of another."""
+    """The bound in every arm and by reader, and how many texts were scored: those that also fit
+    into a row with the condition of another."""
     chosen = pairs.some(evenly_spread(config.max_rows or len(pairs), len(pairs)))
     misled = chosen.shuffled(config.seed)
     fit = [i for i, row in enumerate(misled.prompted) if len(row) <= model.config.max_len]
@@ -383,7 +386,8 @@ def condition_likelihood(config: EvaluateConfig, model: torch.nn.Module, rows: T
             own = bounds[conditioning.OWN.get(name, "its own condition")]
             arms[name] |= dict(zip(("gain", "gain_standard_error"), conditioning.gain(own, bound),
                                    strict=True))
-    return arms, len(scored)
+    return {"likelihood": arms, "readers": conditioning.compare_readers(bounds),
+            "better_way": conditioning.better_way(bounds)}, len(scored)
 
 
 def check_used(config: EvaluateConfig, kind: str, given: set[str]) -> None:

@@ -175,6 +175,7 @@ def train_overlap(groups: list[list[list[int]]], rows: TokenRows, sizes: tuple[i
     for n in sizes:
         likely[n][known[n] >> np.uint64(42)] = True
     edges = np.cumsum(rows.lengths)
+    bar = tqdm(total=len(rows), desc="training text", unit=" rows", leave=False, disable=None)
     start = 0
     while start < len(rows):
         read = edges[start - 1] if start else 0
@@ -186,7 +187,9 @@ def train_overlap(groups: list[list[list[int]]], rows: TokenRows, sizes: tuple[i
             inside = to_end[:len(values)] >= n
             values = values[inside & likely[n][values >> np.uint64(42)]]
             found[n] |= np.isin(known[n], values)
+        bar.update(stop - start)
         start = stop
+    bar.close()
     return [{f"train_overlap_{n}": float(found[n][np.searchsorted(known[n], own[n])].mean())
              if len(own[n]) else None for n in sizes} for own in wanted]
 
