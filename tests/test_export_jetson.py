@@ -161,6 +161,44 @@ def test_reports_are_of_the_very_graphs(bundle):
     assert contents["presets"] == PRESETS
 
 
+@pytest.mark.parametrize("judged", ["test", "val"])
+def test_int8_is_not_calibrated_on_what_it_is_judged_on(pairs_dir, conditional_checkpoint, judged,
+                                                        tmp_path, monkeypatch, capsys):
+    """The rows themselves are compared, not what is said of them."""
+    data = shutil.copytree(pairs_dir, tmp_path / "data")
+    meta = json.loads((data / "meta.json").read_text())
+    splits = meta["splits"]
+    if judged == "test":  # the validation split is then neither the one nor the other
+        splits |= {"test": splits["val"], "test_condition": splits["val_condition"],
+                   "val": splits["train"], "val_condition": splits["train_condition"]}
+        (data / "meta.json").write_text(json.dumps(meta))
+    used = {}
+    real_step, real_compare = export_jetson.step_graph, export_jetson.compare
+
+    def step_graph(config, checkpoint, precision, length, calibration, condition_len):
+        used["calibrated"] = calibration
+        return real_step(config, checkpoint, precision, length, calibration, condition_len)
+
+    def compare(session, reference, noisy, condition_len):
+        used["judged"] = noisy
+        return real_compare(session, reference, noisy, condition_len)
+    monkeypatch.setattr(export_jetson, "step_graph", step_graph)
+    monkeypatch.setattr(export_jetson, "compare", compare)
+    main(["--checkpoint", str(conditional_checkpoint), "--data_dir", str(data), "--out_dir",
+          str(tmp_path / "bundle"), "--report_rows", "9999", "--calibration_rows", "4",
+          "--precisions", "int8"])
+
+    def texts(items) -> set[tuple]:  # with its condition a row is one of its kind
+        return {tuple(clean) + tuple(told[0]) for clean, _, _, _, _, told in items}
+    calibrated, tested = (texts(used[name].items) for name in ("calibrated", "judged"))
+    assert len(calibrated) == 4 and len(tested) > 10 and not calibrated & tested
+    contents = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert (contents["judged_on"], contents["calibrated_on"]) == (judged, "train")
+    assert contents["reports"]["int8"]["rows"] == len(used["judged"].items)
+    text = capsys.readouterr().out
+    assert f"rows of {judged}\n" in text and "scales are from 4 rows of train\n" in text
+
+
 def run_in(folder, *argv, blocked=("torch",)):
     """generate.py of a bundle, in a process in which importing these modules fails."""
     code = ("import sys\n"
