@@ -48,8 +48,8 @@ STAGE_SETTINGS = {"evaluate": {"draws", "evaluate_rows", "compared_stories", "pr
 # Where the data lies; what is in it is compared by its hashes.
 PLACES = {"data_dir", "data_source", "valid_source"}
 # What a finished training may be called again with: nothing else would be in the report's figures.
-HARMLESS = {*PLACES, "max_steps", "device", "compile", "fsdp", "wandb", "log_every", "save_every"}.union(
-    *STAGE_SETTINGS.values())
+HARMLESS = {"max_steps", "device", "compile", "fsdp", "wandb", "log_every", "save_every"}.union(
+    PLACES, *STAGE_SETTINGS.values())
 
 
 class LongRun:
