@@ -300,6 +300,7 @@ def make_folder(data_dir: str, flag: str, overwrite: bool, write: Callable[[Path
             # Only what this script wrote is ever replaced, never somebody's folder of that name.
             require((target / marker).exists(), f"{data_dir} holds other files: choose "
                                                      f"another {flag}")
+    check_writable(data_dir, flag)  # and no link to nowhere
     check_writable(target.parent, flag)
     for leftover in (partial, old):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
