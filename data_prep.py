@@ -511,13 +511,59 @@ def load_meta(data_dir: str | Path) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
         known = meta["format"] == FORMAT
         version = meta["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         known = False
     require(known, f"{path} is not the description of a data folder; prepare the data again")
     check_version(path, version)
     missing = [key for key in META_KEYS if key not in meta]
     require(not missing, f"{path} lacks {', '.join(missing)}; prepare the data again")
+    wrong = wrong_entries(meta)
+    require(not wrong, f"{path} is damaged ({', '.join(wrong)}); prepare the data again")
     return meta
+
+
+def is_count(value: Any, most: int = 2**62) -> bool:
+    return type(value) is int and 1 <= value <= most
+
+
+def is_length_histogram(value: Any, kinds: Iterable[str] = ()) -> bool:
+    """Whether it is {kind of row: {length as text: rows}} with at least these kinds."""
+    return isinstance(value, dict) and value.keys() >= set(kinds) and all(
+        isinstance(lengths, dict) and all(
+            re.fullmatch("[1-9][0-9]{0,8}", str(length)) and is_count(count)
+            for length, count in lengths.items()) for lengths in value.values())
+
+
+def wrong_entries(meta: dict) -> list[str]:
+    """The names of the entries of meta.json that are not of the form that is written here."""
+    def is_split(split: Any) -> bool:
+        return (isinstance(split, dict) and isinstance(split.get("shards"), list)
+                and all(map(is_shard, split["shards"])))
+
+    def is_shard(shard: Any) -> bool:  # a name is a file in this very folder
+        return (isinstance(shard, dict)
+                and re.fullmatch(r"[a-z_]+_[0-9]{5,}", str(shard.get("name"))) is not None
+                and all(is_count(shard.get(key)) for key in ("rows", "tokens"))
+                and all(isinstance(shard.get(key), str) for key in ("sha256", "index_sha256")))
+
+    def is_source(source: Any) -> bool:
+        return isinstance(source, dict) and all(
+            isinstance(source.get(key), str) for key in ("flag", "name")) and (
+            "sha256" not in source or source["sha256"] is None
+            or isinstance(source["sha256"], str) and type(source.get("bytes")) is int)
+
+    splits, told, sources = meta["splits"], meta.get("condition"), meta.get("sources", [])
+    size = meta["bytes_per_token"]
+    right = {
+        **{key: isinstance(meta[key], str) for key in ("source", "licence", "tokenizer_sha256")},
+        "vocab_size": is_count(meta["vocab_size"], 65536),
+        "seq_len": is_count(meta["seq_len"], 2**30),
+        "bytes_per_token": isinstance(size, (int, float)) and 0 < size < 2**62,
+        "length_histogram": is_length_histogram(meta["length_histogram"], ROW_KINDS),
+        "splits": isinstance(splits, dict) and all(map(is_split, splits.values())),
+        "sources": isinstance(sources, list) and all(map(is_source, sources)),
+        "condition": told is None or isinstance(told, dict) and is_count(told.get("max_len"))}
+    return [key for key, fine in right.items() if not fine]
 
 
 def content_hashes(meta: dict) -> dict[str, str]:
@@ -576,6 +622,12 @@ class TokenRows:
         size = binary.stat().st_size
         require(size == 2 * tokens and int(offsets[-1]) == tokens,
                 f"{binary} is truncated: {2 * tokens} bytes expected, {size} found; {again}")
+        told = self.meta.get("condition") if self.split.endswith("_condition") else None
+        longest = told["max_len"] if told else self.meta["seq_len"]
+        lengths = np.diff(offsets)
+        require(header[2:].tolist() == [rows, tokens] and offsets[0] == 0 and lengths.min() >= 1
+                and lengths.max() <= longest, f"{index} is damaged: its rows are not one behind "
+                f"the other, of 1 to {longest} tokens; {again}")
         return np.memmap(binary, dtype="<u2", mode="r"), offsets
 
     def __len__(self) -> int:
@@ -585,7 +637,13 @@ class TokenRows:
         """Row i: (length,) uint16."""
         shard = int(np.searchsorted(self._first, i, side="right")) - 1
         offsets, j = self._offsets[shard], i - self._first[shard]
-        return self._tokens[shard][offsets[j]:offsets[j + 1]]
+        row = self._tokens[shard][offsets[j]:offsets[j + 1]]
+        # Reading all at the start would take minutes; what is read has to be looked at, though:
+        # beyond its embedding a network reads foreign memory, or stops a whole GPU.
+        require(row.max() < self.meta["vocab_size"], f"{self.data_dir}: row {i} of {self.split} "
+                "holds tokens that are not in the vocabulary, its files are damaged: prepare the "
+                "data again or copy the folder again")
+        return row
 
     def conditions(self) -> "TokenRows":
         """The conditions of the rows, with the same numbers."""

@@ -335,7 +335,7 @@ def draw_length(histogram: dict, seed: int, row: int, at_least: int = 1) -> int 
 
     A function of (seed, row) alone. None if no story of the data has `at_least` tokens.
     """
-    counts = {int(length) - 2: count for length, count in histogram["story"].items()}
+    counts = {int(length) - 2: count for length, count in histogram.get("story", {}).items()}
     counts = {length: count for length, count in counts.items() if length >= at_least}
     if not counts:
         return None
