@@ -485,4 +485,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, prints=sys.argv[1:2] == ["roofline"])

@@ -498,4 +498,4 @@ def show(filled: list[np.ndarray], tokenizer: "Tokenizer", conditions: list[str]
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, prints=True)
