@@ -95,7 +95,7 @@ def preset(config: Config, values: dict[str, Any], given: set[str]) -> Config:
 # ---- a command from its start to its end ---------------------------------------------------------
 
 class _Ended(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: cleans up as Ctrl-C does."""
+    """Ctrl-C, SIGTERM or SIGHUP: all clean up alike."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -124,17 +124,25 @@ def run(main: Callable[[], None], prints: bool = False) -> None:
     nobody = _stand_in_for_closed_streams()
     _settle("stdout", io.FileIO if prints else _Steady)
     _settle("stderr", _Steady)
-    handlers = _handle_ends()
+    told: list[int] = []
+    handlers = _handle_ends(told)
     try:
         require(not (prints and nobody), "stdout is closed, and what this command makes is written "
                                          "there: give it a file or a pipe")
-        main()
+        try:
+            main()
+        except Exception as error:
+            if not told or isinstance(error, Stopped):
+                raise
+            # A library that was interrupted may fail with an error of its own.
+            raise _Ended(told[0]) from error
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
     except UserError as error:
         _fail(str(error), error.status)
-    except _Ended as end:
-        _fail(f"stopped by {signal.Signals(end.number).name}", 128 + end.number)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
+        number = getattr(end, "number", signal.SIGINT)
+        if number != signal.SIGINT:
+            _fail(f"stopped by {signal.Signals(number).name}", 128 + number)
         _fail("interrupted", 130)
     except BrokenPipeError:  # `python generate.py | head`
         _drop_stdout()
@@ -197,16 +205,18 @@ def _settle(name: str, kind: type[io.FileIO]) -> None:
         line_buffering=old.line_buffering, write_through=old.write_through))
 
 
-def _handle_ends() -> dict[int, Any]:
-    """Turns SIGTERM and SIGHUP into `_Ended`; returns the handlers before. One that is ignored (as
-    under nohup) stays so."""
+def _handle_ends(told: list[int]) -> dict[int, Any]:
+    """Turns SIGINT, SIGTERM and SIGHUP into `_Ended`, and puts their numbers into `told`; returns
+    the handlers before. One that is ignored (as under nohup) stays so."""
     if threading.current_thread() is not threading.main_thread():
         return {}
 
     def end(number: int, frame: object) -> typing.NoReturn:
+        told.append(number)
         raise _Ended(number)
 
-    return {number: signal.signal(number, end) for number in end_signals()}
+    numbers = [signal.SIGINT] * (signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    return {number: signal.signal(number, end) for number in (*numbers, *end_signals())}
 
 
 def end_signals() -> list[int]:

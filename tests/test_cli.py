@@ -241,3 +241,15 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     holder.wait()
     with cli.lock(tmp_path, "--out"):
         pass
+
+
+def test_an_interruption_that_a_library_makes_another_error_of_stays_one():
+    code = ("import cli, os, signal\n"
+            "def main():\n"
+            "    try:\n"
+            "        os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    except BaseException as error:\n"
+            "        raise RuntimeError('half imported') from error\n"
+            "cli.run(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "error: stopped by SIGTERM\n")
