@@ -188,7 +188,7 @@ class CrossAttention(Heads):
         """(B, L, D), the angles of its positions, the condition's keys, values and bias ->
         (B, L, D)."""
         y = attention(self.queries(x, cos, sin), k, v, bias=bias)
-        y = y * (GATE_SPEED * self.gate).to(y.dtype)
+        y = y * (GATE_SPEED * self.gate.to(y.dtype))  # rounded first, as `for_inference` keeps it
         return self.out(y.transpose(1, 2).flatten(2))
 
 

@@ -396,7 +396,8 @@ def block_seconds(enough: float = 0.4) -> dict[str, float]:
     tokens, in FP32 and in bf16: products, attention, norms and conversions in their true shares.
 
     The best of two to five rounds, in which both have their turn, so that what else the machine
-    does disturbs both alike; none begins after `enough` seconds. The random state is left as it was.
+    does disturbs both alike; no third one begins after `enough` seconds. The random state is left
+    as it was.
     """
     config, best = MODEL_CONFIGS["small"], dict.fromkeys(("fp32", "bf16"), math.inf)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

@@ -351,3 +351,34 @@ def test_inference_weights_compute_the_same(precision, time_conditioning):
         after = model.for_inference()(tokens, t)
     assert torch.equal(before, after)
     assert all(p.dtype == PRECISIONS[precision] for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["plain", "causal", "timed", "conditional", "guided", "untied"])
+def test_inference_weights_compute_the_same_to_the_bit_in_every_kind(kind, precision):
+    changes = dict(causal={"causal": True}, untied={"tied_head": False, "qk_norm": False},
+                   timed={"time_conditioning": "sinusoidal"}).get(kind, {})
+    config = ModelConfig(**{**vars(CONFIG), **changes})
+    torch.manual_seed(2)
+    told = kind in ("conditional", "guided")
+    model = ConditionalTransformer(config, config) if told else DiffusionTransformer(config)
+    for parameter in model.parameters():  # gates and biases too
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.set_precision(precision).eval()
+    tokens, condition, t = random_tokens(), random_tokens(3, 7), torch.tensor([0.1, 0.5, 0.93])
+    condition[1, 4:] = PAD
+    condition[2] = PAD  # none
+
+    def outputs() -> list[torch.Tensor]:
+        context = model.encode(condition) if told else None
+        hidden = model.hidden(tokens, t, context)
+        if kind == "guided":
+            hidden = 2 * hidden - model.hidden(tokens, t, None)
+        masked = hidden.flatten(0, 1)
+        return [hidden, model.head(hidden), *model.scores(masked, tokens.flatten()),
+                *(context or [])]
+    with torch.no_grad():
+        before = outputs()
+        model.for_inference()
+        assert all(map(torch.equal, before, outputs()))
+    assert all(tensor.isfinite().all() for tensor in before[:1])
