@@ -38,15 +38,7 @@ from torch import Tensor, nn
 from cli import UserError, atomic_file, require
 from data_prep import EOS, PAD, TokenRows, load_tokenizer, sha256
 from head_loss import head_loss, head_scores
-from layers import (
-    Block,
-    CrossAttention,
-    Linear,
-    ModelConfig,
-    dropout_factors,
-    rms_norm,
-    rope_frequencies,
-)
+from layers import Block, CrossAttention, Linear, ModelConfig, rms_norm, rope_frequencies
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 2
 CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
@@ -134,15 +126,15 @@ class Transformer(nn.Module):
         """
         x = rms_norm(x)
         cos, sin = (table[:x.shape[1]].to(x.dtype) for table in (self.cos, self.sin))
-        keep = [None] * len(self.blocks)
+        seeds = [None] * len(self.blocks)
         if self.config.dropout and self.training:
-            keep = dropout_factors((len(keep), 2, *x.shape), self.config.dropout, x)
-        for i, (block, factors) in enumerate(zip(self.blocks, keep, strict=True)):
+            seeds = torch.randint(2**62, (len(seeds), 2))  # on the CPU, from its global generator
+        for i, (block, own) in enumerate(zip(self.blocks, seeds, strict=True)):
             if states is not None:
                 states.append(rms_norm(x))
             told = None if context is None else (context.keys[i], context.values[i], context.bias)
             # The other positions of the last block would be worked out for nobody.
-            x = block(x, cos, sin, factors, bias, told, at if block is self.blocks[-1] else None)
+            x = block(x, cos, sin, own, bias, told, at if block is self.blocks[-1] else None)
         return rms_norm(x)
 
 
