@@ -71,6 +71,7 @@ from model import (
     create_model,
     load_checkpoint,
     pick_precision,
+    precision_reason,
     save_checkpoint,
     size_of,
 )
@@ -120,7 +121,13 @@ class Trainer:
         # 2. Network, on its device and in its precision.
         torch.manual_seed(config.seed)
         self.device = self.processes.device
-        self.precision = pick_precision(self.device, config.precision)
+        # Rank 0 chooses for all: a timing may come out otherwise in another process.
+        before = (checkpoint or {}).get("computed_in", {})
+        choice = (config.precision, before.get("precision")
+                  if before.get("device") == self.device.type else None)
+        self.precision, self.precision_reason = self.processes.gather((
+            pick_precision(self.device, *choice), precision_reason(self.device, *choice))
+            if self.processes.main else None)[0]
         twin = config.objective == "autoregressive"
         self.process = (Autoregressive() if twin
                         else DiscreteDiffusion(config.schedule, config.objective))
@@ -329,6 +336,7 @@ class Trainer:
                   "without the vocabulary matrices"
                   + f", {trained / 1e6:.1f}M trained" * (config.stage == 2)
                   + f"), {self.precision} on {self.device}"
+                  + f" ({self.precision_reason})" * bool(self.precision_reason)
                   + f" in {processes.world} processes" * (processes.world > 1)
                   + ", compiled" * self.compiled + f"; {len(self.rows):,} training rows, "
                   f"{len(self.valid):,} for validation; matrix products reach "
@@ -492,6 +500,7 @@ class Trainer:
                     tokens_seen=self.tokens_seen, seconds=self.seconds, best=self.best,
                     metrics=self.validation, cursor=self.loader.cursor,
                     train_config=dataclasses.asdict(self.config), command=shlex.join(sys.argv),
+                    computed_in={"device": self.device.type, "precision": self.precision},
                     processes=self.processes.world, torch_version=str(torch.__version__),
                     data=content_hashes(self.meta), data_source=self.meta["source"],
                     licence=self.meta["licence"], **state)
