@@ -12,7 +12,7 @@
 Writes into `--checkpoint_dir`: last.pt (everything needed to resume), best.pt (lowest validation
 NELBO), final.pt, metrics.jsonl and training_curves.png. Prints the validation figures and two
 stories at every validation. A step of the small model on 4,096 tokens takes about 1.7 s on 2 CPU
-cores with AVX512-BF16; GPU times have not been measured yet.
+cores with AVX512-BF16, and 0.03 s on an H100 (0.04 s for 16,384 tokens).
 
 The validation figures are computed with the averaged (EMA) weights, always on the same rows and
 with the same masks, whose number is uniform over 1..n: NELBO in nats/token, bits/byte (with the
