@@ -266,7 +266,7 @@ def export(config: ExportConfig, folder: Path) -> dict:
     from data_prep import TokenRows
     from device_step import LIKELIEST
     from model import check_tokenizer, find_checkpoint, load_checkpoint, model_from_checkpoint
-    path = find_checkpoint(config.checkpoint)
+    path = find_checkpoint(config.checkpoint, ("diffusion", "conditional"))
     checkpoint = load_checkpoint(path, kind=("diffusion", "conditional"))
     reference = model_from_checkpoint(checkpoint).for_inference()
     conditional = reference.kind == "conditional"

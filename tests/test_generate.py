@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import subprocess
 
 import numpy as np
@@ -156,6 +158,17 @@ def test_the_command_as_typed(checkpoint):
         text=True)
     assert done.returncode == 2 and "error: --steps 0" in done.stderr
     assert " torch\n" not in done.stderr
+
+
+def test_a_twin_trained_last_is_passed_over(checkpoint, twin, tmp_path, monkeypatch, capsys, fails):
+    monkeypatch.chdir(tmp_path)
+    for name, source, age in (("plain", checkpoint, 1000), ("twin", twin, 2000)):
+        (tmp_path / name).mkdir()
+        shutil.copy(source, tmp_path / name / "best.pt")
+        os.utime(tmp_path / name / "best.pt", (age, age))
+    main(["--steps", "2"])
+    assert "using plain/best.pt; newer" in capsys.readouterr().err
+    assert "conditional model; found" in fails(main, "--steps", "2", "--condition", "Once.")
 
 
 def test_golden_tokens():
