@@ -442,7 +442,8 @@ def write(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) ->
 def main(argv: list[str] | None = None) -> None:
     config, given = parse(EvaluateConfig, __doc__, argv)
     config.check()
-    path = find_checkpoint(config.checkpoint)
+    path = find_checkpoint(config.checkpoint, "diffusion" if config.sampling else (
+        "diffusion", "autoregressive") if config.infilling else None)
     checkpoint = load_checkpoint(path, kind=None)
     check_used(config, checkpoint["kind"], given)
     name, do = (("sampling.json", compare_samplers) if config.sampling else

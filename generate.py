@@ -425,7 +425,8 @@ def open_torch(config: GenerateConfig, told: bool) -> Source:
         pick_device,
         tokenizer_from_checkpoint,
     )
-    path = find_checkpoint(config.checkpoint)
+    path = find_checkpoint(config.checkpoint,
+                           "conditional" if told else ("diffusion", "conditional"))
     device = pick_device(config.device)
     checkpoint = load_checkpoint(path, kind="conditional" if told else
                                  ("diffusion", "conditional"))

@@ -26,6 +26,7 @@ Notable features of the DiffusionTransformer
 import dataclasses
 import functools
 import math
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -490,14 +491,41 @@ def are_tensors(weights: Any) -> bool:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
 
 
-def find_checkpoint(name: str | None) -> Path:
-    """The checkpoint of that name, or the newest best.pt in a folder beside the scripts' output."""
+def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None) -> Path:
+    """The checkpoint of that name, or the newest best.pt of this `kind` (as in load_checkpoint) in
+    a folder beside the scripts' output; newer ones that had to be passed over are named on stderr.
+    """
     if name is not None:
         return Path(name)
-    found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     require(found, "no */best.pt here: train a model first (`python train.py --quick`) or name "
                    "one with --checkpoint")
-    return found[-1]
+    passed = []
+    for path in found:
+        if kind is None:
+            return path
+        has = kind_of(path)
+        if has is not None and has in ((kind,) if isinstance(kind, str) else kind):
+            if passed:
+                print(f"using {path}; newer, but not what is needed here: {', '.join(passed)}",
+                      file=sys.stderr)
+            return path
+        passed.append(f"{path} ({f'{has} model' if has else 'not to be read'})")
+    raise UserError(f"no */best.pt here is of the kind that is needed: "
+                    f"{kind if isinstance(kind, str) else ' or '.join(kind)} model; found "
+                    f"{', '.join(passed)}: train one first or name one with --checkpoint")
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of model in a checkpoint, whose weights stay on the disk; None if it cannot be read.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        ours = isinstance(contents, dict) and (contents["format"], contents["format_version"]) == (
+            CHECKPOINT_FORMAT, CHECKPOINT_VERSION)
+        return contents["kind"] if ours else None
+    except Exception:  # a damaged pickle can raise nearly anything
+        return None
 
 
 def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTransformer:

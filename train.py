@@ -258,19 +258,20 @@ class Trainer:
         torch.manual_seed(step_seed(config.seed, self.step, self.processes.rank))
         # 2. Gradients, micro-batch by micro-batch; the weights already add up to the mean.
         self.model.train()
-        loss = 0.0
+        shares = []  # they stay on the device: reading one would wait for it
         parts = list(self.processes.own_rows(len(batch.corrupted.tokens), config.grad_accum_steps))
         for i, (part, factor) in enumerate(parts):
             self.synchronise_gradients(i == len(parts) - 1)
             share = self.loss_of(batch.corrupted[part].to(self.device)) * factor
             self.scaler.scale(share).backward()
-            loss += share.item() / self.processes.world
-        # 3. Update.
+            shares.append(share.detach())
+        # 3. Update, after the one reading of the step: every process decides by the same numbers.
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(),
-                                                    config.grad_clip or math.inf)).item()
-        loss, = self.processes.sum([loss])
+                                                    config.grad_clip or math.inf))
+        sums = self.processes.sum(torch.stack([*shares, norm]))
+        loss, norm = (value / self.processes.world for value in (sum(sums[:-1]), sums[-1]))
         overflow = self.scaler.is_enabled() and not math.isfinite(norm)  # a step to be skipped
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             raise Stopped(f"the loss is not finite at step {self.step} (loss {loss}, gradient norm "

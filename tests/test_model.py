@@ -340,6 +340,40 @@ def test_the_newest_best_checkpoint_is_the_default(tmp_path, monkeypatch):
     assert find_checkpoint("x/y.pt") == model_module.Path("x/y.pt")
 
 
+def test_the_newest_checkpoint_of_the_wanted_kind_is_the_default(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    told = ConditionalTransformer(CONFIG, CONFIG)
+    writers = {  # the newest last
+        "eldest": lambda path: save_checkpoint(path, random_model(), "{}", {}),
+        "plain": lambda path: save_checkpoint(path, random_model(), "{}", {}),
+        "told": lambda path: save_checkpoint(path, told, "{}", {}),
+        "twin": lambda path: save_checkpoint(path, random_model(causal=True), "{}", {}),
+        "torn": write_truncated, "bomb": write_bomb, "text": FOREIGN["not a checkpoint of this "
+                                                                     "program, or"],
+        "other": FOREIGN["a torch file but not"], "list": FOREIGN["a torch file"]}
+    for age, (name, write) in enumerate(writers.items()):
+        path = tmp_path / name / "best.pt"
+        path.parent.mkdir()
+        write(path)
+        os.utime(path, (1000 + age, 1000 + age))
+    for kind, name in (("autoregressive", "twin"), ("diffusion", "plain"), ("conditional", "told"),
+                       (("diffusion", "conditional"), "told")):
+        assert find_checkpoint(None, kind) == model_module.Path(name, "best.pt")
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith(f"using {name}/best.pt; newer")
+        assert "torn/best.pt (not to be read)" in said and "eldest" not in said
+        assert ("twin/best.pt (autoregressive model)" in said) == (name != "twin")
+    assert not list(tmp_path.glob("*/exploded"))
+    assert find_checkpoint(None) == model_module.Path("list/best.pt")
+    for name in ("told", "twin"):
+        os.utime(tmp_path / name / "best.pt", (2000, 2000))
+        assert find_checkpoint(None, ("conditional", "autoregressive")).parent.name == name
+        assert capsys.readouterr().err == ""  # nothing newer
+        (tmp_path / name / "best.pt").unlink()
+    with pytest.raises(UserError, match="conditional or autoregressive model; found .*plain"):
+        find_checkpoint(None, ("conditional", "autoregressive"))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("time_conditioning", ["none", "sinusoidal"])
 def test_inference_weights_compute_the_same(precision, time_conditioning):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, python
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cli
 import data_prep
@@ -113,6 +114,26 @@ def test_accumulation_changes_nothing(settings):
     assert losses[1] == pytest.approx(losses[3], rel=1e-5)
     for a, b in zip(gradients[1], gradients[3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_reads_its_device_once(settings, monkeypatch):
+    """Reading a number waits for the GPU: all of a step's are read together, after the gradients.
+    """
+    trainer = Trainer(TrainConfig(**settings, grad_accum_steps=3))
+    trainer.train_step()
+    read = []
+
+    class Readings(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            read.append("item") if "_local_scalar_dense" in str(function) else None
+            return function(*args, **(kwargs or {}))
+    real = Processes.sum
+    monkeypatch.setattr(Processes, "sum", lambda self, values: read.append(len(values))
+                        or real(self, values))
+    with Readings():
+        metrics = trainer.train_step()
+    assert read[0] == 3 + 1 and [entry for entry in read if entry != "item"] == [4]
+    assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("changes", [
