@@ -303,16 +303,22 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
+def check_links(path: str | Path, flag_name: str) -> None:
+    """Refuses a path that leads over a link to nowhere: what is there may be gone for a while (a
+    volume that is not mounted), and must not be made in its place."""
+    path = Path(path).absolute()
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise UserError(f"{part} is a link to {os.readlink(part)}, which does not exist: mend "
+                            f"it, or choose another place with {flag_name}")
+
+
 def check_writable(folder: str | Path, flag_name: str) -> None:
     """Makes sure, before any work, that files can be written into the folder or that it can be
     created; creates nothing itself."""
+    check_links(folder, flag_name)
     folder = Path(folder).absolute()
-    places = [folder, *folder.parents]
-    for path in places:
-        require(path.exists() or not path.is_symlink(), f"{path} is a link to {path.readlink()}, "
-                f"which does not exist: mend it, or choose another place with {flag_name}"
-                if path.is_symlink() else "")
-    existing = next(path for path in places if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         probe = existing / f".write_test_{os.getpid()}"
         probe.touch()
@@ -332,7 +338,7 @@ def lock(folder: str | Path, flag_name: str) -> Iterator[None]:
     path = Path(folder) / ".lock"
     with open(path, "a+", encoding="ascii") as file:
         try:
-            _lock_file(file)
+            lock_file(file)
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise BlockingIOError  # its holder has just ended and removed the file
         except BlockingIOError as error:
@@ -352,15 +358,18 @@ def lock(folder: str | Path, flag_name: str) -> Iterator[None]:
                 path.unlink()
 
 
-def _lock_file(file: IO) -> None:
-    """Raises BlockingIOError if another process has it."""
+def lock_file(file: IO) -> None:
+    """Locks a file until it is closed or the process ends. Raises BlockingIOError if another
+    process has it, another OSError where the file system knows no locks."""
     if sys.platform == "win32":
         import msvcrt
+        file.seek(2**20)  # a byte far behind the text, which others must be able to read
         try:
-            file.seek(2**20)  # a byte far behind the number, which others must be able to read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except PermissionError as error:
             raise BlockingIOError from error
+        finally:
+            file.seek(0)
     else:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,7 +21,7 @@ nearly equal length, of which only the first has [BOS] and only the last [EOS].
 prep_conditional_data.py adds train_condition_00000.bin ..., the condition of every row.
 """
 
-from cli import UserError, atomic_file, check_writable, flag, parse, require, run
+from cli import UserError, atomic_file, flag, parse, require, run
 
 import dataclasses
 import hashlib
@@ -29,7 +29,6 @@ import json
 import os
 import queue
 import re
-import shutil
 import threading
 import time
 from array import array
@@ -44,6 +43,7 @@ from typing import Any
 
 import numpy as np
 
+from folders import make_folder
 from sources import (
     check_source,
     describe_source,
@@ -283,38 +283,6 @@ def prepare(config: DataConfig) -> dict:
                        lambda folder: write_folder(config, folder))
 
 
-def make_folder(data_dir: str, flag: str, overwrite: bool, write: Callable[[Path], dict],
-                marker: str = "meta.json") -> dict:
-    """A folder, whole or not at all: `write` fills another one, which then takes its place.
-
-    One that is there is replaced only if it holds the file `marker`. Returns what `write` returns.
-    """
-    target = Path(data_dir).resolve()
-    partial, old = (target.with_name(target.name + end) for end in (".partial", ".old.partial"))
-    if old.exists() and not target.exists():
-        old.rename(target)  # a replacement was killed between its two renames
-    if target.exists():
-        require(target.is_dir(), f"{flag} {data_dir} is a file; name a folder")
-        if any(target.iterdir()):
-            require(overwrite, f"{data_dir} is already there: use it, or give --overwrite, or "
-                               f"another {flag}")
-            # Only what this script wrote is ever replaced, never somebody's folder of that name.
-            require((target / marker).exists(), f"{data_dir} holds other files: choose "
-                                                     f"another {flag}")
-    check_writable(data_dir, flag)  # and no link to nowhere
-    check_writable(target.parent, flag)
-    for leftover in (partial, old):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        meta = write(partial)
-        replace_folder(partial, target, old)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return meta
-
-
 def check_config(config: DataConfig) -> None:
     require(260 <= config.vocab_size <= 65536,
             f"--vocab_size {config.vocab_size}: must be from 260 (the bytes) to 65536 (uint16)")
@@ -486,19 +454,6 @@ def finish_folder(folder: Path, writers: dict[str, SplitWriter], tokenizer: str,
     with atomic_file(folder / "meta.json", "w") as file:
         json.dump(meta, file, indent=1)
     return meta
-
-
-def replace_folder(new: Path, target: Path, old: Path) -> None:
-    """Puts `new` in the place of `target`; if that fails `target` is as it was."""
-    if target.exists():
-        target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- reader --------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ if TYPE_CHECKING:  # the Jetson, which builds engines with this script, has neit
     import torch
 
 HERE = Path(__file__).parent
-SCRIPTS = ("generate.py", "sampler.py", "viewer.py", "viewer.html", "data_prep.py", "sources.py",
-           "cli.py", "engine_runtime.py", "engine_builder.py", "benchmark_device.py",
+SCRIPTS = ("generate.py", "sampler.py", "viewer.py", "viewer.html", "data_prep.py", "folders.py",
+           "sources.py", "cli.py", "engine_runtime.py", "engine_builder.py", "benchmark_device.py",
            "export_jetson.py")
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSET, NEWEST_IR = 20, 10  # what TensorRT 10 reads; opset 23 has operators that it lacks
@@ -413,7 +413,7 @@ def main(argv: list[str] | None = None) -> None:
     elif config.check:
         check_rtx(Path(config.out_dir))
     else:
-        from data_prep import make_folder
+        from folders import make_folder
         require(find_spec("onnx") and find_spec("torch"), "an export needs torch and onnx, which "
                 "are not here: run it where the model was trained; here give --build_engine")
         make_folder(config.out_dir, "--out_dir", config.overwrite,

@@ -37,12 +37,12 @@ from data_prep import (
     finish_folder,
     load_meta,
     load_tokenizer,
-    make_folder,
     read_tokenizer_file,
     settle_splits,
     split_row,
     tokenize_batches,
 )
+from folders import make_folder
 from sources import (
     check_source,
     describe_files,

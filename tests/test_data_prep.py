@@ -471,26 +471,229 @@ def test_an_existing_folder_is_kept(tmp_path, fails):
     assert (tmp_path / "own" / "thesis.txt").exists()
 
 
-def test_a_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch, fails):
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+OLD = {"meta.json": "old", "train_00000.bin": "old", "train_00001.bin": "old"}
+NEW = {"meta.json": "new", "train_00000.bin": "new", "test_00000.bin": "new"}
+
+
+def write_new(folder: Path) -> dict:
+    for name, content in NEW.items():
+        (folder / name).write_text(content)
+    return {}
+
+
+def old_folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    for name, content in OLD.items():
+        (path / name).write_text(content)
+    return path
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"),
+                                   OSError(errno.EBUSY, "busy"), KeyboardInterrupt()])
+def test_a_failed_replacement_keeps_the_old_folder(error, tmp_path, monkeypatch):
+    """Whichever of its renames fails."""
+    rename = Path.rename
+    for fails_at in range(20):
+        data = old_folder(tmp_path / str(fails_at) / "data")
+        count = iter(range(1000))
+
+        def failing(self, target, count=count, fails_at=fails_at):
+            if next(count) == fails_at:
+                raise error
+            return rename(self, target)
+        monkeypatch.setattr(Path, "rename", failing)
+        try:
+            data_prep.make_folder(str(data), "--data_dir", True, write_new)
+        except type(error):
+            assert contents(data) == OLD
+            assert os.listdir(data.parent) == ["data"]
+        else:
+            assert contents(data) == NEW
+            break
+    assert fails_at == len(OLD) + len(NEW)
+
+
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import cli, data_prep
+NEW, steps = eval(sys.argv[3]), iter(range(int(sys.argv[4])))
+def write(folder):
+    for name, content in NEW.items():
+        (folder / name).write_text(content)
+    return {}
+def step(real):
+    def call(*args, **options):
+        if next(steps, None) is None:
+            os._exit(9)
+        return real(*args, **options)
+    return call
+for owner, names in ((Path, ("rename", "unlink", "rmdir", "mkdir", "write_text")),
+                     (os, ("replace", "fsync", "rmdir", "unlink"))):
+    for name in names:
+        setattr(owner, name, step(getattr(owner, name)))
+data_prep.make_folder(sys.argv[2], "--data_dir", True, write)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes by the dozen")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_kill_at_any_step_leaves_a_whole_folder_or_none(there, tmp_path, capsys):
+    for steps in range(100):
+        data = tmp_path / str(steps) / "data"
+        if there:
+            old_folder(data)
+        child = os.fork()
+        if child == 0:
+            try:
+                sys.argv = ["-c", str(ROOT), str(data), repr(NEW), str(steps)]
+                exec(KILLED, {})
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 9)
+        killed = {name: content for name, content in (
+            (path.name, path.read_text()) for path in (data.iterdir() if data.exists() else [])
+            if path.is_file())}
+        assert "meta.json" not in killed or killed in (OLD, NEW)  # readers ask for it
+        try:  # the next run, which is not asked to replace anything
+            data_prep.make_folder(str(data), "--data_dir", False, write_new)
+        except UserError as error:
+            assert "already there" in str(error)
+            # from where the replacement is decided on, the next run completes it
+            assert contents(data) == NEW or contents(data) == killed == OLD
+        else:
+            assert contents(data) == NEW and not there
+        assert os.listdir(data.parent) == ["data"]
+        if status == 0:
+            break
+    assert steps > 10
+
+
+def test_a_strangers_folder_of_that_name_is_kept(tmp_path):
+    for name in ("data.partial", "data.old.partial", "data.partial-abcdefgh", "data.partial-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").touch()
+    data_prep.make_folder(str(tmp_path / "data"), "--data_dir", False, write_new)
+    inside = tmp_path / "data" / "partial-abcdefgh"
+    inside.mkdir()
+    (inside / "thesis.txt").touch()
+    with pytest.raises(UserError, match="already there"):
+        data_prep.make_folder(str(tmp_path / "data"), "--data_dir", False, write_new)
+    assert len(list(tmp_path.rglob("thesis.txt"))) == 5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks within one process")
+def test_a_run_that_still_writes_is_left_alone(tmp_path):
+    for there in (False, True):
+        data = tmp_path / "data"
+
+        def write(folder, data=data):
+            with pytest.raises(UserError, match=f"process {os.getpid()} is writing"):
+                data_prep.make_folder(str(data), "--data_dir", True, write_new)
+            return write_new(folder)
+        data_prep.make_folder(str(data), "--data_dir", there, write)
+        assert contents(data) == NEW and os.listdir(tmp_path) == ["data"]
+
+    def beaten(folder):
+        old_folder(tmp_path / "other")
+        return write_new(folder)
+    with pytest.raises(UserError, match="another process has made"):
+        data_prep.make_folder(str(tmp_path / "other"), "--data_dir", False, beaten)
+    assert contents(tmp_path / "other") == OLD
+
+
+@pytest.fixture
+def volume(tmp_path):
+    """Mounts another file system on a folder, as a container's volume."""
+    mounted = []
+
+    def mount(folder: Path, options: str = "size=64m") -> Path:
+        folder.mkdir(parents=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+                              capture_output=True, text=True) if shutil.which("mount") else None
+        if done is None or done.returncode:
+            pytest.skip("mounting needs the rights of root")
+        mounted.append(folder)
+        return folder
+    yield mount
+    for folder in reversed(mounted):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_mounted_folder_is_filled_and_replaced(tmp_path, volume, fails):
+    data = volume(tmp_path / "volume" / "data")
+    (data / "lost+found").mkdir()  # as a new ext4 volume has
     argv = ["--source", "sample", "--max_stories", "60", "--vocab_size", "300", "--data_dir",
-            str(tmp_path / "data")]
+            str(data)]
     main(argv)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    main(["--verify", "--data_dir", str(data)])
+    assert "already there" in fails(main, *argv)
+    main([*argv, "--overwrite", "--max_stories", "50"])
+    main(["--verify", "--data_dir", str(data)])
+    assert sum(split["stories"] for split in load_meta(data)["splits"].values()) == 50
+    assert not list(data.glob("partial-*")) and (data / "lost+found").exists()
+    assert os.listdir(data.parent) == ["data"]
+
+
+def test_a_folder_that_cannot_be_renamed(tmp_path, monkeypatch):
+    """The same without the rights to mount: nothing but files inside the folder is renamed."""
     rename = Path.rename
 
-    def locked(self, target):
-        if self.name == "data.partial":
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+    def busy(self, target):
+        if tmp_path / "data" in (self, Path(target)):
+            raise OSError(errno.EBUSY, "Device or resource busy")
         return rename(self, target)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", locked)
-        fails(main, *argv, "--overwrite")
-    assert os.listdir(tmp_path) == ["data"]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
-    # killed between its two renames: the next run finds the old folder again
-    (tmp_path / "data").rename(tmp_path / "data.old.partial")
-    fails(main, *argv)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+    monkeypatch.setattr(Path, "rename", busy)
+    (tmp_path / "data").mkdir()
+    for overwrite in (False, True):
+        data_prep.make_folder(str(tmp_path / "data"), "--data_dir", overwrite, write_new)
+        assert contents(tmp_path / "data") == NEW
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_really_full_disk(there, tmp_path, volume, fails):
+    disk = volume(tmp_path / "disk", "size=64k")
+    if there:
+        old_folder(disk / "data")
+    path = write_corpus(tmp_path / "a.txt", list(sample_stories(1000)))
+    error = fails(main, "--source", path, "--vocab_size", "300", "--data_dir", disk / "data",
+                  "--overwrite")
+    assert "No space left" in error and str(disk / "data") in error
+    assert os.listdir(disk) == (["data"] if there else [])
+    assert not there or contents(disk / "data") == OLD
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, volume, fails):
+    disk = volume(tmp_path / "disk")
+    for name in ("data", "empty"):
+        (disk / name).mkdir()
+    (disk / "data" / "meta.json").touch()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for name in ("data", "empty", "new"):
+        assert "cannot write into" in fails(main, "--source", "sample", "--overwrite", "--data_dir",
+                                            disk / name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_as_the_folder(tmp_path, fails):
+    (tmp_path / "link").symlink_to("elsewhere/data")  # to nowhere: a volume that is not mounted?
+    error = fails(main, "--source", "sample", "--data_dir", tmp_path / "link")
+    assert "elsewhere/data, which does not exist" in error
+    assert os.listdir(tmp_path) == ["link"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "data").mkdir()
+    data_prep.make_folder(str(tmp_path / "link"), "--data_dir", False, write_new)
+    assert contents(tmp_path / "elsewhere" / "data") == contents(tmp_path / "link") == NEW
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "link"]
+    (tmp_path / "circle").symlink_to("circle")
+    fails(main, "--source", "sample", "--data_dir", tmp_path / "circle")
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path, fails):
