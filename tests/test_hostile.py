@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,6 @@ class Command:
     made: bool = False  # {out} must be there before
     whole: bool = False  # {out} appears whole or not at all
     training: bool = False
-    words: tuple[str, ...] = field(default=(), compare=False)
 
 
 BENCHMARK = ("--model_config micro --batch 2 --seq_len 32 --repeats 1 --no-memory --vocab_size 300 "
@@ -284,11 +283,10 @@ class Table:
     def process(self, situation: str, command: Command, words: list[str], told: dict,
                 environment: dict, folder: Path, out: Path) -> Ended:
         line = [sys.executable, "-S", "-E", "-c", LAUNCH, json.dumps(told), *words]
-        with open(folder / "stderr", "w+b") as errors, open(folder / "stdout", "w+b") as printed:
-            target = {"| head -1": subprocess.PIPE, "largest file": subprocess.PIPE}.get(
-                situation, printed)
-            if situation == "full stdout":
-                target = open("/dev/full", "wb")
+        with (open(folder / "stderr", "w+b") as errors, open(folder / "stdout", "w+b") as printed,
+              open("/dev/full", "wb") as full):
+            target = (full if situation == "full stdout" else subprocess.PIPE
+                      if situation in ("| head -1", "largest file") else printed)
             # a pipe has no largest size, which a file of the process has
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=target, env=environment, cwd=folder,
