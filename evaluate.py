@@ -27,6 +27,7 @@ conditioning.py), and writes a sheet of ten texts, evaluation.md.
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from data_prep import (
     MASK,
     TokenRows,
     bucket_batches,
+    content_hashes,
     decode,
     evenly_spread,
     load_meta,
@@ -174,11 +176,24 @@ def open_rows(data_dir: str, split: str | None) -> TokenRows:
     return TokenRows(data_dir, split)
 
 
+def warn_of_other_rows(path: str | Path, checkpoint: dict, rows: TokenRows) -> None:
+    """Says on stderr that a model was trained on other rows than those of this folder's training
+    split: what is held out here may have been trained on. Rows and pairs are not compared: they
+    differ where the stories are the same."""
+    known, here = checkpoint.get("data"), content_hashes(rows.meta)
+    if known and known["train"] != here["train"] and (
+            "train_condition" in known) == ("train_condition" in here):
+        print(f"warning: {path} was trained on other rows than the training split of "
+              f"{rows.data_dir}: stories of its {rows.split} split may be among them",
+              file=sys.stderr)
+
+
 def open_model(config: EvaluateConfig, path: Path, checkpoint: dict) -> tuple:
     """The model of a checkpoint, the rows that it is evaluated on, and its tokenizer."""
     data_dir = config.data_dir or checkpoint.get("train_config", {}).get("data_dir", "data")
     rows = open_rows(data_dir, config.split)
     check_tokenizer(path, checkpoint, data_dir, rows.meta)
+    warn_of_other_rows(path, checkpoint, rows)
     device = pick_device(config.device)
     precision = pick_precision(device, config.precision)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(precision).for_inference()
@@ -284,6 +299,7 @@ def open_beside(config: EvaluateConfig, path: str | None, kind: str, model: torc
         return None
     checkpoint = load_checkpoint(path, kind=kind)
     check_tokenizer(path, checkpoint, rows.data_dir, rows.meta)
+    warn_of_other_rows(path, checkpoint, rows)
     beside = model_from_checkpoint(checkpoint).to(device_of(model))
     require(beside.config.max_len >= model.config.max_len, f"{path} was trained on rows of at most "
             f"{beside.config.max_len} tokens, this model on up to {model.config.max_len}")
@@ -426,7 +442,8 @@ def write(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) ->
 def main(argv: list[str] | None = None) -> None:
     config, given = parse(EvaluateConfig, __doc__, argv)
     config.check()
-    path = find_checkpoint(config.checkpoint)
+    path = find_checkpoint(config.checkpoint, "diffusion" if config.sampling else (
+        "diffusion", "autoregressive") if config.infilling else None)
     checkpoint = load_checkpoint(path, kind=None)
     check_used(config, checkpoint["kind"], given)
     name, do = (("sampling.json", compare_samplers) if config.sampling else

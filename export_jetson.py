@@ -272,7 +272,7 @@ def export(config: ExportConfig, folder: Path) -> dict:
     from device_step import LIKELIEST
     from evaluate import open_rows
     from model import check_tokenizer, find_checkpoint, load_checkpoint, model_from_checkpoint
-    path = find_checkpoint(config.checkpoint)
+    path = find_checkpoint(config.checkpoint, ("diffusion", "conditional"))
     checkpoint = load_checkpoint(path, kind=("diffusion", "conditional"))
     reference = model_from_checkpoint(checkpoint).for_inference()
     conditional = reference.kind == "conditional"

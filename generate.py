@@ -62,8 +62,8 @@ class GenerateConfig(Sampler):
     onnx: str | None = flag(None, "exported step to use instead (of export_jetson.py), in ONNX "
                                   "Runtime")
     engine: str | None = flag(None, "or as a TensorRT engine")
-    preset: str | None = flag(None, "a sampler chosen from the README's table: fast, balanced or "
-                                    "best; flags beside it change it", tuple(PRESETS))
+    preset: str | None = flag(None, "a sampler chosen from the tables in docs/results.md: fast, "
+                                    "balanced or best; flags beside it change it", tuple(PRESETS))
     num_samples: int = flag(3, "stories to make")
     prompt: str | None = flag(None, "how the story begins; with a condition that is its first "
                                     'sentence, " Then" with the space between them')
@@ -425,7 +425,8 @@ def open_torch(config: GenerateConfig, told: bool) -> Source:
         pick_device,
         tokenizer_from_checkpoint,
     )
-    path = find_checkpoint(config.checkpoint)
+    path = find_checkpoint(config.checkpoint,
+                           "conditional" if told else ("diffusion", "conditional"))
     device = pick_device(config.device)
     checkpoint = load_checkpoint(path, kind="conditional" if told else
                                  ("diffusion", "conditional"))

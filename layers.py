@@ -188,21 +188,58 @@ class CrossAttention(Heads):
         """(B, L, D), the angles of its positions, the condition's keys, values and bias ->
         (B, L, D)."""
         y = attention(self.queries(x, cos, sin), k, v, bias=bias)
-        y = y * (GATE_SPEED * self.gate).to(y.dtype)
+        y = y * (GATE_SPEED * self.gate.to(y.dtype))  # rounded first, as `for_inference` keeps it
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def dropout_factors(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
+def dropout_factors(shape: tuple[int, ...], dropout: float, like: Tensor,
+                    generator: torch.Generator | None = None) -> Tensor:
     """0 with probability `dropout`, rounded to 256ths, else what keeps the mean; as `like` is.
 
     Eight factors come from every random number: one for each, as torch draws them, would take a
     third of a step on a CPU.
     """
     count = math.prod(shape)
-    words = torch.randint(-2**63, 2**63 - 1, (-(-count // 8),), device=like.device)
+    words = torch.randint(-2**63, 2**63 - 1, (-(-count // 8),), device=like.device,
+                          generator=generator)
     dropped = min(255, max(1, round(256 * dropout)))  # of the 256 values of a byte
     kept = words.view(torch.uint8)[:count].view(shape) >= dropped
     return kept.to(like.dtype).mul_(256 / (256 - dropped))
+
+
+def dropped(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    """`x` times dropout's factors, which depend on `seed` alone: an int64 number on the CPU, where
+    reading it waits for nobody.
+
+    The backward pass draws the factors again, so that none are kept: those of all layers would be
+    4 GB for xxlarge on 65,000 tokens. To the compiler it is one operation, in which it looks for no
+    random numbers.
+    """
+    return torch.ops.diffusion_llm.dropped(x, seed, dropout)
+
+
+def _dropped(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    return dropout_factors(x.shape, dropout, x, generator).mul_(x)
+
+
+def _keep_seed(ctx, inputs: tuple, output: Tensor) -> None:
+    _, seed, ctx.dropout = inputs
+    ctx.save_for_backward(seed)
+
+
+def _drop_gradient(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return dropped(gradient, *ctx.saved_tensors, ctx.dropout), None, None
+
+
+# Not torch.library.custom_op, which imports the compiler at its first call: 3 s and 70 MB.
+_library = torch.library.Library("diffusion_llm", "DEF")
+_library.define("dropped(Tensor x, Tensor seed, float dropout) -> Tensor")
+_library.impl("dropped", _dropped, "CompositeExplicitAutograd")
+torch.library.register_fake("diffusion_llm::dropped", lambda x, seed, dropout: x.new_empty(x.shape),
+                            lib=_library)
+torch.library.register_autograd("diffusion_llm::dropped", _drop_gradient,
+                                setup_context=_keep_seed, lib=_library)
 
 
 class Block(nn.Module):
@@ -211,17 +248,19 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.up = Linear(config.width, config.mlp_ratio * config.width)
         self.down = Linear(config.mlp_ratio * config.width, config.width, std=0.0)
+        self.dropout = config.dropout
         self.cross: CrossAttention | None = None  # of a conditional model
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keep: Tensor | None = None,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seeds: Tensor | None = None,
                 bias: Tensor | None = None, context: tuple[Tensor, Tensor, Tensor] | None = None,
                 at: Tensor | None = None) -> Tensor:
-        """`keep` (2, B, L, D) is dropout's factor for what attention and MLP add, `bias` is added
-        to the attention scores, `context` has keys, values and bias for the cross-attention; the
-        result is for all positions or those `at` (B, C)."""
+        """`seeds` (2,) are those of dropout for what attention and MLP add, `bias` is added to the
+        attention scores, `context` has keys, values and bias for the cross-attention; the result is
+        for all positions or those `at` (B, C)."""
         y = self.attention(rms_norm(x), cos, sin, bias, at)
-        x = (x if at is None else take(x, at)) + (y if keep is None else y * keep[0])
+        y = y if seeds is None else dropped(y, seeds[0], self.dropout)
+        x = (x if at is None else take(x, at)) + y
         if self.cross is not None and context is not None:
             x = x + self.cross(rms_norm(x), *rotation_at(cos, sin, at), *context)
         y = self.down(F.relu(self.up(rms_norm(x))).square())
-        return x + (y if keep is None else y * keep[1])
+        return x + (y if seeds is None else dropped(y, seeds[1], self.dropout))

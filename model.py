@@ -24,7 +24,10 @@ Notable features of the DiffusionTransformer
 """
 
 import dataclasses
+import functools
 import math
+import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,15 +39,7 @@ from torch import Tensor, nn
 from cli import UserError, atomic_file, require
 from data_prep import EOS, PAD, TokenRows, is_length_histogram, load_tokenizer, sha256
 from head_loss import head_loss, head_scores
-from layers import (
-    Block,
-    CrossAttention,
-    Linear,
-    ModelConfig,
-    dropout_factors,
-    rms_norm,
-    rope_frequencies,
-)
+from layers import Block, CrossAttention, Linear, ModelConfig, rms_norm, rope_frequencies
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 2
 CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
@@ -132,15 +127,15 @@ class Transformer(nn.Module):
         """
         x = rms_norm(x)
         cos, sin = (table[:x.shape[1]].to(x.dtype) for table in (self.cos, self.sin))
-        keep = [None] * len(self.blocks)
+        seeds = [None] * len(self.blocks)
         if self.config.dropout and self.training:
-            keep = dropout_factors((len(keep), 2, *x.shape), self.config.dropout, x)
-        for i, (block, factors) in enumerate(zip(self.blocks, keep, strict=True)):
+            seeds = torch.randint(2**62, (len(seeds), 2))  # on the CPU, from its global generator
+        for i, (block, own) in enumerate(zip(self.blocks, seeds, strict=True)):
             if states is not None:
                 states.append(rms_norm(x))
             told = None if context is None else (context.keys[i], context.values[i], context.bias)
             # The other positions of the last block would be worked out for nobody.
-            x = block(x, cos, sin, factors, bias, told, at if block is self.blocks[-1] else None)
+            x = block(x, cos, sin, own, bias, told, at if block is self.blocks[-1] else None)
         return rms_norm(x)
 
 
@@ -352,16 +347,67 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def pick_precision(device: torch.device, name: str = "auto") -> str:
-    """`name`, or for "auto" the fastest safe precision of the device's matrix units."""
+def pick_precision(device: torch.device, name: str = "auto", before: str | None = None) -> str:
+    """`name`, or for "auto" the fastest safe precision of the device's matrix units.
+
+    A CPU that claims to multiply in bf16 may still be faster in FP32: both are timed, once in a
+    process. `before` is what a resumed run was computed in: kept where the timing would decide,
+    which may come out otherwise the second time.
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu":
-        cpu = torch.cpu.get_capabilities()
-        return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
-    return "fp32"
+    if not claims_bf16(device):
+        return "fp32"
+    if before is not None:
+        return before
+    seconds = block_seconds()
+    return min(seconds, key=seconds.__getitem__)
+
+
+def precision_reason(device: torch.device, name: str = "auto", before: str | None = None) -> str:
+    """Why pick_precision chooses what it does with these arguments, where a timing decided."""
+    if name != "auto" or before is not None or not claims_bf16(device):
+        return ""
+    seconds = block_seconds()
+    return (f"a block takes {1e3 * seconds['bf16']:.0f} ms in bf16, "
+            f"{1e3 * seconds['fp32']:.0f} ms in FP32")
+
+
+def claims_bf16(device: torch.device) -> bool:
+    """Whether it is a CPU whose flags say that it has instructions for products in bf16."""
+    if device.type != "cpu":
+        return False
+    cpu = torch.cpu.get_capabilities()
+    return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+
+
+@functools.cache
+def block_seconds(enough: float = 0.4) -> dict[str, float]:
+    """Seconds that this CPU needs for a block of the small size, forward and backward, on 4 x 256
+    tokens, in FP32 and in bf16: products, attention, norms and conversions in their true shares.
+
+    The best of two to five rounds, in which both have their turn, so that what else the machine
+    does disturbs both alike; no third one begins after `enough` seconds. The random state is left
+    as it was.
+    """
+    config, best = MODEL_CONFIGS["small"], dict.fromkeys(("fp32", "bf16"), math.inf)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        block = Block(config)
+        angles = torch.arange(config.max_len).float()[:, None] * rope_frequencies(config)
+        tokens = torch.randn(4, config.max_len, config.width)
+        deadline = time.perf_counter() + enough
+        for done in range(5):
+            if done >= 2 and time.perf_counter() > deadline:
+                break
+            for precision in best:
+                x, cos, sin = (table.to(PRECISIONS[precision]) for table in
+                               (tokens, angles.cos(), angles.sin()))
+                started = time.perf_counter()
+                block(x.requires_grad_(), cos, sin).sum().backward()
+                best[precision] = min(best[precision], time.perf_counter() - started)
+    return best
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -445,14 +491,41 @@ def are_tensors(weights: Any) -> bool:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
 
 
-def find_checkpoint(name: str | None) -> Path:
-    """The checkpoint of that name, or the newest best.pt in a folder beside the scripts' output."""
+def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None) -> Path:
+    """The checkpoint of that name, or the newest best.pt of this `kind` (as in load_checkpoint) in
+    a folder beside the scripts' output; newer ones that had to be passed over are named on stderr.
+    """
     if name is not None:
         return Path(name)
-    found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     require(found, "no */best.pt here: train a model first (`python train.py --quick`) or name "
                    "one with --checkpoint")
-    return found[-1]
+    passed = []
+    for path in found:
+        if kind is None:
+            return path
+        has = kind_of(path)
+        if has is not None and has in ((kind,) if isinstance(kind, str) else kind):
+            if passed:
+                print(f"using {path}; newer, but not what is needed here: {', '.join(passed)}",
+                      file=sys.stderr)
+            return path
+        passed.append(f"{path} ({f'{has} model' if has else 'not to be read'})")
+    raise UserError(f"no */best.pt here is of the kind that is needed: "
+                    f"{kind if isinstance(kind, str) else ' or '.join(kind)} model; found "
+                    f"{', '.join(passed)}: train one first or name one with --checkpoint")
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of model in a checkpoint, whose weights stay on the disk; None if it cannot be read.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        ours = isinstance(contents, dict) and (contents["format"], contents["format_version"]) == (
+            CHECKPOINT_FORMAT, CHECKPOINT_VERSION)
+        return contents["kind"] if ours else None
+    except Exception:  # a damaged pickle can raise nearly anything
+        return None
 
 
 def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTransformer:

@@ -6,6 +6,7 @@
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -41,7 +42,8 @@ class Muon(torch.optim.Optimizer):
 
     The update has the root mean square 0.2 of AdamW's (eq. 4 there), so both share a learning rate.
     Matrices of one shape are orthogonalised together, in `precision`: "bf16" pays only where the
-    hardware multiplies it, which torch.optim.Muon does not ask.
+    hardware multiplies it, which torch.optim.Muon does not ask. Of several processes each works out
+    its share of them for all, so that the same bits move the weights in every process.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95,
@@ -57,16 +59,38 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes[p.shape].append(p)
             for shape, params in shapes.items():
-                directions = []
                 for p in params:
-                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    direction = p.grad.lerp(buffer, group["momentum"])  # Nesterov's
-                    directions.append(whole(direction).to(self.dtype))
+                    state = self.state[p]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
-                for p, update in zip(params, orthogonalise(torch.stack(directions)), strict=True):
+                for p, update in zip(params, self._updates(params, group["momentum"]), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    local(p).add_(own_part(update, p).to(p.dtype), alpha=-scale)
+                    local(p).add_(update.to(p.dtype), alpha=-scale)
+
+    def _updates(self, params: list[nn.Parameter], momentum: float) -> Tensor:
+        """The orthogonalised directions of N matrices (rows, columns), (N, rows, columns); of
+        matrices that are spread over the processes the rows that this one holds."""
+        def directions(some: list[nn.Parameter]) -> Tensor:
+            parts = [local(p.grad.lerp(self.state[p]["momentum_buffer"], momentum)).to(self.dtype)
+                     for p in some]  # Nesterov's
+            return torch.stack(parts) if parts else params[0].new_empty(
+                (0, *params[0].shape), dtype=self.dtype)
+
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world == 1:
+            return orthogonalise(directions(params))
+        shares = [len(share) for share in torch.arange(len(params)).tensor_split(world)]
+        if isinstance(params[0], DTensor):
+            return orthogonalised_rows(directions(params), shares, params[0])
+        first, own = sum(shares[:dist.get_rank()]), shares[dist.get_rank()]
+        shape = params[0].shape
+        mine = params[0].new_zeros((shares[0], *shape), dtype=self.dtype)
+        mine[:own] = orthogonalise(directions(params[first:first + own]))
+        gathered = [torch.empty_like(mine) for _ in shares]
+        dist.all_gather(gathered, mine)
+        return torch.cat([part[:share] for part, share in zip(gathered, shares, strict=True)])
 
 
 def make_optimizers(model: DiffusionTransformer, name: str, lr: float, weight_decay: float,
@@ -107,10 +131,25 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def own_part(x: Tensor, like: nn.Parameter) -> Tensor:
-    """Of a whole tensor the rows that this process holds of `like`."""
-    if not isinstance(like, DTensor):
-        return x
-    parts = x.chunk(like.device_mesh.size())
-    rank = like.device_mesh.get_local_rank()
-    return parts[rank] if rank < len(parts) else x[:0]
+def orthogonalised_rows(rows: Tensor, shares: list[int], like: DTensor) -> Tensor:
+    """Orthogonalises matrices of which every process holds some rows, (N, own rows, columns), and
+    gives those rows of the result.
+
+    Every process is sent its share of the matrices whole (the first `shares[0]`, the next
+    `shares[1]`, ...), and sends their rows back: half as much of each as if all had all.
+    """
+    group, (count, own, columns) = like.device_mesh.get_group(), rows.shape
+    chunk = -(-like.shape[0] // len(shares))  # as FSDP deals out the rows, the last ones fewer
+    held = [max(0, min(chunk, like.shape[0] - rank * chunk)) for rank in range(len(shares))]
+    mine = shares[dist.get_rank(group)]
+    by_owner = [share * own * columns for share in shares]
+    by_holder = [mine * some * columns for some in held]
+    received = rows.new_empty(sum(by_holder))
+    dist.all_to_all_single(received, rows.flatten(), by_holder, by_owner, group=group)
+    whole_ones = torch.cat([part.view(mine, some, columns) for part, some in zip(
+        received.split(by_holder), held, strict=True)], dim=1)  # (mine, rows, columns)
+    update = orthogonalise(whole_ones)
+    sent = torch.cat([part.flatten() for part in update.split(held, dim=1)])
+    returned = rows.new_empty(count * own * columns)
+    dist.all_to_all_single(returned, sent, by_owner, by_holder, group=group)
+    return returned.view(count, own, columns)

@@ -42,11 +42,12 @@ class Processes:
         """Whether this is the one process that prints and writes."""
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Each value summed over all processes, in FP64."""
+    def sum(self, values: list[float] | Tensor) -> list[float]:
+        """Each value summed over all processes, in FP64; those of a tensor are read from their
+        device once, after that."""
         if self.world == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return values.tolist() if isinstance(values, Tensor) else values
+        total = torch.as_tensor(values, dtype=torch.float64, device=self.device).clone()
         dist.all_reduce(total)
         return total.tolist()
 

@@ -307,7 +307,7 @@ def plot(result: dict, path: Path) -> None:
 # ---- infilling -----------------------------------------------------------------------------------
 
 # What stands between two marks: simpler than the sentences of prep_conditional_data.py, and what
-# the README's figures for infilling were measured with.
+# the figures for infilling in docs/results.md were measured with.
 SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"'\u201d\u2019]*\s*|[^.!?]+$")
 
 

@@ -28,7 +28,7 @@ ADAPTIVE_PACES = ("threshold", "entropy_bound")
 PACES = PLANNED_PACES + ADAPTIVE_PACES
 REMASKS = ("none", "remdm_cap", "remdm_rescale", "remdm_confidence", "corrector")
 MAX_STEPS = 100_000
-# `generate.py --preset`, chosen from the README's table of samplers
+# `generate.py --preset`, chosen from the tables of samplers in docs/results.md
 PRESETS = {name: dict(steps=steps, order="random", temperature=1.0, top_p=0.9)
            for name, steps in (("fast", 16), ("balanced", 32), ("best", 64))}
 # First numbers of the seeds, so that no two uses of randomness share a stream. (3 and 4 are those

@@ -43,9 +43,9 @@ def data_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def long_data_dir(tmp_path_factory) -> Path:
-    """The same with rows long enough for whole stories."""
+    """The same with rows long enough for whole stories, and no test split."""
     return made_up_data(tmp_path_factory.mktemp("shared") / "data", max_stories=120,
-                        vocab_size=400, seq_len=256, valid_fraction=0.2)
+                        vocab_size=400, seq_len=256, valid_fraction=0.2, test_fraction=0.0)
 
 
 @pytest.fixture(autouse=True)

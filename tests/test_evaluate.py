@@ -138,3 +138,18 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(
                   ["n" * 300 + ".json"], ["x.json", "--sampling"]):
         fails(main, "--checkpoint", checkpoint, "--output", tmp_path / words[0], *words[1:])
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_model_of_other_rows_is_said_to_be_one(checkpoint, long_data_dir, tmp_path, capsys):
+    main(["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--num_samples", "0",
+          "--max_rows", "2", "--output", str(tmp_path / "same.json")])
+    assert "warning" not in capsys.readouterr().err
+    shutil.copytree(long_data_dir, tmp_path / "other")
+    meta = json.loads((tmp_path / "other" / "meta.json").read_text())
+    meta["splits"]["train"], meta["splits"]["val"] = (meta["splits"][name]
+                                                      for name in ("val", "train"))
+    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
+    main(["--checkpoint", str(checkpoint), "--data_dir", str(tmp_path / "other"), "--split", "val",
+          "--num_samples", "0", "--max_rows", "2", "--output", str(tmp_path / "other.json")])
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1 and "val split may be among them" in error

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 
@@ -386,6 +387,17 @@ def test_lines_come_by_width_and_the_first_row_first(call, checkpoint, capsys):
     by_row = {story["row"]: story["text"] for story in stories}
     places = [told.index(f"--- {i + 1} ---\n{by_row[i]}\n") for i in range(12)]
     assert places == sorted(places)
+
+
+def test_a_twin_trained_last_is_passed_over(checkpoint, twin, tmp_path, monkeypatch, capsys, fails):
+    monkeypatch.chdir(tmp_path)
+    for name, source, age in (("plain", checkpoint, 1000), ("twin", twin, 2000)):
+        (tmp_path / name).mkdir()
+        shutil.copy(source, tmp_path / name / "best.pt")
+        os.utime(tmp_path / name / "best.pt", (age, age))
+    main(["--steps", "2"])
+    assert "using plain/best.pt; newer" in capsys.readouterr().err
+    assert "conditional model; found" in fails(main, "--steps", "2", "--condition", "Once.")
 
 
 def test_golden_tokens():

@@ -37,6 +37,56 @@ def test_dropout_drops_its_share_and_keeps_the_mean(dropout, share):
         assert abs(both - share ** 2) < 6 * (share ** 2 / len(dropped)) ** 0.5
 
 
+def test_dropout_acts_on_what_attention_and_mlp_add_and_on_nothing_else():
+    torch.manual_seed(0)
+    config = ModelConfig(width=64, heads=2, dropout=0.25)
+    block = layers.Block(config)
+    x, table = torch.randn(2, 16, 64), torch.ones(16, 16)
+    seeds = torch.tensor([11, 12])
+    attention_factors, mlp_factors = (layers.dropout_factors(
+        x.shape, 0.25, x, torch.Generator().manual_seed(seed)) for seed in (11, 12))
+    assert not torch.equal(attention_factors, mlp_factors)
+    with torch.no_grad():
+        torch.nn.init.normal_(block.attention.out.weight)  # (the MLP adds nothing yet)
+        added = block(x, table, table) - x
+        assert added.abs().min() > 0
+        torch.testing.assert_close(block(x, table, table, seeds), x + added * attention_factors)
+        torch.nn.init.zeros_(block.attention.out.weight)
+        torch.nn.init.normal_(block.down.weight)
+        added = block(x, table, table) - x
+        torch.testing.assert_close(block(x, table, table, seeds), x + added * mlp_factors)
+
+
+def test_every_layer_drops_something_else_and_the_same_again_with_the_same_seed():
+    asked, config = [], ModelConfig(width=32, heads=2, layers=3, dropout=0.5, vocab_size=50)
+    model = DiffusionTransformer(config).train()
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, inputs: asked.append(inputs[3].tolist()))
+    tokens = torch.full((2, 16), 7)
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        model.hidden(tokens)
+    first, again, other = asked[:3], asked[3:6], asked[6:]
+    assert first == again and len({seed for pair in first + other for seed in pair}) == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_has_the_same_factors_and_keeps_none_of_them(dtype):
+    x, seed = torch.randn(3, 40, 24).to(dtype).requires_grad_(), torch.tensor(5)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t,
+                                                  lambda t: t):
+        y = layers.dropped(x, seed, 0.3)
+    assert sum(kept) == 1  # the seed
+    slope = torch.randn(24, 40, 3).to(dtype).permute(2, 1, 0)  # not in the order of memory
+    factors = layers.dropout_factors(x.shape, 0.3, x, torch.Generator().manual_seed(5))
+    assert torch.equal(y, x * factors)
+    before = torch.get_rng_state()
+    y.backward(slope)
+    assert torch.equal(x.grad, slope * factors) and torch.equal(torch.get_rng_state(), before)
+    torch.library.opcheck(torch.ops.diffusion_llm.dropped, (x.detach().requires_grad_(), seed, 0.3))
+
+
 def test_rotary_positions_are_relative():
     q, k = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(0))
     model = DiffusionTransformer(ModelConfig(width=64, heads=2, max_len=32))

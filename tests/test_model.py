@@ -1,9 +1,12 @@
 import os
 import pickle
+import re
+import time
 
 import pytest
 import torch
 
+import layers
 import model as model_module
 from cli import UserError
 from data_prep import BOS, EOS, MASK, PAD, load_meta, train_tokenizer
@@ -22,6 +25,7 @@ from model import (
     model_from_checkpoint,
     pick_device,
     pick_precision,
+    precision_reason,
     save_checkpoint,
     tokenizer_from_checkpoint,
 )
@@ -191,6 +195,7 @@ def test_devices_and_precisions_are_found(monkeypatch):
     assert pick_precision(torch.device("cpu"), "fp16") == "fp16"
     capabilities = {"avx512_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(model_module, "block_seconds", lambda: {"fp32": 0.038, "bf16": 0.021})
     assert pick_precision(torch.device("cpu")) == "bf16"
     capabilities.clear()
     assert pick_precision(torch.device("cpu")) == "fp32"
@@ -201,6 +206,39 @@ def test_devices_and_precisions_are_found(monkeypatch):
         assert pick_precision(torch.device("cuda")) == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device().type == "cuda"
+
+
+@pytest.mark.parametrize("slower, faster", [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_cpu_that_claims_bf16_is_timed_in_both_and_the_faster_is_taken(slower, faster,
+                                                                        monkeypatch):
+    """Whatever the flags say, and also where only the attention is what is slow."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    attend, calls = layers.attention, []
+
+    def attention(q, *args, **kwargs):
+        calls.append(q.dtype)
+        if q.dtype == PRECISIONS[slower]:
+            time.sleep(0.4)
+        return attend(q, *args, **kwargs)
+    monkeypatch.setattr(layers, "attention", attention)
+    model_module.block_seconds.cache_clear()
+    cpu, before = torch.device("cpu"), torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            assert pick_precision(cpu) == faster
+        timed = len(calls)
+        reason = precision_reason(cpu)
+        assert pick_precision(cpu) == faster and len(calls) == timed  # once in a process
+    finally:
+        model_module.block_seconds.cache_clear()
+    assert set(calls) == {torch.float32, torch.bfloat16}
+    bf16, fp32 = map(int, re.fullmatch(
+        r"a block takes (\d+) ms in bf16, (\d+) ms in FP32", reason).groups())
+    assert (bf16 < fp32) == (faster == "bf16") and max(bf16, fp32) > 400
+    assert torch.equal(torch.get_rng_state(), before)  # a run's weights depend on its seed alone
+    # what decides without a timing needs no reason; a resumed run stays what it was
+    assert pick_precision(cpu, "auto", slower) == slower == pick_precision(cpu, slower)
+    assert precision_reason(cpu, slower) == precision_reason(cpu, "auto", slower) == ""
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -302,6 +340,40 @@ def test_the_newest_best_checkpoint_is_the_default(tmp_path, monkeypatch):
     assert find_checkpoint("x/y.pt") == model_module.Path("x/y.pt")
 
 
+def test_the_newest_checkpoint_of_the_wanted_kind_is_the_default(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    told = ConditionalTransformer(CONFIG, CONFIG)
+    writers = {  # the newest last
+        "eldest": lambda path: save_checkpoint(path, random_model(), "{}", {}),
+        "plain": lambda path: save_checkpoint(path, random_model(), "{}", {}),
+        "told": lambda path: save_checkpoint(path, told, "{}", {}),
+        "twin": lambda path: save_checkpoint(path, random_model(causal=True), "{}", {}),
+        "torn": write_truncated, "bomb": write_bomb, "text": FOREIGN["not a checkpoint of this "
+                                                                     "program, or"],
+        "other": FOREIGN["a torch file but not"], "list": FOREIGN["a torch file"]}
+    for age, (name, write) in enumerate(writers.items()):
+        path = tmp_path / name / "best.pt"
+        path.parent.mkdir()
+        write(path)
+        os.utime(path, (1000 + age, 1000 + age))
+    for kind, name in (("autoregressive", "twin"), ("diffusion", "plain"), ("conditional", "told"),
+                       (("diffusion", "conditional"), "told")):
+        assert find_checkpoint(None, kind) == model_module.Path(name, "best.pt")
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith(f"using {name}/best.pt; newer")
+        assert "torn/best.pt (not to be read)" in said and "eldest" not in said
+        assert ("twin/best.pt (autoregressive model)" in said) == (name != "twin")
+    assert not list(tmp_path.glob("*/exploded"))
+    assert find_checkpoint(None) == model_module.Path("list/best.pt")
+    for name in ("told", "twin"):
+        os.utime(tmp_path / name / "best.pt", (2000, 2000))
+        assert find_checkpoint(None, ("conditional", "autoregressive")).parent.name == name
+        assert capsys.readouterr().err == ""  # nothing newer
+        (tmp_path / name / "best.pt").unlink()
+    with pytest.raises(UserError, match="conditional or autoregressive model; found .*plain"):
+        find_checkpoint(None, ("conditional", "autoregressive"))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("time_conditioning", ["none", "sinusoidal"])
 def test_inference_weights_compute_the_same(precision, time_conditioning):
@@ -313,3 +385,34 @@ def test_inference_weights_compute_the_same(precision, time_conditioning):
         after = model.for_inference()(tokens, t)
     assert torch.equal(before, after)
     assert all(p.dtype == PRECISIONS[precision] for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["plain", "causal", "timed", "conditional", "guided", "untied"])
+def test_inference_weights_compute_the_same_to_the_bit_in_every_kind(kind, precision):
+    changes = dict(causal={"causal": True}, untied={"tied_head": False, "qk_norm": False},
+                   timed={"time_conditioning": "sinusoidal"}).get(kind, {})
+    config = ModelConfig(**{**vars(CONFIG), **changes})
+    torch.manual_seed(2)
+    told = kind in ("conditional", "guided")
+    model = ConditionalTransformer(config, config) if told else DiffusionTransformer(config)
+    for parameter in model.parameters():  # gates and biases too
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.set_precision(precision).eval()
+    tokens, condition, t = random_tokens(), random_tokens(3, 7), torch.tensor([0.1, 0.5, 0.93])
+    condition[1, 4:] = PAD
+    condition[2] = PAD  # none
+
+    def outputs() -> list[torch.Tensor]:
+        context = model.encode(condition) if told else None
+        hidden = model.hidden(tokens, t, context)
+        if kind == "guided":
+            hidden = 2 * hidden - model.hidden(tokens, t, None)
+        masked = hidden.flatten(0, 1)
+        return [hidden, model.head(hidden), *model.scores(masked, tokens.flatten()),
+                *(context or [])]
+    with torch.no_grad():
+        before = outputs()
+        model.for_inference()
+        assert all(map(torch.equal, before, outputs()))
+    assert all(tensor.isfinite().all() for tensor in before[:1])

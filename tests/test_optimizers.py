@@ -52,6 +52,17 @@ def test_an_update_has_a_fifth_of_the_learning_rate_as_root_mean_square():
     assert torch.equal(p, before)
 
 
+def test_the_momentum_is_made_once(monkeypatch):
+    p = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer, made, zeros = Muon([p], lr=0.1), [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *args, **kwargs: made.append(args) or zeros(
+        *args, **kwargs))
+    for _ in range(3):
+        p.grad = torch.randn(8, 8)
+        optimizer.step()
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("name, kinds", [("muon", ["Muon", "AdamW"]), ("adamw", ["AdamW"])])
 def test_every_parameter_is_updated_once_and_only_matrices_decay(name, kinds):
     model = DiffusionTransformer(SMALL)

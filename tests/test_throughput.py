@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,28 @@ def test_compiled_blocks_compute_the_same_and_new_shapes_need_no_compilation():
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     # one row is special to the compiler; every other shape must run what is there
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= compiled + 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs a C++ compiler")
+def test_compiled_blocks_drop_what_others_drop():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = DiffusionTransformer(dataclasses.replace(SMALL, dropout=0.3)).train()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+
+    def seeded(shape, seed) -> list:
+        torch.manual_seed(seed)
+        return gradients(model, batch(*shape))
+    cases = [((3, 64), 1), ((3, 64), 2), ((5, 48), 1)]
+    expected = [seeded(*case) for case in cases]
+    assert not torch.allclose(expected[0][0], expected[1][0])
+    assert compile_blocks(model, CPU, 256) is None
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for case, values in zip(cases, expected, strict=True):
+        for a, b in zip(seeded(*case), values, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
 def test_what_cannot_be_compiled_stays_eager_and_says_why(monkeypatch):

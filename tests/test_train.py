@@ -16,13 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, python
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cli
 import data_prep
 import metrics
+import model as model_module
 import train
 from cli import Stopped, UserError
 from model import load_checkpoint
+from parallel import Processes
 from train import TrainConfig, Trainer, main
 
 
@@ -113,6 +116,26 @@ def test_accumulation_changes_nothing(settings):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_reads_its_device_once(settings, monkeypatch):
+    """Reading a number waits for the GPU: all of a step's are read together, after the gradients.
+    """
+    trainer = Trainer(TrainConfig(**settings, grad_accum_steps=3))
+    trainer.train_step()
+    read = []
+
+    class Readings(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            read.append("item") if "_local_scalar_dense" in str(function) else None
+            return function(*args, **(kwargs or {}))
+    real = Processes.sum
+    monkeypatch.setattr(Processes, "sum", lambda self, values: read.append(len(values))
+                        or real(self, values))
+    with Readings():
+        metrics = trainer.train_step()
+    assert read[0] == 3 + 1 and [entry for entry in read if entry != "item"] == [4]
+    assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("changes", [
     {"optimizer": "adamw", "lr": 0.01}, {"objective": "masked_ce", "schedule": "cosine"},
     {"time_conditioning": "sinusoidal"}, {"tied_head": False, "qk_norm": False},
@@ -179,6 +202,23 @@ def test_resume_is_bit_identical(settings, tmp_path, capsys):
          for line in lines(folder)} for folder in (settings["checkpoint_dir"], stopped))
     # (a resumed run logs its first step too)
     assert first == second and len(lines(stopped)) == len(second)
+
+
+def test_the_precision_that_was_measured_is_said_and_kept(settings, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(model_module, "block_seconds", lambda: {"fp32": 0.038, "bf16": 0.0211})
+    main(argv(settings, precision="auto"))
+    assert ("bf16 on cpu (a block takes 21 ms in bf16, 38 ms in FP32)" in
+            capsys.readouterr().out.splitlines()[0])
+    # timed again the other one may win: the run stays what it is
+    monkeypatch.setattr(model_module, "block_seconds", lambda: {"fp32": 0.02, "bf16": 0.0211})
+    main(["--resume", "--checkpoint_dir", settings["checkpoint_dir"], "--max_steps", "10"])
+    assert "bf16 on cpu;" in capsys.readouterr().out
+    # with other processes it is rank 0's that counts
+    processes = Processes(rank=1, world=1)
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [("fp16", "why"), value])
+    trainer = Trainer(TrainConfig(**settings | {"precision": "auto"}), None, processes)
+    assert (trainer.precision, trainer.precision_reason) == ("fp16", "why")
 
 
 def test_two_signals_do_not_wait(settings):
