@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import benchmark
 import train
 from model import load_checkpoint
 from sources import SEPARATOR
@@ -419,7 +420,7 @@ def goes_on(name: str, out: Path, table: Table) -> None:
     assert load_checkpoint(out / "final.pt")["step"] == step + 1
 
 
-def test_every_script_is_in_the_table():
+def test_every_script_is_in_the_table(capsys):
     scripts = {path.name for path in ROOT.glob("*.py")
                if "__main__" in path.read_text(encoding="utf-8")}
     assert {command.script for command in COMMANDS.values()} == scripts
