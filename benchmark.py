@@ -27,6 +27,8 @@ CPU-second, and the peak memory of a process that runs this arm alone; `train` a
 measured peak (MFU). Some minutes for the small model on 2 CPU cores.
 """
 
+from cli import UserError, atomic_file, check_writable, flag, parse, require, run
+
 import argparse
 import copy
 import dataclasses
@@ -46,7 +48,6 @@ from torch import nn
 
 import benchmark_device
 import roofline
-from cli import UserError, atomic_file, check_writable, flag, parse, require, run
 from data_prep import BOS, EOS, MASK
 from diffusion import DiscreteDiffusion, numpy_step
 from metrics import machine

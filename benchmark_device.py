@@ -12,6 +12,8 @@ reads power and the board's memory from tegrastats; what cannot be measured is p
 measured. Writes device_benchmark.json and device_benchmark.png.
 """
 
+from cli import atomic_file, check_writable, flag, parse, require, run
+
 import dataclasses
 import json
 import math
@@ -32,7 +34,6 @@ from typing import Any
 
 import numpy as np
 
-from cli import atomic_file, check_writable, flag, parse, require, run
 from engine_runtime import Bundle, read_bundle
 from sampler import Sampler, blank_story, draw_length, fill
 

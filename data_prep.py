@@ -21,6 +21,8 @@ nearly equal length, of which only the first has [BOS] and only the last [EOS].
 prep_conditional_data.py adds train_condition_00000.bin ..., the condition of every row.
 """
 
+from cli import UserError, atomic_file, check_writable, flag, parse, require, run
+
 import dataclasses
 import hashlib
 import json
@@ -42,7 +44,6 @@ from typing import Any
 
 import numpy as np
 
-from cli import UserError, atomic_file, check_writable, flag, parse, require, run
 from sources import (
     check_source,
     describe_source,

@@ -12,6 +12,8 @@ Forward process: at time t in (0, 1] every maskable token of a row becomes [MASK
 with probability m(t). [BOS], [EOS] and [PAD] are never masked and never in the loss.
 """
 
+from cli import require
+
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cli import require
 from data_prep import EOS, MASK, length_nats
 from layers import take
 from model import Context, device_of

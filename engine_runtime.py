@@ -8,6 +8,8 @@ with its own TensorRT, and never imports torch. A session takes named NumPy arra
 and gives named ones.
 """
 
+from cli import UserError, require
+
 import ctypes
 import hashlib
 import json
@@ -18,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from cli import UserError, require
 from data_prep import PAD, is_count, is_length_histogram, load_tokenizer
 from sampler import ORDERS, Kept, Sampler, Step
 

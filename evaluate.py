@@ -24,6 +24,8 @@ Of a model with a condition it tells what the condition is worth, at every guida
 conditioning.py), and writes a sheet of ten texts, evaluation.md.
 """
 
+from cli import atomic_file, check_writable, flag, parse, require, run
+
 import dataclasses
 import json
 import math
@@ -38,7 +40,6 @@ from tqdm import tqdm
 import conditioning
 import quality
 from autoregressive import Autoregressive, write_stories
-from cli import atomic_file, check_writable, flag, parse, require, run
 from data_prep import (
     MASK,
     TokenRows,

@@ -17,6 +17,8 @@ that very graph: of the test split where the data has one, else of the validatio
 its scales from training rows. The small model takes about 3 minutes on 2 CPU cores.
 """
 
+from cli import atomic_file, flag, parse, require, run
+
 import copy
 import dataclasses
 import io
@@ -33,7 +35,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli import atomic_file, flag, parse, require, run
 from engine_builder import DYNAMIC_AXES, build_engine, check_rtx
 from engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, OnnxSession, sha256_of
 from sampler import PRESETS

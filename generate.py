@@ -29,6 +29,8 @@ the network is that of before stage 2; the lengths drawn are those of the texts 
 condition.
 """
 
+from cli import UserError, check_writable, flag, parse, preset, print_json, require, run
+
 import re
 import sys
 import time
@@ -41,7 +43,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, check_writable, flag, parse, preset, print_json, require, run
 from data_prep import BOS, EOS, MASK, decode
 from sampler import PRESETS, Choice, Limits, Sampler, Step, condition_row, draw_length, unmask_rows
 from sources import read_json_lines

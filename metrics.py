@@ -9,6 +9,8 @@ every `log_every` steps (loss, lr, grad_norm), validation lines (valid_*), both 
 and seconds.
 """
 
+from cli import UserError, atomic_file, check_writable, flag, is_of_the_machine, parse, require, run
+
 import itertools
 import json
 import os
@@ -18,8 +20,6 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-
-from cli import UserError, atomic_file, check_writable, flag, is_of_the_machine, parse, require, run
 
 # title of a panel, and the metrics that it shows
 PANELS = [("nats/token", ("loss", "valid_nelbo")), ("bits/byte", ("valid_bits_per_byte",)),

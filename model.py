@@ -23,6 +23,8 @@ Notable features of the DiffusionTransformer
 - FP32 weights, computed in `precision`: "fp32", "bf16" or "fp16" (see `set_precision`)
 """
 
+from cli import UserError, atomic_file, require
+
 import dataclasses
 import functools
 import math
@@ -36,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import UserError, atomic_file, require
 from data_prep import EOS, PAD, TokenRows, is_length_histogram, load_tokenizer, sha256
 from head_loss import head_loss, head_scores
 from layers import Block, CrossAttention, Linear, ModelConfig, rms_norm, rope_frequencies

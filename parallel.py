@@ -8,6 +8,8 @@ they depend on the seed and the step alone) and trains on every `world`-th row o
 are stratified over the global batch, and any number of processes takes the same steps as one.
 """
 
+from cli import Stopped, UserError, require
+
 import datetime
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cli import Stopped, UserError, require
 from model import DiffusionTransformer, pick_device
 from optimizers import whole
 

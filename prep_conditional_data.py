@@ -14,6 +14,8 @@ conditions: row i of train_condition_00000.bin, [BOS] condition [EOS], belongs t
 train_00000.bin (every row of a long text has the same).
 """
 
+from cli import UserError, flag, parse, require, run
+
 import dataclasses
 import re
 import time
@@ -23,7 +25,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from cli import UserError, flag, parse, require, run
 from data_prep import (
     EOS,
     SPLITS,

@@ -8,6 +8,8 @@ which the judge has learned too: how much of them stands there is told by `train
 figures of the real stories are the mark to reach.
 """
 
+from cli import atomic_file
+
 import dataclasses
 import math
 import re
@@ -21,7 +23,6 @@ import torch
 from tqdm import tqdm
 
 from autoregressive import Autoregressive, before_each, fill_from_the_left
-from cli import atomic_file
 from data_prep import EOS, MASK, TokenRows, bucket_batches, decode, pad_rows
 from diffusion import Corrupted, maskable, measure_nats, numpy_step, ratio_error, row_sums
 from model import device_of

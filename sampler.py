@@ -12,6 +12,8 @@ Where things are decided: the order, and how many an adaptive pace takes, inside
 hidden again in `Remasking`.
 """
 
+from cli import flag, require
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cli import flag, require
 from data_prep import BOS, EOS, MASK, PAD, pad_rows, round_up
 
 ORDERS = ("random", "confidence", "margin", "entropy")

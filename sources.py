@@ -5,6 +5,8 @@ any size is read with the same small memory. A story that is null (in JSON or pa
 None, for whoever reads to count.
 """
 
+from cli import UserError, require
+
 import hashlib
 import json
 import logging
@@ -14,8 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from cli import UserError, require
 
 SEPARATOR = "<|endoftext|>"
 HUB_DATASET = "roneneldan/TinyStories"

@@ -20,6 +20,18 @@ code length of the row lengths), and the plain masked cross-entropy and accuracy
 tokens.
 """
 
+from cli import (
+    Stopped,
+    check_writable,
+    describe,
+    end_signals,
+    is_of_the_machine,
+    lock,
+    parse,
+    require,
+    run,
+)
+
 import contextlib
 import copy
 import dataclasses
@@ -35,17 +47,6 @@ import torch
 from tqdm import tqdm
 
 from autoregressive import Autoregressive, tell_stories
-from cli import (
-    Stopped,
-    check_writable,
-    describe,
-    end_signals,
-    is_of_the_machine,
-    lock,
-    parse,
-    require,
-    run,
-)
 from data_prep import (
     DataConfig,
     TokenRows,

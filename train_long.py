@@ -14,6 +14,8 @@ on: its learning rate rises again to where the longer decay has it. The presets 
 train_config_long.py.
 """
 
+from cli import UserError, atomic_file, check_writable, lock, parse, preset, require, run
+
 import contextlib
 import dataclasses
 import json
@@ -27,7 +29,6 @@ from pathlib import Path
 import data_prep
 import evaluate
 from autoregressive import tell_stories
-from cli import UserError, atomic_file, check_writable, lock, parse, preset, require, run
 from data_prep import content_hashes, decode, load_meta
 from metrics import MetricsLog, machine
 from model import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint

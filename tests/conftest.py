@@ -1,5 +1,7 @@
 """Shared fixtures: a small data folder, a small checkpoint, a network that can be enumerated."""
 
+import cli
+
 import dataclasses
 import itertools
 import sys
@@ -11,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import cli
 import export_jetson
 import model as model_module
 import prep_conditional_data

@@ -1,3 +1,6 @@
+import cli
+from cli import Stopped, UserError, atomic_file, check_writable, flag, parse
+
 import errno
 import os
 import shlex
@@ -9,9 +12,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, python
-
-import cli
-from cli import Stopped, UserError, atomic_file, check_writable, flag, parse
 
 
 @dataclass

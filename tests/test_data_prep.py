@@ -1,3 +1,6 @@
+import cli
+from cli import UserError
+
 import errno
 import json
 import os
@@ -16,10 +19,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cli
 import data_prep
 import sources
-from cli import UserError
 from data_prep import (
     BOS,
     EOS,

@@ -1,3 +1,5 @@
+from cli import UserError
+
 import itertools
 import math
 from collections import Counter
@@ -9,7 +11,6 @@ from conftest import TableModel, all_rows, chi_squared_p
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion as module
-from cli import UserError
 from data_prep import BOS, EOS, MASK, PAD, pad_rows
 from diffusion import (
     SCHEDULES,

@@ -4,6 +4,8 @@ Every reader gives what was written or one UserError: no other exception, no cod
 run, and no memory beyond what the file justifies. The examples are the same in every run.
 """
 
+from cli import UserError
+
 import io
 import json
 import pickle
@@ -19,7 +21,6 @@ from hypothesis import strategies as st
 
 import engine_runtime
 import sources
-from cli import UserError
 from data_prep import (
     BOS,
     EOS,

@@ -1,5 +1,7 @@
 """Real processes with gloo: any number of them takes the same steps as one."""
 
+from cli import Stopped
+
 import json
 import os
 import re
@@ -15,7 +17,6 @@ import pytest
 import torch
 from conftest import ROOT, python
 
-from cli import Stopped
 from model import load_checkpoint
 from parallel import Processes, joined
 

@@ -1,3 +1,5 @@
+from cli import UserError
+
 import hashlib
 import json
 import tracemalloc
@@ -7,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sources
-from cli import UserError
 from data_prep import DataConfig, prepare
 from sources import describe_source, other_source
 

@@ -1,3 +1,6 @@
+import cli
+from cli import Stopped, UserError
+
 import dataclasses
 import errno
 import json
@@ -18,12 +21,10 @@ import torch
 from conftest import ROOT, python
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cli
 import data_prep
 import metrics
 import model as model_module
 import train
-from cli import Stopped, UserError
 from model import load_checkpoint
 from parallel import Processes
 from train import TrainConfig, Trainer, main

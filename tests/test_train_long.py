@@ -1,3 +1,5 @@
+from cli import UserError
+
 import json
 import shutil
 import signal
@@ -9,7 +11,6 @@ import pytest
 from conftest import ROOT, python
 
 import train_long
-from cli import UserError
 from model import load_checkpoint
 from train_config_long import PRESETS, STAGES, LongConfig
 from train_long import main
