@@ -19,12 +19,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import benchmark
 import train
 from model import load_checkpoint
 from sources import SEPARATOR
@@ -55,7 +56,6 @@ class Command:
     made: bool = False  # {out} must be there before
     whole: bool = False  # {out} appears whole or not at all
     training: bool = False
-    words: tuple[str, ...] = field(default=(), compare=False)
 
 
 BENCHMARK = ("--model_config micro --batch 2 --seq_len 32 --repeats 1 --no-memory --vocab_size 300 "
@@ -284,11 +284,10 @@ class Table:
     def process(self, situation: str, command: Command, words: list[str], told: dict,
                 environment: dict, folder: Path, out: Path) -> Ended:
         line = [sys.executable, "-S", "-E", "-c", LAUNCH, json.dumps(told), *words]
-        with open(folder / "stderr", "w+b") as errors, open(folder / "stdout", "w+b") as printed:
-            target = {"| head -1": subprocess.PIPE, "largest file": subprocess.PIPE}.get(
-                situation, printed)
-            if situation == "full stdout":
-                target = open("/dev/full", "wb")
+        with (open(folder / "stderr", "w+b") as errors, open(folder / "stdout", "w+b") as printed,
+              open("/dev/full", "wb") as full):
+            target = (full if situation == "full stdout" else subprocess.PIPE
+                      if situation in ("| head -1", "largest file") else printed)
             # a pipe has no largest size, which a file of the process has
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=target, env=environment, cwd=folder,
@@ -421,14 +420,16 @@ def goes_on(name: str, out: Path, table: Table) -> None:
     assert load_checkpoint(out / "final.pt")["step"] == step + 1
 
 
-def test_every_script_is_in_the_table():
+def test_every_script_is_in_the_table(capsys):
     scripts = {path.name for path in ROOT.glob("*.py")
                if "__main__" in path.read_text(encoding="utf-8")}
     assert {command.script for command in COMMANDS.values()} == scripts
     # and every benchmark
-    usage = re.search(r"benchmark\.py \{([a-z,]+)\}", (ROOT / "benchmark.py").read_text())
-    benchmarks = set(usage[1].split(","))
-    assert {name.split()[1] for name in COMMANDS if name.startswith("benchmark.py")} == benchmarks
+    with pytest.raises(SystemExit):
+        benchmark.main(["--help"])
+    usage = re.search(r"benchmark\.py \{([a-z,]+)\}", capsys.readouterr().out)[1]
+    assert {name.split()[1] for name in COMMANDS if name.startswith("benchmark.py")} == {
+        *usage.split(",")}
 
 
 def test_every_cell_is_run_or_has_a_reason():
