@@ -12,6 +12,8 @@ reads power and the board's memory from tegrastats; what cannot be measured is p
 measured. Writes device_benchmark.json and device_benchmark.png.
 """
 
+from cli import atomic_file, check_writable, flag, parse, require, run
+
 import dataclasses
 import json
 import math
@@ -32,7 +34,6 @@ from typing import Any
 
 import numpy as np
 
-from cli import atomic_file, check_writable, flag, parse, require, run
 from engine_runtime import Bundle, read_bundle
 from sampler import Sampler, blank_story, draw_length, fill
 
@@ -192,7 +193,8 @@ def measure(config: DeviceBenchmark) -> dict:
     row, base = row_of(config), plain_sampler(config)
     result = {"machine": board_name(), "bundle": config.bundle, "tokens": len(row) - 2,
               "model_config": contents["model_config"], "length": contents["length"],
-              "config": dataclasses.asdict(config), "arms": {}}
+              "judged_on": contents.get("judged_on"), "config": dataclasses.asdict(config),
+              "arms": {}}
     for name, path in arms.items():  # while nothing else is loaded
         with Board() as board:
             cold, peak = alone(config, path)
@@ -263,10 +265,11 @@ def judge_stories(config: DeviceBenchmark, makers: dict, contents: dict, result:
     """Generative perplexity and entropy of stories of drawn lengths, at each number of steps."""
     from data_prep import load_tokenizer
     from model import load_checkpoint, model_from_checkpoint
-    from quality import Judge, figures
+    from quality import PERPLEXITY, Judge, figures
     twin = load_checkpoint(config.twin, kind="autoregressive")
     require(twin["tokenizer_sha256"] == contents["tokenizer_sha256"],
             f"{config.twin} was trained with another tokenizer than {config.bundle}")
+    result["generative_perplexity_is"] = PERPLEXITY
     judge = Judge(model_from_checkpoint(twin).for_inference())
     tokenizer = load_tokenizer(twin["tokenizer"])
     longest = contents["length"] - 2
@@ -286,7 +289,8 @@ def shown(value: Any, form: str) -> str:
 
 def table(result: dict) -> str:
     """Markdown: an arm a line, then an arm and a number of steps a line."""
-    lines = [f"{result['machine']}, {result['tokens']} tokens a story", "",
+    judged = f", NELBO of {result['judged_on']} rows" if result["judged_on"] else ""
+    lines = [f"{result['machine']}, {result['tokens']} tokens a story{judged}", "",
              "| arm | size, MB | NELBO | step, ms (p95) | cold start, s | process, MB | board, MB "
              "| watts |", "|---" * 8 + "|"]
     for name, arm in result["arms"].items():
@@ -351,12 +355,16 @@ def main(argv: list[str] | None = None) -> None:
     require(not unused, f"--{' --'.join(unused)}: without effect here; leave it out")
     config.check_used(given)
     target = Path(config.output)
-    require(target.parent.is_dir(), f"--output {target}: name a file in a folder that exists")
+    require(target.parent.is_dir() and not target.is_dir(),
+            f"--output {target}: name a file in a folder that exists")
+    plot_file = target.with_suffix(".png")
+    require(target != plot_file and not plot_file.is_dir(), f"--output {target}: the plot is "
+            f"written to {plot_file}; give the figures another name, as x.json")
     check_writable(target.parent, "--output")
     result = measure(config)
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
-    plot(result, target.with_suffix(".png"))
+    plot(result, plot_file)
     print(f"{table(result)}\n\nwrote {target}")
 
 

@@ -1,7 +1,8 @@
 """What every command line here shares: flags made from a dataclass, one-line errors, safe writes.
 
 Nothing in this file knows about models or data, and it needs only the standard library, so that
-the device scripts can use it too.
+the device scripts can use it too. Scripts import it first (see pyproject.toml): an interruption
+while the large packages are read is one line as well.
 """
 
 import argparse
@@ -10,11 +11,13 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -22,7 +25,7 @@ Config = TypeVar("Config")
 
 # Errors of the machine that a user can mend, as against a bug of ours, which keeps its traceback.
 _USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR,
-                errno.ENOTDIR, errno.ENAMETOOLONG}
+                errno.ENOTDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO, errno.EBUSY, errno.ELOOP}
 
 
 class UserError(Exception):
@@ -89,26 +92,150 @@ def preset(config: Config, values: dict[str, Any], given: set[str]) -> Config:
         name: value for name, value in values.items() if name not in given})
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a mistake of the user ends in one line on stderr, not a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        # A console of another encoding shows ? for a letter that it lacks, and the work goes on.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+# ---- a command from its start to its end ---------------------------------------------------------
+
+class _Ended(KeyboardInterrupt):
+    """Ctrl-C, SIGTERM or SIGHUP: all clean up alike."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+class _Steady(io.FileIO):
+    """A standard stream whose reader may go (a closed pipe or terminal, a log on a full disk): what
+    is written then is dropped."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def run(main: Callable[[], None], prints: bool = False) -> None:
+    """Runs a script's `main`; a mistake of the user ends in one line on stderr, not a traceback.
+
+    There are two kinds of commands. Work that leaves files behind goes on without a stdout. What a
+    command `prints` is its result: it ends quietly when the reader goes, and does not begin without
+    a stdout. Both go on without a stderr. Ctrl-C, SIGTERM and SIGHUP end either in one line with
+    status 128 + the signal's number, what was being written removed.
+    """
+    nobody = _stand_in_for_closed_streams()
+    _settle("stdout", io.FileIO if prints else _Steady)
+    _settle("stderr", _Steady)
+    told: list[int] = []
+    handlers = _handle_ends(told)
     try:
-        main()
+        require(not (prints and nobody), "stdout is closed, and what this command makes is written "
+                                         "there: give it a file or a pipe")
+        try:
+            main()
+        except Exception as error:
+            if not told or isinstance(error, Stopped):
+                raise
+            # A library that was interrupted may fail with an error of its own.
+            raise _Ended(told[0]) from error
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
     except UserError as error:
         _fail(str(error), error.status)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
+        number = getattr(end, "number", signal.SIGINT)
+        if number != signal.SIGINT:
+            _fail(f"stopped by {signal.Signals(number).name}", 128 + number)
         _fail("interrupted", 130)
     except BrokenPipeError:  # `python generate.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror}; free some space or name another place, then try again", 2)
+        _drop_stdout()
+        _fail(f"{describe(error)}; free some space or name another place, then try again", 2)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _drop_stdout() -> None:
+    """What still waits to be printed cannot be: the interpreter must not try it at its end."""
+    with suppress(OSError):  # a stand-in without a file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe(error: OSError) -> str:
+    """File and cause of an error of the file system."""
+    return (f"{error.filename}: " if error.filename else "") + str(error.strerror or error)
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether the user can mend it: a full disk, missing rights, a broken device."""
+    return isinstance(error, OSError) and error.errno in _USER_ERRNOS
+
+
+def _stand_in_for_closed_streams() -> bool:
+    """Opens the null device for each standard stream that the process was started without; returns
+    whether stdout is one of them.
+
+    Else the next file opened would get its number, and what a C library prints would land in a
+    checkpoint.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    missing = sys.stdout is None or sys.stdout is _nobody
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, _nobody if name == "stdout" else open(os.devnull, mode))
+    return missing
+
+
+def _settle(name: str, kind: type[io.FileIO]) -> None:
+    """Makes a standard stream of this kind. A file or pipe gets UTF-8, unless PYTHONIOENCODING asks
+    for something else; a console shows ? for a letter that it lacks, and the work goes on."""
+    old = getattr(sys, name)
+    if old is not getattr(sys, f"__{name}__") or not isinstance(old, io.TextIOWrapper):
+        return  # a notebook's or a test's
+    old.flush()
+    own = old.isatty() or "PYTHONIOENCODING" in os.environ
+    raw = kind(old.fileno(), "w", closefd=False)
+    setattr(sys, name, io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=old.encoding if own else "utf-8", errors="replace",
+        line_buffering=old.line_buffering, write_through=old.write_through))
+
+
+def _handle_ends(told: list[int]) -> dict[int, Any]:
+    """Turns SIGINT, SIGTERM and SIGHUP into `_Ended`, and puts their numbers into `told`; returns
+    the handlers before. One that is ignored (as under nohup) stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+
+    def end(number: int, frame: object) -> typing.NoReturn:
+        told.append(number)
+        raise _Ended(number)
+
+    numbers = [signal.SIGINT] * (signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    return {number: signal.signal(number, end) for number in (*numbers, *end_signals())}
+
+
+def end_signals() -> list[int]:
+    """Those that ask a program to end, but for Ctrl-C's, and are not ignored here."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _interrupted_early(kind: type, error: BaseException, trace: Any) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Before anything else is imported, so that no library keeps a file open under a stream's number.
+_nobody = open(os.devnull, "w")
+_stand_in_for_closed_streams()
+sys.excepthook = _interrupted_early
 
 
 def print_json(entry: dict) -> None:
@@ -131,21 +258,48 @@ def _fail(message: str, status: int) -> typing.NoReturn:
     sys.exit(status)
 
 
+# ---- files ---------------------------------------------------------------------------------------
+
+class _Output(io.BufferedWriter):
+    """A binary file that remembers why it could not be written: torch's writer hides the cause."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Writes `path` whole or not at all: a temporary file, fsynced, then renamed over it."""
+    """Writes `path` whole or not at all: a temporary file, fsynced, then renamed over it.
+
+    An OSError names the file and is the cause itself, whatever the writer made of it.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
+    output = None
     try:
+        output = _Output(io.FileIO(partial, "w"))
         # The same bytes on every system: no "\r\n", which would change a checksum.
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-        with open(partial, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        file = output if "b" in mode else io.TextIOWrapper(output, encoding="utf-8", newline="\n")
+        yield file
+        file.flush()
+        os.fsync(output.fileno())
+        file.close()
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as problem:
+        cause = problem if isinstance(problem, OSError) else output and output.error
+        if output is not None:
+            with suppress(OSError):  # closing writes what is left
+                output.close()
         partial.unlink(missing_ok=True)
+        if isinstance(cause, OSError):
+            cause.filename = str(path)
+            raise cause from (None if cause is problem else problem)
         raise
 
 
@@ -153,7 +307,12 @@ def check_writable(folder: str | Path, flag_name: str) -> None:
     """Makes sure, before any work, that files can be written into the folder or that it can be
     created; creates nothing itself."""
     folder = Path(folder).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    places = [folder, *folder.parents]
+    for path in places:
+        require(path.exists() or not path.is_symlink(), f"{path} is a link to {path.readlink()}, "
+                f"which does not exist: mend it, or choose another place with {flag_name}"
+                if path.is_symlink() else "")
+    existing = next(path for path in places if path.exists())
     try:
         probe = existing / f".write_test_{os.getpid()}"
         probe.touch()
@@ -161,6 +320,50 @@ def check_writable(folder: str | Path, flag_name: str) -> None:
     except OSError as error:
         raise UserError(f"cannot write into {folder} ({error.strerror}): choose another folder "
                         f"with {flag_name}") from error
+
+
+@contextmanager
+def lock(folder: str | Path, flag_name: str) -> Iterator[None]:
+    """Holds a folder for this process alone; raises UserError naming the one that has it.
+
+    The lock is the operating system's, on the file `.lock` in the folder: it ends with the process,
+    however that ends; the file that a killed one leaves means nothing.
+    """
+    path = Path(folder) / ".lock"
+    with open(path, "a+", encoding="ascii") as file:
+        try:
+            _lock_file(file)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError  # its holder has just ended and removed the file
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(f"process {file.read().strip() or '?'} is at work in {folder}: wait "
+                            f"for it, or choose another folder with {flag_name}") from error
+        except OSError as error:  # a file system without locks
+            print(f"{folder} cannot be locked ({error.strerror}): take care that no other process "
+                  "writes there", file=sys.stderr)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no open file
+                path.unlink()
+
+
+def _lock_file(file: IO) -> None:
+    """Raises BlockingIOError if another process has it."""
+    if sys.platform == "win32":
+        import msvcrt
+        try:
+            file.seek(2**20)  # a byte far behind the number, which others must be able to read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+    else:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def require(condition: object, message: str) -> None:

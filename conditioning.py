@@ -2,13 +2,13 @@
 evaluate.py.
 
 The likelihood of the same texts, under the same masks, given their own condition, that of another
-story, none, and with the condition as a plain prompt before the text and no cross-attention.
+story, and none, by each reader: the model by its cross-attention, a model without one by the
+condition as a plain prompt before the text, and so the autoregressive twin (exactly).
 Stories at every guidance, beside the real ones: whether they take up the names and nouns of their
 condition, BLEU and chrF against the real text, perplexity under the twin, diversity.
 """
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -22,6 +22,7 @@ import quality
 from autoregressive import Autoregressive
 from data_prep import BOS, EOS, MASK, TokenRows, bucket_batches, decode, pad_rows, row_kind
 from diffusion import (
+    Conditions,
     Corrupted,
     DiscreteDiffusion,
     Nelbo,
@@ -40,9 +41,15 @@ FUNCTION_WORDS = DETERMINERS | frozenset(
     "down out into over then there named called who".split())
 RARE = 5  # a word seen less often says too little about itself
 FORMULAS = frozenset(("time", "day"))  # nouns of "Once upon a time" and "One day"
-# What an arm of the likelihood is compared with: the same reader, told the true condition
-OWN = {"another story's, as a prompt": "as a prompt",
-       "another story's, to the twin": "as a prompt, to the twin"}
+# The arms of the likelihood of each reader, told the text's own condition, another's, and none
+READERS = {
+    "cross-attention": ("its own condition", "another story's", "no condition"),
+    "plain prompt": ("as a prompt", "another story's, as a prompt", "no condition, plain"),
+    "prompt to the twin": ("as a prompt, to the twin", "another story's, to the twin",
+                           "no condition, to the twin")}
+WAYS = ("cross-attention", "plain prompt")  # to tell the diffusion model a condition
+# What an arm is compared with, if not with the model's own: the same reader, told the true one
+OWN = {arm: own for own, *others in list(READERS.values())[1:] for arm in others}
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -141,33 +148,40 @@ def bounds(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int,
     The prompted arm is that of `plain`, by default this model without its condition; `misled` are
     the texts with another's condition, by default `pairs.shuffled(seed)`.
     """
-    lengths = np.array([len(text) for text in pairs.texts])
-    batches = bucket_batches(lengths, 8192, merge=False)
-
     def told(source: Pairs):
         return lambda rows: pad_rows([np.array([BOS, *source.told[i], EOS]) for i in rows])
 
     arms = {"its own condition": told(pairs),
             "another story's": told(misled or pairs.shuffled(seed)), "no condition": None}
-    result = {}
-    for name, conditions in arms.items():
-        bar = tqdm(batches, desc=name, unit=" batches", leave=False, disable=None)
-        result[name] = DiscreteDiffusion().nelbo(
-            model, (pad_rows([pairs.texts[i] for i in part]) for part in bar), seed, draws,
-            numbers=batches, conditions=conditions)
+    result = {name: text_bound(DiscreteDiffusion(), model, pairs, draws, seed, conditions, name)
+              for name, conditions in arms.items()}
     result["as a prompt"] = prompted_bound(plain or model, pairs, draws, seed)
     return result
 
 
 def prompt_bounds(pairs: Pairs, misled: Pairs, draws: int, seed: int, plain: torch.nn.Module,
                   twin: torch.nn.Module | None) -> dict[str, Nelbo]:
-    """What a prompt of another's is worth, and both for the twin, whose -log p is exact: what a
-    condition can tell a network that was trained on whole stories. Masks as in `bounds`."""
-    arms = {"another story's, as a prompt": prompted_bound(plain, misled, draws, seed)}
+    """What a prompt of another's is worth, and none, and all three for the twin, whose -log p is
+    exact: what a condition can tell a network that was trained on whole stories. Masks as in
+    `bounds`."""
+    arms = {"another story's, as a prompt": prompted_bound(plain, misled, draws, seed),
+            "no condition, plain": text_bound(DiscreteDiffusion(), plain, pairs, draws, seed)}
     if twin is not None:
         arms["as a prompt, to the twin"] = prompted_bound(twin, pairs, 1, seed, exact=True)
         arms["another story's, to the twin"] = prompted_bound(twin, misled, 1, seed, exact=True)
+        arms["no condition, to the twin"] = text_bound(Autoregressive(), twin, pairs, 1, seed)
     return arms
+
+
+def text_bound(process: DiscreteDiffusion | Autoregressive, model: torch.nn.Module, pairs: Pairs,
+               draws: int, seed: int, conditions: Conditions | None = None,
+               name: str = "no condition") -> Nelbo:
+    """The bound of the texts by themselves, [BOS] text [EOS], given `conditions` or none; for the
+    twin the exact -log p, its [EOS] in the nats and not in the tokens."""
+    batches = bucket_batches(np.array([len(text) for text in pairs.texts]), 8192, merge=False)
+    bar = tqdm(batches, desc=name, unit=" batches", leave=False, disable=None)
+    return process.nelbo(model, (pad_rows([pairs.texts[i] for i in part]) for part in bar), seed,
+                         draws, numbers=batches, conditions=conditions)
 
 
 def prompted_bound(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int,
@@ -199,6 +213,33 @@ def prompted_bound(model: torch.nn.Module, pairs: Pairs, draws: int, seed: int,
     return measure_nats(model, map(texts_only, bar), hide, numbers=batches)
 
 
+def compare_readers(bounds: dict[str, Nelbo]) -> dict[str, dict]:
+    """For each reader that was measured nats/token with the text's own condition, with another's
+    and with none, and by how much its own is better than either, paired text by text; each with
+    its standard error."""
+    readers = {}
+    for reader, arms in READERS.items():
+        if arms[0] not in bounds:
+            continue
+        told = dict(zip(("own", "another", "none"), (bounds[arm] for arm in arms), strict=True))
+        figures = {}
+        for name, bound in told.items():
+            figures[name] = bound.nats_per_token
+            figures[f"{name}_standard_error"] = bound.standard_error
+        for name in ("another", "none"):
+            figures[f"gain_over_{name}"], figures[f"gain_over_{name}_standard_error"] = gain(
+                told["own"], told[name])
+        readers[reader] = figures
+    return readers
+
+
+def better_way(bounds: dict[str, Nelbo]) -> dict:
+    """Which of `WAYS` has the lower nats/token with a text's own condition, and by how much."""
+    best, other = sorted(WAYS, key=lambda way: bounds[READERS[way][0]].nats_per_token)
+    by, error = gain(*(bounds[READERS[way][0]] for way in (best, other)))
+    return {"way": best, "than": other, "by": by, "standard_error": error}
+
+
 def gain(better: Nelbo, worse: Nelbo) -> tuple[float, float]:
     """By how many nats/token the first is lower, and the standard error of that: row by row."""
     (a, tokens), (b, _) = better.row_nats(), worse.row_nats()
@@ -225,16 +266,14 @@ def figures(made: list[np.ndarray], pairs: Pairs, tokenizer, wanted: set[str],
             twin: torch.nn.Module | None) -> dict:
     """What is told of a group of texts, one for every pair."""
     from sacrebleu.metrics import BLEU, CHRF
-    ids = [[int(i) for i in row if i > EOS] for row in made]
+    ids = quality.text_ids(made)
     texts, real = ([decode(tokenizer, row).strip() for row in group]
                    for group in (ids, pairs.texts))
     perplexity = None
-    if twin is not None:
+    if twin is not None:  # of the text, given its condition as a prompt
         whole = [np.array([*row[:start], *text[1:]], np.int64)
                  for row, start, text in zip(pairs.prompted, pairs.starts, made, strict=True)]
-        hidden = [np.where((np.arange(len(row)) >= start) & (row > EOS), MASK, row)
-                  for row, start in zip(whole, pairs.starts, strict=True)]
-        perplexity = math.exp(quality.gap_nats(twin, whole, hidden, 1, 0))
+        perplexity = quality.Judge(twin).perplexity(whole, pairs.starts)
     return {"take_up": taken_up([decode(tokenizer, told) for told in pairs.told], texts, wanted),
             "bleu": BLEU().corpus_score(texts, [real]).score,
             "chrf": CHRF().corpus_score(texts, [real]).score,
@@ -243,11 +282,11 @@ def figures(made: list[np.ndarray], pairs: Pairs, tokenizer, wanted: set[str],
 
 def generation(model: torch.nn.Module, pairs: Pairs, sampler: Sampler, guidances: list[float],
                tokenizer, wanted: set[str], twin: torch.nn.Module | None, seed: int,
-               plain: torch.nn.Module) -> tuple[dict, dict[str, list[str]]]:
+               plain: torch.nn.Module, train: TokenRows) -> tuple[dict, dict[str, list[str]]]:
     """{line of the table: its figures}, and the texts of every line but the real one's."""
     limit = model.encoder.config.max_len
     lines = {"real texts": figures(pairs.texts, pairs, tokenizer, wanted, twin)}
-    texts = {}
+    texts, groups = {}, [quality.text_ids(pairs.texts)]
     for guidance in [*guidances, None]:
         prompted = guidance is None  # the condition as a prompt
         name = "as a prompt" if prompted else f"guidance {guidance:g}"
@@ -256,6 +295,9 @@ def generation(model: torch.nn.Module, pairs: Pairs, sampler: Sampler, guidances
                              prompted)
         lines[name] = figures(made, pairs, tokenizer, wanted, twin)
         texts[name] = [decode(tokenizer, row) for row in made]
+        groups.append(quality.text_ids(made))
+    for line, overlap in zip(lines.values(), quality.train_overlap(groups, train), strict=True):
+        line |= overlap
     return lines, texts
 
 
@@ -269,17 +311,22 @@ def training_words(rows: TokenRows, tokenizer, limit: int = 20_000) -> set[str]:
 
 COLUMNS = (("take-up", "take_up", ".1%"), ("gen. ppl", "generative_perplexity", ".1f"),
            ("entropy", "unigram_entropy", ".3f"), ("BLEU", "bleu", ".2f"), ("chrF", "chrf", ".1f"),
-           ("distinct-1", "distinct_1", ".3f"), ("-2", "distinct_2", ".3f"))
+           ("distinct-1", "distinct_1", ".3f"), ("-2", "distinct_2", ".3f"),
+           ("8 in train", "train_overlap_8", ".1%"), ("16 in train", "train_overlap_16", ".2%"))
 
 
 def tables(result: dict) -> str:
-    """Markdown: the likelihood by arm, and the texts by guidance."""
-    lines = ["| the text given | nats/token | bits/byte | its own is better by, nats/token |",
-             "|---|---|---|---|"]
-    for name, arm in result["likelihood"].items():
-        better = (f"{arm['gain']:.3f} ± {arm['gain_standard_error']:.3f}" if "gain" in arm else "")
-        lines.append(f"| {name} | {arm['nats_per_token']:.3f} ± {arm['standard_error']:.3f} | "
-                     f"{arm['bits_per_byte']:.3f} | {better} |")
+    """Markdown: nats/token by reader and condition, and the texts by guidance."""
+    columns = ("own", "another", "none", "gain_over_another", "gain_over_none")
+    lines = ["| nats/token, read by | its own condition | another's | none "
+             "| its own better than another's by | than none by |", "|---" * 6 + "|"]
+    for name, reader in result["readers"].items():
+        cells = (f"{reader[key]:.3f} ± {reader[key + '_standard_error']:.3f}" for key in columns)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    better = result["better_way"]
+    lines += ["", f"The better way to tell the model a condition: {better['way']}, by "
+              f"{better['by']:.3f} ± {better['standard_error']:.3f} nats/token than "
+              f"{better['than']}, both with the texts' own."]
     if result["generation"]:
         lines += ["", "| texts | " + " | ".join(name for name, _, _ in COLUMNS) + " |",
                   "|---" * (len(COLUMNS) + 1) + "|"]
@@ -287,6 +334,9 @@ def tables(result: dict) -> str:
             cells = ["" if line[key] is None else format(line[key], form)
                      for _, key, form in COLUMNS]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines += ["", f"gen. ppl: {quality.PERPLEXITY}, given the condition as a prompt; the judge "
+                  "was trained on the same stories. 8 and 16 in train: share of the texts' 8-grams "
+                  "and 16-grams of tokens that stand somewhere in the training texts."]
     return "\n".join(lines)
 
 

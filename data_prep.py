@@ -5,46 +5,67 @@
     python data_prep.py --source sample                    # made-up stories, no network
 
 A .txt file has a line <|endoftext|> after every story, .jsonl and .parquet have a `text` field.
+Three splits: "train", "val" for everything that is chosen, "test" for everything that is reported.
+The stories of --valid_source, of the hub's validation split, or else a share --valid_fraction of
+all are held out, and --test_fraction of those (half) is the test split; a hash of the text decides,
+so that a story stands in one split only. Or name a file of their own with --test_source.
 Writes `--data_dir` whole or not at all and prints what is in it. The slice of 8,504 stories takes
 about 3 s on 2 CPU cores; memory stays flat.
 
 The data folder (format version 1)
     tokenizer.json             byte-level BPE; decoding gives the source text back byte for byte
     meta.json                  versions, source, licence, counts, length histogram, checksums
-    train_00000.bin, .idx ...  uint16 token ids; int64 header and row offsets (val_* likewise)
+    train_00000.bin, .idx ...  uint16 token ids; int64 header and row offsets (val_*, test_*)
 One row is one story, [BOS] story [EOS]. A story longer than `seq_len` becomes several rows of
 nearly equal length, of which only the first has [BOS] and only the last [EOS].
 prep_conditional_data.py adds train_condition_00000.bin ..., the condition of every row.
 """
 
+from cli import UserError, atomic_file, check_writable, flag, parse, require, run
+
 import dataclasses
 import hashlib
 import json
 import os
+import queue
+import re
 import shutil
+import threading
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cli import UserError, atomic_file, check_writable, flag, parse, require, run
-from sources import check_source, describe_source, read_stories, source_bytes
+from sources import (
+    check_source,
+    describe_source,
+    file_digest,
+    local_files,
+    missing_separator,
+    read_stories,
+    source_bytes,
+)
 
 PAD, MASK, BOS, EOS = range(4)
 SPECIAL_TOKENS = ["[PAD]", "[MASK]", "[BOS]", "[EOS]"]
+SPLITS = ("train", "val", "test")
 FORMAT, FORMAT_VERSION = "diffusion-llm data", 1
 SHARD_MAGIC = int.from_bytes(b"dllmrows", "little")
 SHARD_HEADER = 4  # int64: magic, format version, rows, tokens; then rows + 1 offsets
 SHARD_TOKENS = 2**25  # 64 MiB a shard
 BUCKET = 16  # row lengths are rounded up to a multiple of this: few shapes, little padding
 ROW_KINDS = ("story", "start", "middle", "end")
+LONGEST_WORD = 1024  # characters; a longer one is cut while the vocabulary is learned
 BATCH_BYTES = 2**20  # text tokenized together: keeps the cores busy and the memory small
+TEST_FRACTION = 0.5  # of the held-out stories
 META_KEYS = ("source", "licence", "vocab_size", "seq_len", "bytes_per_token", "length_histogram",
              "tokenizer_sha256", "splits")
 
@@ -53,11 +74,15 @@ META_KEYS = ("source", "licence", "vocab_size", "seq_len", "bytes_per_token", "l
 class DataConfig:
     source: list[str] = flag(["tinystories"], "tinystories (the hub), sample, or local files")
     valid_source: str | None = flag(None, "file with the validation stories (local sources)")
+    test_source: str | None = flag(None, "file with the test stories (local sources)")
     data_dir: str = flag("data", "folder to write")
     max_stories: int | None = flag(None, "stories to read at most, of each split")
     vocab_size: int = flag(8192, "size of the vocabulary, 260 to 65536")
     seq_len: int = flag(256, "longest row in tokens, a multiple of 16")
     valid_fraction: float = flag(0.05, "share held out where the source has no validation split")
+    test_fraction: float | None = flag(
+        None, f"share of the held-out stories kept for the test split (default: {TEST_FRACTION}, "
+              "or none where too few are held out); 0: no test split")
     tokenizer_stories: int = flag(50_000, "training stories from which the vocabulary is learned")
     num_workers: int = flag(0, "threads for tokenizing; 0 uses every core")
     overwrite: bool = flag(False, "replace a data folder that is already there")
@@ -66,8 +91,60 @@ class DataConfig:
 
 # ---- tokenizer -----------------------------------------------------------------------------------
 
+class Background:
+    """Runs `work` in a thread, so that this one hears Ctrl-C while it waits: the tokenizer's own
+    code hears nothing until it returns. Work that is left so ends with the process at the latest.
+    """
+
+    def __init__(self, work: Callable[[], Any]):
+        self.value, self.error = None, None
+        self.thread = threading.Thread(target=self._call, args=[work], daemon=True)
+        self.thread.start()
+
+    def _call(self, work: Callable[[], Any]) -> None:
+        try:
+            self.value = work()
+        except BaseException as error:
+            self.error = error
+
+    def put(self, handed: queue.Queue, item: Any) -> None:
+        """Hands something over to the work; nothing if that has ended, as `result` will tell."""
+        while self.thread.is_alive():
+            with suppress(queue.Full):
+                return handed.put(item, timeout=0.1)
+
+    def result(self) -> Any:
+        try:
+            while self.thread.is_alive():
+                self.thread.join(0.1)  # without a limit Windows would not hear it either
+        except BaseException:
+            self.thread.join(1)  # most work is short; better that it ends by itself
+            raise
+        if self.error:
+            raise self.error
+        return self.value
+
+
+def cut_long_words(text: str) -> Iterator[str]:
+    """The text in pieces, cut only inside words and white space of over LONGEST_WORD characters.
+
+    Learning a vocabulary takes time that grows with the square of a word's length.
+    """
+    words = text.split()
+    longest_gap = len(text) - sum(map(len, words))  # at most
+    if max(map(len, words), default=0) <= LONGEST_WORD and longest_gap <= LONGEST_WORD:
+        yield text
+        return
+    start = 0
+    for part in re.finditer(rf"\S{{1,{LONGEST_WORD}}}|\s{{1,{LONGEST_WORD}}}", text):
+        if part.end() - part.start() == LONGEST_WORD:
+            yield text[start:part.end()]
+            start = part.end()
+    yield text[start:]
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """Byte-level BPE: every byte is a token, so any text round-trips."""
+    """Byte-level BPE: every byte is a token, so any text round-trips. Ctrl-C is heard."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,7 +152,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.train_from_iterator(texts, trainer)
+    # The texts are read here and handed over a batch at a time.
+    batches: queue.Queue[list[str]] = queue.Queue(maxsize=2)  # an empty one is the end
+    stop = threading.Event()
+
+    def received() -> Iterator[list[str]]:
+        while (batch := batches.get()) and not stop.is_set():
+            yield batch
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    learning = Background(lambda: tokenizer.train_from_iterator(received(), trainer))
+    try:
+        pieces = (piece for text in texts for piece in cut_long_words(text))
+        for batch in chain(in_batches(pieces, len), [[]]):
+            learning.put(batches, batch)
+    except BaseException:
+        stop.set()
+        with suppress(queue.Full):
+            batches.put_nowait([])  # wakes it up
+        raise
+    learning.result()
     return load_tokenizer(tokenizer.to_str())
 
 
@@ -136,6 +233,8 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, seq_len: int):
         self.folder, self.split, self.seq_len = folder, split, seq_len
         self.shards: list[dict] = []
+        self.first: str | None = None  # of the texts
+        self.varied = False  # whether another one came after it
         self.counts = Counter(stories=0, rows=0, tokens=0, bytes=0)
         self.histogram = {kind: Counter() for kind in ROW_KINDS}
         self.tokens, self.offsets = array("H"), array("q", [0])  # of the shard being filled
@@ -143,6 +242,9 @@ class SplitWriter:
     def add(self, text: str, ids: list[int]) -> int:
         """Takes one story and its token ids; returns the bytes of its text."""
         size = len(text.encode())
+        if self.first is None:
+            self.first = text
+        self.varied = self.varied or text != self.first
         self.counts.update(stories=1, bytes=size)
         for row in split_row(ids, self.seq_len):
             self.histogram[row_kind(row)][len(row)] += 1
@@ -199,6 +301,7 @@ def make_folder(data_dir: str, flag: str, overwrite: bool, write: Callable[[Path
             # Only what this script wrote is ever replaced, never somebody's folder of that name.
             require((target / marker).exists(), f"{data_dir} holds other files: choose "
                                                      f"another {flag}")
+    check_writable(data_dir, flag)  # and no link to nowhere
     check_writable(target.parent, flag)
     for leftover in (partial, old):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -218,13 +321,21 @@ def check_config(config: DataConfig) -> None:
     check_row_length("--seq_len", config.seq_len)
     require(0 < config.valid_fraction < 1, f"--valid_fraction {config.valid_fraction}: must lie "
                                            "between 0 and 1")
+    check_test_fraction(config.test_fraction, config.test_source)
     for name in ("max_stories", "tokenizer_stories"):
         value = getattr(config, name)
         require(value is None or value > 0, f"--{name} {value}: must be positive")
     require(config.num_workers >= 0, f"--num_workers {config.num_workers}: must be 0 or more")
     require(config.source != ["sample"] or (config.max_stories or 0) <= 100_000,
             f"--max_stories {config.max_stories}: the bundled story maker has 100,000 stories")
-    check_source(config.source, config.valid_source)
+    check_source(config.source, config.valid_source, config.test_source)
+
+
+def check_test_fraction(fraction: float | None, test_source: str | None) -> None:
+    require(fraction is None or 0 <= fraction < 1,
+            f"--test_fraction {fraction}: must be 0 or more and less than 1")
+    require(fraction is None or not test_source,
+            "--test_source brings the test stories: leave out --test_fraction")
 
 
 def check_row_length(flag: str, length: int) -> None:
@@ -232,26 +343,39 @@ def check_row_length(flag: str, length: int) -> None:
             f"{flag} {length}: must be a positive multiple of {BUCKET}")
 
 
+def in_batches(items: Iterable[Any], size_of: Callable[[Any], int]) -> Iterator[list]:
+    """The items in lists of about BATCH_BYTES."""
+    batch: list[Any] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def tokenize_batches(stories: Iterable[tuple[str, str]], tokenizer,
                      ) -> Iterator[tuple[str, str, list[int]]]:
     """Yields (split, text, token ids); some megabytes at a time, on every core."""
-    batch: list[tuple[str, str]] = []
-    size = 0
-
-    def encoded():
+    for batch in in_batches(stories, lambda story: len(story[1])):
+        texts = [text for _, text in batch]
         # `encode_batch_fast` leaves out the offsets, which nothing here needs
-        for (split, text), encoding in zip(
-                batch, tokenizer.encode_batch_fast([text for _, text in batch]), strict=True):
+        encode = partial(tokenizer.encode_batch_fast, texts)
+        for (split, text), encoding in zip(batch, Background(encode).result(), strict=True):
             yield split, text, encoding.ids
 
+
+def without_null_and_empty(stories: Iterable[tuple[str, str | None]], dropped: Counter,
+                           ) -> Iterator[tuple[str, str]]:
+    """The stories that have a text; counts the others."""
     for split, text in stories:
-        batch.append((split, text))
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield from encoded()
-            batch.clear()
-            size = 0
-    yield from encoded()
+        if text:
+            yield split, text
+        else:
+            dropped["null" if text is None else "empty"] += 1
 
 
 def write_folder(config: DataConfig, folder: Path) -> dict:
@@ -260,9 +384,12 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
         os.environ["RAYON_NUM_THREADS"] = str(config.num_workers)
     started = time.perf_counter()
 
-    def stories() -> Iterator[tuple[str, str]]:
+    files = config.source, config.valid_source, config.test_source
+    test_fraction = TEST_FRACTION if config.test_fraction is None else config.test_fraction
+
+    def stories() -> Iterator[tuple[str, str | None]]:
         return read_stories(config.source, config.valid_source, config.valid_fraction,
-                            config.max_stories)
+                            config.max_stories, config.test_source, test_fraction)
 
     # 1. The vocabulary, from the first training stories.
     texts = (text for split, text in stories() if split == "train" and text)
@@ -270,33 +397,79 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
         tqdm(islice(texts, config.tokenizer_stories), desc="learning the vocabulary",
              unit=" stories", disable=None), config.vocab_size)
     # 2. Every story to rows, a batch at a time: memory does not grow with the corpus.
-    writers = {split: SplitWriter(folder, split, config.seq_len) for split in ("train", "val")}
-    dropped = 0
-    total = None if config.max_stories else source_bytes(config.source, config.valid_source)
+    writers = {split: SplitWriter(folder, split, config.seq_len) for split in SPLITS}
+    dropped = Counter(empty=0, null=0)
+    total = None if config.max_stories else source_bytes(*files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-        for split, text, ids in tokenize_batches(stories(), tokenizer):
-            if text:
-                bar.update(writers[split].add(text, ids))
-            else:
-                dropped += 1
+        for split, text, ids in tokenize_batches(without_null_and_empty(stories(), dropped),
+                                                 tokenizer):
+            bar.update(writers[split].add(text, ids))
     # 3. What a reader must know.
+    lone = any(writer.counts["stories"] == 1 for writer in writers.values())
+    hint = missing_separator(name for _, name in local_files(*files)) if lone else ""
+    with_splits = config.source == ["tinystories"] or config.valid_source
+    settle_splits(writers, "held out" if with_splits else "all",
+                  f"no stories in {', '.join(config.source)}: the corpus is empty",
+                  config.test_fraction, config.test_source, hint)
+    if hint:
+        print(f"read as one story: {hint}")
     return finish_folder(
         folder, writers, tokenizer.to_str(pretty=True), tokenizer.get_vocab_size(),
-        f"no stories in {', '.join(config.source)}: the corpus is empty",
-        **describe_source(config.source, config.valid_source), dropped_empty=dropped,
+        **describe_source(*files), dropped_empty=dropped["empty"],
+        dropped_null=dropped["null"],
         config=dataclasses.asdict(config), seconds=round(time.perf_counter() - started, 2))
 
 
-def finish_folder(folder: Path, writers: dict[str, SplitWriter], tokenizer: str, vocab_size: int,
-                  empty: str, **more: Any) -> dict:
-    """Ends the shards, and writes tokenizer.json and meta.json with `more` in it; returns meta.
+def settle_splits(writers: dict[str, SplitWriter], divided: str, empty: str,
+                  fraction: float | None, test_source: str | None, hint: str = "") -> None:
+    """Raises UserError where a split that must be there is empty, UserError(empty) where everything
+    is, and takes an empty test split out of `writers`.
 
-    Raises UserError(empty) where there is no training story.
+    `divided` says what a hash has divided: "all" the stories, the "held out" ones into validation
+    and test, or "none" (they came with their splits). `fraction` is --test_fraction, None where the
+    default holds: then held-out stories too few for both all become validation stories, and a line
+    says so. `hint` says why there may be one story only.
     """
-    for split, writer in writers.items():
+    stories = {split: writers[split].counts["stories"] for split in SPLITS}
+    total, held_out = sum(stories.values()), stories["val"] + stories["test"]
+    more = "raise --valid_fraction" if divided == "all" else "give more of them"
+    require(total and (stories["train"] or divided == "all"), empty)
+    if divided == "all":
+        # What has the same text stays together, whatever the fraction.
+        alone = [writers[split] for split in SPLITS if stories[split]]
+        require(len(alone) > 1 or alone[0].varied,
+                ("one story" if total == 1 else f"{total:,} stories of the same text")
+                + " cannot be divided into training and validation stories: "
+                + (hint or "give more text"))
+        require(stories["train"], f"no training stories: all {total:,} are held out; lower "
+                                  "--valid_fraction or give more text")
+    require(stories["test"] or not test_source, f"{test_source}: no test stories in it; name "
+                                                "another --test_source, or give --test_fraction")
+    require(stories["test"] or not fraction, f"no test stories: --test_fraction {fraction} of "
+            f"{held_out:,} held-out stories gives none; raise it, {more}, or do without: 0")
+    short = fraction is None and not test_source
+    move = (short and divided != "none" and stories["test"] and not stories["val"]
+            and not writers["test"].shards)
+    if move or not stories["test"]:
+        for name in [name for name in writers if name.startswith("test")]:
+            writer = writers.pop(name)
+            if move:
+                writer.split = name.replace("test", "val")
+                writers[writer.split] = writer
+        if short and held_out:
+            print(f"no test split: {held_out:,} held-out stories are too few to divide; {more}, or "
+                  "do without: --test_fraction 0")
+    require(writers["val"].counts["stories"], "no validation stories: " + (
+        "lower --test_fraction or give more text" if stories["test"] and not test_source else
+        "raise --valid_fraction or --max_stories, or give more text" if divided == "all" else
+        "those that are there are empty; name others"))
+
+
+def finish_folder(folder: Path, writers: dict[str, SplitWriter], tokenizer: str, vocab_size: int,
+                  **more: Any) -> dict:
+    """Ends the shards, and writes tokenizer.json and meta.json with `more` in it; returns meta."""
+    for writer in writers.values():
         writer.flush()
-        require(writer.counts["stories"], empty if split == "train" else
-                "no validation stories: raise --valid_fraction or --max_stories, or give more text")
     train = writers["train"]
     text_tokens = train.counts["tokens"] - 2 * train.counts["stories"]  # less [BOS] and [EOS]
     meta = {
@@ -339,13 +512,68 @@ def load_meta(data_dir: str | Path) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
         known = meta["format"] == FORMAT
         version = meta["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         known = False
     require(known, f"{path} is not the description of a data folder; prepare the data again")
     check_version(path, version)
     missing = [key for key in META_KEYS if key not in meta]
     require(not missing, f"{path} lacks {', '.join(missing)}; prepare the data again")
+    wrong = wrong_entries(meta)
+    require(not wrong, f"{path} is damaged ({', '.join(wrong)}); prepare the data again")
     return meta
+
+
+def is_count(value: Any, most: int = 2**62) -> bool:
+    return type(value) is int and 1 <= value <= most
+
+
+def is_length_histogram(value: Any, kinds: Iterable[str] = ()) -> bool:
+    """Whether it is {kind of row: {length as text: rows}} with at least these kinds."""
+    return isinstance(value, dict) and value.keys() >= set(kinds) and all(
+        isinstance(lengths, dict) and all(
+            re.fullmatch("[1-9][0-9]{0,8}", str(length)) and is_count(count)
+            for length, count in lengths.items()) for lengths in value.values())
+
+
+def wrong_entries(meta: dict) -> list[str]:
+    """The names of the entries of meta.json that are not of the form that is written here."""
+    def is_split(split: Any) -> bool:
+        return (isinstance(split, dict) and isinstance(split.get("shards"), list)
+                and all(map(is_shard, split["shards"])))
+
+    def is_shard(shard: Any) -> bool:  # a name is a file in this very folder
+        return (isinstance(shard, dict)
+                and re.fullmatch(r"[a-z_]+_[0-9]{5,}", str(shard.get("name"))) is not None
+                and all(is_count(shard.get(key)) for key in ("rows", "tokens"))
+                and all(isinstance(shard.get(key), str) for key in ("sha256", "index_sha256")))
+
+    def is_source(source: Any) -> bool:
+        return isinstance(source, dict) and all(
+            isinstance(source.get(key), str) for key in ("flag", "name")) and (
+            "sha256" not in source or source["sha256"] is None
+            or isinstance(source["sha256"], str) and type(source.get("bytes")) is int)
+
+    splits, told, sources = meta["splits"], meta.get("condition"), meta.get("sources", [])
+    size = meta["bytes_per_token"]
+    right = {
+        **{key: isinstance(meta[key], str) for key in ("source", "licence", "tokenizer_sha256")},
+        "vocab_size": is_count(meta["vocab_size"], 65536),
+        "seq_len": is_count(meta["seq_len"], 2**30),
+        "bytes_per_token": isinstance(size, (int, float)) and 0 < size < 2**62,
+        "length_histogram": is_length_histogram(meta["length_histogram"], ROW_KINDS),
+        "splits": isinstance(splits, dict) and all(map(is_split, splits.values())),
+        "sources": isinstance(sources, list) and all(map(is_source, sources)),
+        "condition": told is None or isinstance(told, dict) and is_count(told.get("max_len"))}
+    return [key for key, fine in right.items() if not fine]
+
+
+def content_hashes(meta: dict) -> dict[str, str]:
+    """What a data folder holds, from its meta.json: one checksum for the tokenizer and for the
+    shards of each split. Equal hashes mean equal rows, wherever the folder lies."""
+    return {"tokenizer": meta["tokenizer_sha256"]} | {
+        split: sha256("".join(shard[key] for shard in summary["shards"]
+                              for key in ("sha256", "index_sha256")).encode())
+        for split, summary in meta["splits"].items()}
 
 
 def check_version(path: Path, version: int) -> None:
@@ -364,10 +592,12 @@ def read_tokenizer_file(data_dir: str | Path, meta: dict) -> str:
 
 
 class TokenRows:
-    """The rows of one split ("train" or "val"), memory-mapped. `lengths` is (N,) int64."""
+    """The rows of a split ("train", "val", "test"), memory-mapped. `lengths` is (N,) int64."""
 
     def __init__(self, data_dir: str | Path, split: str = "train"):
         self.data_dir, self.split, self.meta = Path(data_dir), split, load_meta(data_dir)
+        require(split in self.meta["splits"], f"{data_dir} has no {split} split: prepare the data "
+                "again" + (" with --test_fraction or --test_source" if split == "test" else ""))
         shards = [self._open(shard) for shard in self.meta["splits"][split]["shards"]]
         require(shards, f"{data_dir} has no {split} shards; prepare the data again")
         self._tokens, self._offsets = zip(*shards, strict=True)
@@ -393,6 +623,12 @@ class TokenRows:
         size = binary.stat().st_size
         require(size == 2 * tokens and int(offsets[-1]) == tokens,
                 f"{binary} is truncated: {2 * tokens} bytes expected, {size} found; {again}")
+        told = self.meta.get("condition") if self.split.endswith("_condition") else None
+        longest = told["max_len"] if told else self.meta["seq_len"]
+        lengths = np.diff(offsets)
+        require(header[2:].tolist() == [rows, tokens] and offsets[0] == 0 and lengths.min() >= 1
+                and lengths.max() <= longest, f"{index} is damaged: its rows are not one behind "
+                f"the other, of 1 to {longest} tokens; {again}")
         return np.memmap(binary, dtype="<u2", mode="r"), offsets
 
     def __len__(self) -> int:
@@ -402,7 +638,13 @@ class TokenRows:
         """Row i: (length,) uint16."""
         shard = int(np.searchsorted(self._first, i, side="right")) - 1
         offsets, j = self._offsets[shard], i - self._first[shard]
-        return self._tokens[shard][offsets[j]:offsets[j + 1]]
+        row = self._tokens[shard][offsets[j]:offsets[j + 1]]
+        # Reading all at the start would take minutes; what is read has to be looked at, though:
+        # beyond its embedding a network reads foreign memory, or stops a whole GPU.
+        require(row.max() < self.meta["vocab_size"], f"{self.data_dir}: row {i} of {self.split} "
+                "holds tokens that are not in the vocabulary, its files are damaged: prepare the "
+                "data again or copy the folder again")
+        return row
 
     def conditions(self) -> "TokenRows":
         """The conditions of the rows, with the same numbers."""
@@ -526,10 +768,8 @@ def verify(data_dir: str) -> None:
         for shard in summary["shards"]:
             for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
                 path = Path(data_dir) / (shard["name"] + suffix)
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                require(digest == shard[key], f"{path} is damaged (checksum): prepare the data "
-                                              "again or copy the folder again")
+                require(file_digest(path) == shard[key], f"{path} is damaged (checksum): prepare "
+                        "the data again or copy the folder again")
     print(f"{data_dir}: every checksum is right")
 
 
@@ -539,6 +779,9 @@ def report(data_dir: str, meta: dict) -> None:
               f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text")
     lengths = TokenRows(data_dir).lengths
     padding = padding_share(lengths, bucket_batches(lengths, 4096))
+    for reason in ("empty", "null"):
+        if count := meta.get(f"dropped_{reason}", 0):
+            print(f"{'':7}{count:,} dropped: the story is {reason}")
     size = sum(counts["bytes"] for counts in meta["splits"].values()) / 1e6
     wanted = meta["config"]["vocab_size"]
     smaller = f" (the text gives no {wanted:,})" if meta["vocab_size"] < wanted else ""

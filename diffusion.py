@@ -12,6 +12,8 @@ Forward process: at time t in (0, 1] every maskable token of a row becomes [MASK
 with probability m(t). [BOS], [EOS] and [PAD] are never masked and never in the loss.
 """
 
+from cli import require
+
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cli import require
 from data_prep import EOS, MASK, length_nats
 from layers import take
 from model import Context, device_of
-from sampler import ADAPTIVE_PACES, Kept, Sampler, State, Step, unmask
+from sampler import ADAPTIVE_PACES, Choice, Kept, Sampler, State, Step, unmask
 
 # ---- schedules -----------------------------------------------------------------------------------
 
@@ -541,5 +542,36 @@ def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None
             torch.from_numpy(noise).to(precision).to(device), most_hidden, int(count.max()),
             context)
         return new.cpu().numpy(), confidence.cpu().numpy()
+
+    return run
+
+
+def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
+                 ) -> Choice:
+    """Draws one token of every row among those allowed at its place, for sampler.draw_limited.
+
+    From the distribution that `numpy_step` would draw from, restricted to the allowed tokens and
+    renormalised; temperature, top_k and top_p then apply to what is left. The probability is that
+    of the drawn token among the allowed ones, at temperature 1.
+    """
+    sampler.check()
+    step, device = UnmaskStep(model, sampler), device_of(model)
+    temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
+    precision = torch.float32 if device.type == "mps" else torch.float64
+    kept = None if conditions is None else Kept(lambda row: model.encode(
+        torch.from_numpy(conditions[row:row + 1]).to(device)))
+
+    @torch.no_grad()
+    def run(tokens: np.ndarray, place: np.ndarray, allowed: np.ndarray, uniform: np.ndarray,
+            rows: np.ndarray):
+        context = None if kept is None or sampler.guidance == 0 else together(kept.of(rows))
+        there = torch.from_numpy(tokens).to(device)
+        ratio = (there == MASK).sum(1) / maskable(there).sum(1)
+        logits = step.logits(there, torch.from_numpy(place).to(device)[:, None], ratio, context)
+        logits = logits[:, 0].masked_fill(~torch.from_numpy(allowed).to(device), -math.inf)
+        drawn = draw(logits, torch.from_numpy(uniform).to(precision).to(device), temperature,
+                     sampler.top_k, sampler.top_p)  # (B,)
+        probability = logits.softmax(-1).gather(-1, drawn[:, None])[:, 0]
+        return drawn.cpu().numpy(), probability.cpu().numpy()
 
     return run

@@ -2,13 +2,14 @@
 NVIDIA's compiler as a check of the graphs. A library of export_jetson.py, also on the Jetson.
 """
 
+from cli import UserError, atomic_file, require
+
 import json
 import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, atomic_file, require
 from engine_runtime import (
     checked_path,
     cuda_runtime,

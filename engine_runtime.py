@@ -8,17 +8,19 @@ with its own TensorRT, and never imports torch. A session takes named NumPy arra
 and gives named ones.
 """
 
+from cli import UserError, require
+
 import ctypes
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cli import UserError, require
-from data_prep import PAD, load_tokenizer
+from data_prep import PAD, is_count, is_length_histogram, load_tokenizer
 from sampler import ORDERS, Kept, Sampler, Step
 
 BUNDLE_FORMAT, BUNDLE_VERSION = "diffusion-llm bundle", 1
@@ -137,14 +139,36 @@ def read_bundle(folder: Path) -> dict:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         known, version = contents["format"] == BUNDLE_FORMAT, contents["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         known = False
     require(known, f"{path} is not the description of a bundle: {AGAIN}")
     require(version == BUNDLE_VERSION, f"{path} has bundle format version {version}, this program "
             f"reads version {BUNDLE_VERSION}: use the program in that folder, or export it again")
     missing = [key for key in BUNDLE_KEYS if key not in contents]
     require(not missing, f"{path} lacks {', '.join(missing)}: {AGAIN}")
+    wrong = wrong_entries(contents)
+    require(not wrong, f"{path} is damaged ({', '.join(wrong)}): {AGAIN}")
     return contents
+
+
+def wrong_entries(contents: dict) -> list[str]:
+    """The names of the entries of bundle.json that are not of the form that is written."""
+    def is_file(entry: Any) -> bool:  # of this very folder
+        return (isinstance(entry, dict)
+                and all(isinstance(entry.get(key), str) for key in ("name", "sha256"))
+                and re.fullmatch(r"\w[\w.]*", entry["name"], re.ASCII) is not None)
+
+    files, told = contents["files"], contents["kind"] == "conditional"
+    right = {
+        "kind": contents["kind"] in ("diffusion", "conditional"),
+        "files": isinstance(files, dict) and all(map(is_file, files.values()))
+        and (not told or "encoder" in files),
+        "condition_len": is_count(contents["condition_len"], 2**20) or not told,
+        "length_histogram": is_length_histogram(contents["length_histogram"]),
+        "tokenizer_sha256": isinstance(contents["tokenizer_sha256"], str),
+        **{key: is_count(contents[key], 2**20) for key in ("batch", "length", "likeliest")},
+        **{key: isinstance(contents[key], bool) for key in ("dynamic", "guided")}}
+    return [key for key, fine in right.items() if not fine]
 
 
 def sha256_of(path: Path) -> str:

@@ -5,22 +5,31 @@
     python evaluate.py --checkpoint checkpoints/best.pt --infilling --twin checkpoints_ar/best.pt
     python evaluate.py --checkpoint conditional/best.pt --twin checkpoints_ar/best.pt
 
+What was chosen (the best checkpoint, learning rates, presets) was chosen on the validation split;
+what is reported here comes from the test split, where the data folder has one. The protocol names
+the split.
+
 Prints a table and writes evaluation.json beside the checkpoint:
 - the likelihood bound (NELBO) of held-out stories in bits/byte, nats/token and perplexity, with
   its standard error, and masked cross-entropy and accuracy by mask ratio
-- distinct-1/2/3, self-BLEU and unigram entropy of samples, beside those of real stories
+- distinct-1/2/3, self-BLEU and unigram entropy of samples, and the share of their 8-grams and
+  16-grams (of tokens) that stand in the training text, beside those of real stories
 With --sampling it compares the samplers instead, at each number of network evaluations: a table,
 sampling.json and sampling_pareto.png (see quality.py). With --infilling it fills in the middle
-sentence of real stories: exact match, BLEU, nats/token and infilling.json. It shows its progress;
+sentence of real stories: exact match, BLEU, nats/token with the paired difference from the twin,
+and infilling.json. It shows its progress;
 --num_samples makes it shorter, and --max_rows the scoring. The autoregressive twin is scored on the
 same bytes, exactly: its "NELBO" is the negative log-likelihood.
 Of a model with a condition it tells what the condition is worth, at every guidance (see
 conditioning.py), and writes a sheet of ten texts, evaluation.md.
 """
 
+from cli import atomic_file, check_writable, flag, parse, require, run
+
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,18 +40,18 @@ from tqdm import tqdm
 import conditioning
 import quality
 from autoregressive import Autoregressive, write_stories
-from cli import atomic_file, check_writable, flag, parse, require, run
 from data_prep import (
-    EOS,
     MASK,
     TokenRows,
     bucket_batches,
+    content_hashes,
     decode,
     evenly_spread,
+    load_meta,
     row_kind,
     token_bytes,
 )
-from diffusion import DiscreteDiffusion, Nelbo, numpy_step
+from diffusion import DiscreteDiffusion, Nelbo, numpy_step, ratio_error
 from model import (
     PRECISIONS,
     check_conditions,
@@ -58,13 +67,16 @@ from model import (
 from quality import diversity
 from sampler import MAX_STEPS, Sampler, blank_story, fill
 
+SPLITS = ("test", "val", "train")
+
 
 @dataclass(frozen=True)
 class EvaluateConfig(Sampler):
     checkpoint: str | None = flag(None, "checkpoint to use (default: the newest */best.pt)")
     data_dir: str | None = flag(None, "data folder with the held-out stories (default: the one "
                                       "that the checkpoint was trained on)")
-    split: str = flag("val", "val or train", ("val", "train"))
+    split: str | None = flag(None, "test, val or train (default: test where the data folder has "
+                                   "it, else val)", SPLITS)
     max_rows: int | None = flag(None, "score only so many rows, evenly spread over the "
                                      "split")
     draws: int = flag(4, "masks drawn for every row")
@@ -127,18 +139,18 @@ def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.nda
 def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
                     stories: np.ndarray, tokenizer) -> dict:
     """Diversity of generated stories and of the real `stories` (row numbers), of equal lengths
-    (but for the twin's, which end where it ends them)."""
+    (but for the twin's, which end where it ends them), and how much of them stands in the training
+    text."""
     real = [rows[i] for i in stories]
     if model.config.causal:
         made = write_stories(model, len(real), model.config.max_len, config, config.seed)
     else:
         made = fill(numpy_step(model, config), [blank_story(len(row) - 2) for row in real], config,
                     config.seed)
-    result = {}
-    for name, group in (("samples", made), ("data", real)):
-        ids = [[int(i) for i in row if i > EOS] for row in group]
-        result[name] = diversity([decode(tokenizer, row) for row in ids], ids)
-    return result
+    groups = [quality.text_ids(group) for group in (made, real)]
+    overlaps = quality.train_overlap(groups, TokenRows(rows.data_dir, "train"))
+    return {name: diversity([decode(tokenizer, row) for row in ids], ids) | overlap
+            for name, ids, overlap in zip(("samples", "data"), groups, overlaps, strict=True)}
 
 
 def choose_stories(config: EvaluateConfig, rows: TokenRows) -> np.ndarray:
@@ -147,15 +159,42 @@ def choose_stories(config: EvaluateConfig, rows: TokenRows) -> np.ndarray:
         return np.zeros(0, np.int64)  # and the split need not be read through
     whole = [i for i in range(len(rows)) if row_kind(rows[i]) == "story"]
     if len(whole) < config.num_samples:
-        print(f"only {len(whole)} stories of {config.split} fit into one row: comparing with those")
+        print(f"only {len(whole)} stories of {rows.split} fit into one row: comparing with those")
     return np.random.default_rng(config.seed).permutation(whole)[:config.num_samples]
+
+
+def reported_split(meta: dict) -> str:
+    """The split that figures come from unless another is asked for: nothing is chosen on "test".
+    """
+    return "test" if meta["splits"].get("test", {}).get("shards") else "val"
+
+
+def open_rows(data_dir: str, split: str | None) -> TokenRows:
+    meta = load_meta(data_dir)
+    split = split or reported_split(meta)
+    require(split in meta["splits"], f"--split {split}: {data_dir} has no such split, only "
+            f"{', '.join(name for name in SPLITS if name in meta['splits'])}")
+    return TokenRows(data_dir, split)
+
+
+def warn_of_other_rows(path: str | Path, checkpoint: dict, rows: TokenRows) -> None:
+    """Says on stderr that a model was trained on other rows than those of this folder's training
+    split: what is held out here may have been trained on. Rows and pairs are not compared: they
+    differ where the stories are the same."""
+    known, here = checkpoint.get("data"), content_hashes(rows.meta)
+    if known and known["train"] != here["train"] and (
+            "train_condition" in known) == ("train_condition" in here):
+        print(f"warning: {path} was trained on other rows than the training split of "
+              f"{rows.data_dir}: stories of its {rows.split} split may be among them",
+              file=sys.stderr)
 
 
 def open_model(config: EvaluateConfig, path: Path, checkpoint: dict) -> tuple:
     """The model of a checkpoint, the rows that it is evaluated on, and its tokenizer."""
     data_dir = config.data_dir or checkpoint.get("train_config", {}).get("data_dir", "data")
-    rows = TokenRows(data_dir, config.split)
+    rows = open_rows(data_dir, config.split)
     check_tokenizer(path, checkpoint, data_dir, rows.meta)
+    warn_of_other_rows(path, checkpoint, rows)
     device = pick_device(config.device)
     precision = pick_precision(device, config.precision)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(precision).for_inference()
@@ -184,8 +223,8 @@ def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
     result = {
         "checkpoint": str(path), "kind": checkpoint["kind"], "step": checkpoint.get("step"),
         "tokens_seen": checkpoint.get("tokens_seen"), "data": rows.meta["source"],
-        "split": config.split,
-        "protocol": f"{how}, {len(chosen)} rows of {config.split}, seed {config.seed}, "
+        "split": rows.split,
+        "protocol": f"{how}, {len(chosen)} rows of {rows.split}, seed {config.seed}, "
                     f"{precision}, {weights}; bits/byte include the code of the row lengths, "
                     "nats/token and perplexity do not",
         "likelihood": likelihood(bound, scored, process.extra_nats(rows.meta, scored),
@@ -222,8 +261,9 @@ def report(result: dict) -> None:
     if "diversity" in result:
         print(f"\n{'':18s}" + "".join(f"{name:>12s}" for name in result["diversity"]))
         for key in result["diversity"]["data"]:
-            print(f"{key:18s}" + "".join(f"{group[key]:12.3f}"
-                                         for group in result["diversity"].values()))
+            cells = ("-" if group[key] is None else f"{group[key]:.3f}"
+                     for group in result["diversity"].values())
+            print(f"{key:18s}" + "".join(f"{cell:>12s}" for cell in cells))
 
 
 def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
@@ -234,15 +274,22 @@ def compare_samplers(config: EvaluateConfig, path: Path, checkpoint: dict, targe
     real = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
     require(len(real) > 1, f"{rows.data_dir}: --sampling needs two stories that fit into a row")
     result = {"checkpoint": str(path), "judge": config.twin, "stories": len(real),
+              "split": rows.split,
               "config": dataclasses.asdict(config),
               **quality.measure(model, config, real, tokenizer, twin and quality.Judge(twin),
-                                config.seed, config.samplers, tuple(config.evaluations))}
+                                config.seed, config.samplers, TokenRows(rows.data_dir, "train"),
+                                tuple(config.evaluations))}
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
-    quality.plot(result, target.with_name(target.stem + "_pareto.png"))
-    print(f"{len(real)} stories of the lengths of real ones, temperature {config.temperature:g}, "
-          f"top_k {config.top_k}, top_p {config.top_p:g}, seed {config.seed}\n\n"
+    quality.plot(result, plot_beside(target))
+    print(f"{len(real)} stories of the lengths of real ones of {rows.split}, temperature "
+          f"{config.temperature:g}, top_k {config.top_k}, top_p {config.top_p:g}, seed "
+          f"{config.seed}\n\n"
           f"{quality.table(result)}\n\n{quality.NOTE}\n\nwrote {target}")
+
+
+def plot_beside(target: Path) -> Path:
+    return target.with_name(target.stem + "_pareto.png")
 
 
 def open_beside(config: EvaluateConfig, path: str | None, kind: str, model: torch.nn.Module,
@@ -253,6 +300,7 @@ def open_beside(config: EvaluateConfig, path: str | None, kind: str, model: torc
         return None
     checkpoint = load_checkpoint(path, kind=kind)
     check_tokenizer(path, checkpoint, rows.data_dir, rows.meta)
+    warn_of_other_rows(path, checkpoint, rows)
     beside = model_from_checkpoint(checkpoint).to(device_of(model))
     require(beside.config.max_len >= model.config.max_len, f"{path} was trained on rows of at most "
             f"{beside.config.max_len} tokens, this model on up to {model.config.max_len}")
@@ -270,18 +318,30 @@ def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, targ
     require(pairs, f"{rows.data_dir}: no story of three sentences or more to hide one of")
     arms = {"this model": model} | ({"left to right": twin} if twin else {})
     result = {"checkpoint": str(path), "twin": config.twin, "stories": len(pairs),
+              "split": rows.split,
               "config": dataclasses.asdict(config),
               "arms": {name: quality.infilling(arm, *map(list, zip(*pairs, strict=True)), config,
                                                tokenizer, config.draws, config.seed)
                        for name, arm in arms.items()}}
+    tokens = [int((gap == MASK).sum()) for _, gap in pairs]
+    result["story_tokens"] = tokens
+    if twin:
+        mine, other = (np.array(arm["story_nats"]) for arm in result["arms"].values())
+        result["difference"] = {  # story by story: a long one costs both much
+            "nats_per_token": float((mine - other).sum() / sum(tokens)),
+            "standard_error": ratio_error(mine - other, np.array(tokens))}
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
-    tokens = sum(int((gap == MASK).sum()) for _, gap in pairs)
-    print(f"the middle sentence of {len(pairs)} stories, {tokens} tokens, temperature "
-          f"{config.temperature:g}, {config.steps} steps, seed {config.seed}\n\n"
+    print(f"the middle sentence of {len(pairs)} stories of {rows.split}, {sum(tokens)} tokens, "
+          f"temperature {config.temperature:g}, {config.steps} steps, seed {config.seed}\n\n"
           f"{'':15s}{'exact match':>12s}{'BLEU':>8s}{'nats/token':>12s}")
     for name, arm in result["arms"].items():
-        print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}{arm['nats_per_token']:12.3f}")
+        print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}"
+              f"{arm['nats_per_token']:12.3f} ± {arm['standard_error']:.3f}")
+    if twin:
+        print("\nthis model (a bound) less left to right (exact), story by story: "
+              f"{result['difference']['nats_per_token']:+.3f} ± "
+              f"{result['difference']['standard_error']:.3f} nats/token")
     print(f"\nwrote {target}")
 
 
@@ -296,22 +356,25 @@ def evaluate_conditional(config: EvaluateConfig, path: Path, checkpoint: dict, t
         (config.twin, "autoregressive"), (config.plain, "diffusion")))
     plain = plain or model
     pairs = conditioning.Pairs(rows, tokenizer, model.config.max_len)
-    arms, scored = condition_likelihood(config, model, rows, tokenizer, pairs, plain, twin)
+    likelihoods, scored = condition_likelihood(config, model, rows, tokenizer, pairs, plain, twin)
     told = pairs.some(np.random.default_rng(config.seed).permutation(len(pairs))
                       [:config.num_samples])
     result = {"checkpoint": str(path), "kind": checkpoint["kind"], "step": checkpoint.get("step"),
-              "data": rows.meta["source"], "split": config.split, "texts": scored,
+              "data": rows.meta["source"], "split": rows.split, "texts": scored,
               "stories": len(told), "plain": config.plain, "judge": config.twin,
-              "config": dataclasses.asdict(config), "likelihood": arms, "generation": {}}
+              "config": dataclasses.asdict(config), **likelihoods,
+              "generative_perplexity_is": quality.PERPLEXITY, "generation": {}}
     if len(told):
-        wanted = conditioning.training_words(TokenRows(rows.data_dir, "train"), tokenizer)
+        train = TokenRows(rows.data_dir, "train")
+        wanted = conditioning.training_words(train, tokenizer)
         result["generation"], texts = conditioning.generation(
-            model, told, config, config.guidances, tokenizer, wanted, twin, config.seed, plain)
+            model, told, config, config.guidances, tokenizer, wanted, twin, config.seed, plain,
+            train)
         with atomic_file(target.with_suffix(".md"), "w") as file:
             file.write(conditioning.sheet([decode(tokenizer, ids) for ids in told.told], texts))
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
-    print(f"{path}, step {result['step']}; {scored} texts of {config.split} of one row with a "
+    print(f"{path}, step {result['step']}; {scored} texts of {rows.split} of one row with a "
           f"condition, {config.draws} masks each; {len(told)} stories, {config.steps} steps, "
           f"temperature {config.temperature:g}, top_p {config.top_p:g}, seed {config.seed}\n\n"
           f"{conditioning.tables(result)}\n\nwrote {target}")
@@ -320,8 +383,8 @@ def evaluate_conditional(config: EvaluateConfig, path: Path, checkpoint: dict, t
 def condition_likelihood(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows, tokenizer,
                          pairs: conditioning.Pairs, plain: torch.nn.Module,
                          twin: torch.nn.Module | None) -> tuple[dict, int]:
-    """The bound in every arm, and how many texts were scored: those that also fit into a row with
-    the condition of another."""
+    """The bound in every arm and by reader, and how many texts were scored: those that also fit
+    into a row with the condition of another."""
     chosen = pairs.some(evenly_spread(config.max_rows or len(pairs), len(pairs)))
     misled = chosen.shuffled(config.seed)
     fit = [i for i, row in enumerate(misled.prompted) if len(row) <= model.config.max_len]
@@ -340,7 +403,8 @@ def condition_likelihood(config: EvaluateConfig, model: torch.nn.Module, rows: T
             own = bounds[conditioning.OWN.get(name, "its own condition")]
             arms[name] |= dict(zip(("gain", "gain_standard_error"), conditioning.gain(own, bound),
                                    strict=True))
-    return arms, len(scored)
+    return {"likelihood": arms, "readers": conditioning.compare_readers(bounds),
+            "better_way": conditioning.better_way(bounds)}, len(scored)
 
 
 def check_used(config: EvaluateConfig, kind: str, given: set[str]) -> None:
@@ -391,6 +455,10 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(config.output) if config.output else path.parent / name
     require(target.parent.is_dir() and not target.is_dir(),
             f"--output {target}: name a file in a folder that exists")
+    beside = (plot_beside(target) if config.sampling else
+              target.with_suffix(".md") if checkpoint["kind"] == "conditional" else target)
+    require(not beside.is_dir(), f"--output {target}: {beside}, which is written too, is a folder; "
+                                 "name another file")
     check_writable(target.parent, "--output")
     do(config, path, checkpoint, target)
 

@@ -12,9 +12,12 @@ then copy `--out_dir` to the Jetson and there, in the folder:
 
 What is exported is one unmasking step, network and choice of tokens (device_step.py): logits never
 leave it. Each precision comes with a report, printed and kept in bundle.json: size, operators,
-difference of the logits, agreement of the likeliest token and the NELBO of validation rows through
-that very graph. The small model takes about 3 minutes on 2 CPU cores.
+difference of the logits, agreement of the likeliest token and the NELBO of held-out rows through
+that very graph: of the test split where the data has one, else of the validation split. INT8 takes
+its scales from training rows. The small model takes about 3 minutes on 2 CPU cores.
 """
+
+from cli import atomic_file, flag, parse, require, run
 
 import copy
 import dataclasses
@@ -32,7 +35,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli import atomic_file, flag, parse, require, run
 from engine_builder import DYNAMIC_AXES, build_engine, check_rtx
 from engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, OnnxSession, sha256_of
 from sampler import PRESETS
@@ -87,8 +89,9 @@ class ExportConfig:
                                "other than 0 and 1 (twice the work)")
     data_dir: str | None = flag(None, "data folder, for INT8's scales and the report (default: "
                                       "that of the training)")
-    calibration_rows: int = flag(64, "validation rows from which INT8 takes its scales")
-    report_rows: int = flag(64, "validation rows of the report, 0 for none")
+    calibration_rows: int = flag(64, "training rows from which INT8 takes its scales")
+    report_rows: int = flag(64, "rows of the report, of the test split or without one of the "
+                                "validation split; 0 for none")
     overwrite: bool = flag(False, "replace a bundle that is already there")
     check: str | None = flag(None, "rtx: have NVIDIA's TensorRT-RTX compile every graph of "
                                    "--out_dir (pip install tensorrt-rtx-cu12)", ("rtx",))
@@ -196,15 +199,18 @@ def encoder_graph(model: Any) -> "onnx.ModelProto":
 # ---- report --------------------------------------------------------------------------------------
 
 class NoisyRows:
-    """Validation rows with some of their tokens hidden, the same for every precision."""
+    """Rows of a split with some of their tokens hidden, the same for every precision."""
 
-    def __init__(self, rows: Any, count: int, length: int, told: Any = None, draws: int = 4):
+    def __init__(self, rows: Any, count: int, length: int, conditional: bool, draws: int = 4):
         import torch
 
         from data_prep import EOS, MASK, evenly_spread, pad_rows
         from diffusion import stratified_masks
         usable = np.flatnonzero(rows.lengths <= length)
-        require(len(usable), f"{rows.data_dir} has no row of at most {length} tokens")
+        require(len(usable), f"{rows.data_dir} has no row of at most {length} tokens in its "
+                             f"{rows.split} split")
+        self.split, self.count = rows.split, min(count, len(usable))
+        told = rows.conditions() if conditional else None
         self.items = []  # clean, noisy (1, W), masked (W,), k, n, condition (1, S)
         for i in usable[evenly_spread(count, len(usable))]:
             clean = torch.from_numpy(pad_rows([rows[i]]))
@@ -265,6 +271,7 @@ def export(config: ExportConfig, folder: Path) -> dict:
 
     from data_prep import TokenRows
     from device_step import LIKELIEST
+    from evaluate import open_rows
     from model import check_tokenizer, find_checkpoint, load_checkpoint, model_from_checkpoint
     path = find_checkpoint(config.checkpoint, ("diffusion", "conditional"))
     checkpoint = load_checkpoint(path, kind=("diffusion", "conditional"))
@@ -278,11 +285,16 @@ def export(config: ExportConfig, folder: Path) -> dict:
     noisy = calibration = None
     if config.report_rows or "int8" in config.precisions:
         data_dir = config.data_dir or checkpoint.get("train_config", {}).get("data_dir", "data")
-        rows = TokenRows(data_dir, "val")
+        rows = open_rows(data_dir, None)
         check_tokenizer(path, checkpoint, data_dir, rows.meta)
-        told = rows.conditions() if conditional else None
-        noisy = NoisyRows(rows, config.report_rows, length, told) if config.report_rows else None
-        calibration = NoisyRows(rows, config.calibration_rows, length, told, draws=1)
+        if config.report_rows:
+            noisy = NoisyRows(rows, config.report_rows, length, conditional)
+        if "int8" in config.precisions:  # never of the rows that it is judged on
+            calibration = NoisyRows(TokenRows(data_dir, "train"), config.calibration_rows, length,
+                                    conditional, draws=1)
+    for what, used in (("judged on", noisy), ("INT8's scales are from", calibration)):
+        if used:
+            print(f"{what} {used.count} rows of {used.split}", flush=True)
     files, reports = {}, {}
     for precision in config.precisions:
         started = time.perf_counter()
@@ -307,6 +319,8 @@ def export(config: ExportConfig, folder: Path) -> dict:
         "files": files, "batch": config.batch, "length": length, "dynamic": config.dynamic,
         "condition_len": condition_len,
         "guided": config.guided, "likeliest": LIKELIEST, "reports": reports,
+        "judged_on": noisy.split if noisy else None,
+        "calibrated_on": calibration.split if calibration else None,
         "model_config": checkpoint["model_config"], "step": checkpoint.get("step"),
         "length_histogram": checkpoint["length_histogram"],
         "tokenizer_sha256": checkpoint["tokenizer_sha256"],

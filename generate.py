@@ -11,9 +11,17 @@
     python generate.py --engine step_fp16.engine --preset fast                  # on the Jetson
 
 Starts from a row of [MASK] and uncovers it step by step. `[MASK:n]` in --infill hides n tokens
-(a token is about four letters); the space before a gap belongs to it. Prints the stories and the
-speed; with --json one JSON object a line, and the speed on stderr. Three stories in 64 steps with
-the small model take about 10 s on 2 CPU cores in FP32.
+(a token is about four letters). Prints the stories and the speed; with --json one JSON object a
+line, in UTF-8, as stories finish ("row" is a story's number), and the speed on stderr. Three
+stories in 64 steps with the small model take about 10 s on 2 CPU cores in FP32.
+
+A prompt may end inside a word ("She was hap"), and a gap may begin or end inside one
+("Tom was jum[MASK:3]ing."). The piece at such an edge is taken back, and the first token drawn is
+one that begins with it (" happy"), or ends with it where it stands behind a gap: token healing. The
+piece keeps a place beside the n hidden ones, and each edge costs one network evaluation. A space
+before the hidden part says that the word is over: the first of the n hidden tokens then begins with
+that space. Text behind a gap that begins with a space needs nothing. --no-heal takes the text as
+the tokens that it is cut into, and an exported step can do no other.
 
 A model with a condition (train.py --stage 2) goes on from the sentence that it is given;
 --conditions reads one a line of a .txt file, or the key "condition" of a .jsonl file. Without one
@@ -21,7 +29,8 @@ the network is that of before stage 2; the lengths drawn are those of the texts 
 condition.
 """
 
-import json
+from cli import UserError, check_writable, flag, parse, preset, print_json, require, run
+
 import re
 import sys
 import time
@@ -34,9 +43,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, check_writable, flag, parse, preset, require, run
 from data_prep import BOS, EOS, MASK, decode
-from sampler import PRESETS, Sampler, Step, blank_story, condition_row, draw_length, unmask_rows
+from sampler import PRESETS, Choice, Limits, Sampler, Step, condition_row, draw_length, unmask_rows
 from sources import read_json_lines
 from viewer import TRACE_FORMATS, Trace
 
@@ -44,6 +52,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 GAP = re.compile(r"\[MASK(?::([^\]]*))?\]")
+LIKE_A_GAP = re.compile(r"\[\s{0,9}mask(?:\s{0,9}[:=-]\s{0,9}[^\]\s]{0,9}|\s{1,9}[^\]\s]{0,9})?"
+                        r"\s{0,9}\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,12 +63,14 @@ class GenerateConfig(Sampler):
     onnx: str | None = flag(None, "exported step to use instead (of export_jetson.py), in ONNX "
                                   "Runtime")
     engine: str | None = flag(None, "or as a TensorRT engine")
-    preset: str | None = flag(None, "a sampler chosen from the README's table: fast, balanced or "
-                                    "best; flags beside it change it", tuple(PRESETS))
+    preset: str | None = flag(None, "a sampler chosen from the tables in docs/results.md: fast, "
+                                    "balanced or best; flags beside it change it", tuple(PRESETS))
     num_samples: int = flag(3, "stories to make")
     prompt: str | None = flag(None, "how the story begins; with a condition that is its first "
                                     'sentence, " Then" with the space between them')
     infill: str | None = flag(None, "a text with gaps: [MASK:n] hides n tokens")
+    heal: bool = flag(True, "complete a word that --prompt or the text beside a gap cuts; a "
+                            "checkpoint's model alone can")
     condition: str | None = flag(None, "what the story follows from, for a model of train.py "
                                        "--stage 2 or 3")
     conditions: str | None = flag(None, "file of conditions, .txt (one a line) or .jsonl; "
@@ -69,7 +81,7 @@ class GenerateConfig(Sampler):
     trace: str | None = flag(None, "file to write: a web page (.html) that plays the unmasking of "
                                    "the stories, or an animation (.gif) of the first")
     show_steps: bool = flag(False, "print the text after every step, hidden tokens as _")
-    json: bool = flag(False, "print one JSON object for each story")
+    json: bool = flag(False, "print one JSON object for each story, as soon as it is finished")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("fp32", "fp32, or bf16 or fp16 (faster on a GPU; a story may then depend "
                                   "on its batch)", ("fp32", "bf16", "fp16"))
@@ -106,6 +118,9 @@ class GenerateConfig(Sampler):
                                                  "--conditions: add one, or leave it out")
         unused = sorted(given & {"device", "precision"}) if self.onnx or self.engine else []
         require(not unused, f"--{' --'.join(unused)}: an exported step has its own; leave it out")
+        require(not (self.heal and "heal" in given and (self.onnx or self.engine)),
+                "--heal: an exported step gives no probabilities to choose by; leave it out, or "
+                "use --checkpoint")
 
 
 def read_conditions(path: Path) -> list[str]:
@@ -124,6 +139,21 @@ def read_conditions(path: Path) -> list[str]:
     return conditions
 
 
+def warn_of_text(config: GenerateConfig, conditions: list[str]) -> None:
+    """Says on stderr, in one line, which text was probably meant as a gap and is none."""
+    notes = []
+    for name, texts in (("prompt", [config.prompt or ""]), ("infill", [config.infill or ""]),
+                        ("conditions" if config.conditions else "condition", conditions)):
+        found = next((gap[0] for text in texts for gap in LIKE_A_GAP.finditer(text)
+                      if name != "infill" or not GAP.fullmatch(gap[0])), None)
+        if found:
+            notes.append(f"--{name}: {found!r} is taken as text; " + (
+                "a gap is spelled [MASK:n]" if name == "infill" else
+                "gaps are filled in --infill, spelled [MASK:n]"))
+    if notes:
+        print("warning: " + "; ".join(notes), file=sys.stderr)
+
+
 def condition_rows(texts: list[str], tokenizer: "Tokenizer", max_len: int) -> np.ndarray:
     """(N, max_len) token ids; says on stderr which conditions are too long and get cut."""
     rows = []
@@ -137,16 +167,86 @@ def condition_rows(texts: list[str], tokenizer: "Tokenizer", max_len: int) -> np
     return np.stack(rows)
 
 
-def prompt_row(ids: list[int], length: int) -> np.ndarray:
-    """[BOS] prompt, [MASK] up to `length` tokens of text, [EOS]."""
-    row = blank_story(length)
-    row[1:1 + len(ids)] = ids
-    return row
+# ---- rows to fill --------------------------------------------------------------------------------
+
+class Vocabulary:
+    """The tokens by their bytes, to complete words that a text cuts."""
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        # in the byte-level alphabet, a character for each byte; the special tokens are no text
+        self.texts = [tokenizer.id_to_token(i) if i > EOS else ""
+                      for i in range(tokenizer.get_vocab_size())]
+        self.longest = max(map(len, self.texts))
+        self.space = self.texts[tokenizer.encode(" ").ids[0]]
+
+    def where(self, test: Callable[[str, str], bool], text: str) -> np.ndarray:
+        """(V,) bool: test(token, text). With str.endswith: the tokens that end with the text."""
+        return np.array([test(token, text) for token in self.texts])
+
+    def edge(self, ids: list[int], end: bool) -> tuple[int, np.ndarray]:
+        """How many ids at the end, or the beginning, are the longest piece that one token can hold,
+        and the tokens (V,) bool that begin, or end, with that piece."""
+        for count in range(min(len(ids), self.longest), 0, -1):
+            piece = "".join(self.texts[i] for i in (ids[-count:] if end else ids[:count]))
+            allowed = self.where(str.startswith if end else str.endswith, piece)
+            if allowed.any():  # at the latest with one id
+                break
+        return count, allowed
+
+    def take_back(self, ids: list[int], left: bool, right: bool) -> list[int | np.ndarray]:
+        """`ids` with what stands beside hidden tokens on the left, on the right replaced by the
+        tokens (V,) bool that may stand there.
+
+        The longest piece, for that is how the vocabulary would have cut the whole word: the end of
+        "She was hap" is " ha" and "p", and " happy" is one token.
+        """
+        before: list[int | np.ndarray] = []
+        behind: list[int | np.ndarray] = []
+        if left and right:  # a piece of one word, with both its ends hidden
+            allowed = self.where(str.__contains__, "".join(self.texts[i] for i in ids))
+            if allowed.any():
+                return [allowed]
+        if left:
+            count, allowed = self.edge(ids[:-1] if right else ids, end=False)
+            before, ids = [allowed], ids[count:]
+        if right:
+            count, allowed = self.edge(ids, end=True)
+            behind, ids = [allowed], ids[:-count]
+        return [*before, *ids, *behind]
 
 
-def infill_row(text: str, tokenizer: "Tokenizer", max_len: int) -> np.ndarray:
-    """[BOS] text with n times [MASK] for every `[MASK:n]`, [EOS]."""
-    row, end = [BOS], 0
+def lay_out(parts: list[str | int], tokenizer: "Tokenizer", vocabulary: Vocabulary | None,
+            ) -> list[int | np.ndarray]:
+    """Texts and numbers of hidden tokens in turn -> what stands at each place of a row.
+
+    That is a token's id, [MASK], or with a vocabulary the tokens (V,) bool that may be drawn there.
+    """
+    places: list = []
+    over = False  # the word before the hidden part is
+    for k, part in enumerate(parts):
+        if isinstance(part, int):
+            hidden: list = [MASK] * part
+            if over and vocabulary:
+                hidden[0] = vocabulary.where(str.startswith, vocabulary.space)
+            places += hidden
+            continue
+        left, right = k > 0, k + 1 < len(parts)  # hidden tokens beside it
+        # In this vocabulary a word carries the space before it: the first hidden token brings it.
+        over = right and part.endswith(" ")
+        text = part[:-1] if over else part
+        # Other white space is a token of its own before a word, also behind more of it.
+        alone = len(text) - (right and not over and text[-1:].isspace())
+        ids = tokenizer.encode(text[:alone]).ids + tokenizer.encode(text[alone:]).ids
+        left = left and not text[:1].isspace()
+        right = right and not over and not text[-1:].isspace()
+        places += vocabulary.take_back(ids, left, right) if vocabulary and ids else ids
+    return places
+
+
+def infill_parts(text: str, max_len: int) -> list[str | int]:
+    """The text before, between and behind the gaps, and n for every `[MASK:n]`, in turn."""
+    parts: list[str | int] = []
+    end = 0
     for gap in GAP.finditer(text):
         size = gap[1] if gap[1] is not None else "1"
         require(re.fullmatch(r"[0-9]{1,9}", size) and int(size) > 0,
@@ -154,38 +254,90 @@ def infill_row(text: str, tokenizer: "Tokenizer", max_len: int) -> np.ndarray:
                 "of 1 or more")
         require(int(size) <= max_len, f"--infill: {gap[0]} is longer than the model's rows "
                                       f"({max_len} tokens)")
-        # In this vocabulary a word carries the space before it: the first hidden token brings it.
-        before = text[end:gap.start()].removesuffix(" ")
-        row += tokenizer.encode(before).ids + [MASK] * int(size)
+        parts += [text[end:gap.start()], int(size)]
         end = gap.end()
-    require(end > 0, "--infill has no gap: write [MASK:n] where n tokens are to be filled in")
-    row += tokenizer.encode(text[end:]).ids + [EOS]
+    require(parts, "--infill has no gap: write [MASK:n] where n tokens are to be filled in")
+    return [*parts, text[end:]]
+
+
+def infill_row(text: str, tokenizer: "Tokenizer", max_len: int) -> np.ndarray:
+    """[BOS] text with n times [MASK] for every `[MASK:n]`, [EOS]; no edge healed."""
+    row = np.array([BOS, *lay_out(infill_parts(text, max_len), tokenizer, None), EOS], np.int64)
     require(len(row) <= max_len, f"--infill: the text and its gaps make {len(row)} tokens, this "
                                  f"model's rows have {max_len}; shorten it")
-    return np.array(row, dtype=np.int64)
+    return row
+
+
+class Start(NamedTuple):
+    """A row to fill."""
+
+    row: np.ndarray  # (length,) int64 with [MASK] where something is to be drawn
+    limits: Limits  # of it, the places at which only some tokens are allowed, and which
+    shown: np.ndarray  # int64, the text as it was given and [MASK]: what was taken back is there
+
+
+def start_of(places: list[int | np.ndarray], shown: list[int]) -> Start:
+    """Both without [BOS] and [EOS]."""
+    row = [MASK if isinstance(place, np.ndarray) else place for place in places]
+    return Start(np.array([BOS, *row, EOS], np.int64),
+                 [(i, place) for i, place in enumerate(places, 1) if isinstance(place, np.ndarray)],
+                 np.array([BOS, *shown, EOS], np.int64))
+
+
+def given_text(config: GenerateConfig) -> str:
+    """--infill or --prompt. As in training there is no white space around a story, but what follows
+    a condition begins with some."""
+    told = config.condition is not None or config.conditions is not None
+    text = (config.prompt or "") if config.infill is None else config.infill.rstrip()
+    return text if told else text.lstrip()
 
 
 def build_rows(config: GenerateConfig, tokenizer: "Tokenizer", histogram: dict, max_len: int,
-               count: int) -> list[np.ndarray]:
-    """`count` rows to fill, each (length,) int64 with [MASK] where text is wanted."""
+               count: int, vocabulary: Vocabulary | None) -> list[Start]:
+    """`count` rows to fill; with a vocabulary words that the text cuts are healed."""
+    text = given_text(config)
     if config.infill is not None:
-        return [infill_row(config.infill, tokenizer, max_len)] * count
-    # As in training: no white space around a story, and a word brings the space before it; what
-    # follows a first sentence begins with one.
-    prompt = (config.prompt or "").rstrip()
-    told = config.condition is not None or config.conditions is not None
-    ids = tokenizer.encode(prompt if told else prompt.lstrip()).ids
+        shown = infill_row(text, tokenizer, max_len).tolist()[1:-1]
+        places = lay_out(infill_parts(text, max_len), tokenizer, vocabulary)
+        return [start_of(places, shown)] * count
+    # One hidden token behind the prompt shows what stands before; the rest is repeated.
+    *places, first = lay_out([text, 1], tokenizer, vocabulary)
+    *ids, _ = lay_out([text, 1], tokenizer, None)
     longest = max_len - 2  # [BOS] and [EOS]
     require(config.length is None or config.length <= longest,
             f"--length {config.length}: this model's rows hold at most {longest} tokens of text")
-    require(len(ids) < (config.length or longest), f"--prompt has {len(ids)} tokens and leaves no "
-            f"room in a story of {config.length or longest} tokens; shorten it")
+    require(len(places) < (config.length or longest), f"--prompt has {len(places)} tokens and "
+            f"leaves no room in a story of {config.length or longest} tokens; shorten it")
     rows = []
     for i in range(count):
         # A prompt longer than every story of the data: continue to the end of the row.
-        length = config.length or draw_length(histogram, config.seed, i, len(ids) + 1) or longest
-        rows.append(prompt_row(ids, min(length, longest)))
+        length = config.length or draw_length(histogram, config.seed, i, len(places) + 1) or longest
+        hidden = [MASK] * (min(length, longest) - len(places) - 1)
+        rows.append(start_of([*places, first, *hidden], [*ids, MASK, *hidden]))
     return rows
+
+
+def warn_of_cuts(config: GenerateConfig, tokenizer: "Tokenizer", max_len: int) -> None:
+    """For an exported step: says on stderr, in one line, which word it cannot complete.
+
+    On the right of a text that is one of several tokens with which another begins; a word that is
+    one token may be meant as it is. A gap that is followed by a letter always ends inside a word.
+    """
+    vocabulary, text = Vocabulary(tokenizer), given_text(config)
+    parts = [text, 1] if config.infill is None else infill_parts(text, max_len)
+    for k, part in enumerate(parts):
+        if isinstance(part, int) or not part:
+            continue
+        left, right = k > 0, k + 1 < len(parts)
+        ids = tokenizer.encode(part).ids
+        cut = part.split()[0] if left and part[0].isalnum() else ""
+        if right and part[-1].isalnum() and len(vocabulary.take_back(ids, False, True)) < len(ids):
+            cut = cut or part.split()[-1]
+        if cut:
+            name = "prompt" if config.infill is None else "infill"
+            print(f"warning: --{name}: {cut!r} is cut inside a word, which an exported step does "
+                  "not complete; give whole words, or use --checkpoint", file=sys.stderr)
+            return
 
 
 def text_with_gaps(tokenizer: "Tokenizer", row: np.ndarray) -> str:
@@ -221,22 +373,34 @@ def main(argv: list[str] | None = None) -> None:
     told = np.repeat(condition_rows(texts, tokenizer, source.condition_len),
                      config.num_samples, axis=0) if texts else None
     texts = [text for text in texts for _ in range(config.num_samples)]
-    rows = build_rows(config, tokenizer, source.histogram, source.max_len,
-                      len(texts) or config.num_samples)
-    step = source.step(config, told)
+    heal = config.heal and source.choice is not None
+    starts = build_rows(config, tokenizer, source.histogram, source.max_len,
+                        len(texts) or config.num_samples, Vocabulary(tokenizer) if heal else None)
+    warn_of_text(config, texts)
+    if config.heal and not heal:
+        warn_of_cuts(config, tokenizer, source.max_len)
+    step, choice = source.step(config, told), source.choice(config, told) if heal else None
     started = time.perf_counter()
-    trace = Trace(tokenizer, rows) if config.trace else None
+    trace = Trace(tokenizer, [start.row for start in starts]) if config.trace else None
+
+    def tell(i: int, row: np.ndarray, nfe: int) -> None:
+        told = {"condition": texts[i], "guidance": config.guidance} if texts else {}
+        with tqdm.external_write_mode():  # the bar makes room on a terminal
+            print_json({**told, "text": decode(tokenizer, row), "tokens": row.tolist(), "nfe": nfe,
+                        "seed": config.seed, "row": i, "checkpoint": source.name})
+
     filled, row_evaluations, evaluations = generate(
-        step, rows, config, tokenizer, trace,
-        config.evaluations_per_step if texts else 1)
+        step, choice, starts, config, tokenizer, trace,
+        config.evaluations_per_step if texts else 1, tell if config.json else None)
     seconds = time.perf_counter() - started
     if trace:
         Path(config.trace).parent.mkdir(parents=True, exist_ok=True)
         trace.write(config.trace, f"{max(row_evaluations)} steps, {config.order} order, "
                                   f"{config.pace} pace, temperature {config.temperature:g}")
-    show(filled, row_evaluations, config, tokenizer, source.name, texts)
-    tokens = sum(int((row == MASK).sum()) for row in rows)
-    print(f"{tokens:,} tokens in {len(rows)} stories, {evaluations} network evaluations, "
+    if not config.json:
+        show(filled, tokenizer, texts)
+    tokens = sum(int((start.row == MASK).sum()) for start in starts)
+    print(f"{tokens:,} tokens in {len(starts)} stories, {evaluations} network evaluations, "
           f"{seconds:.2f} s: {tokens / seconds:.1f} tokens/s",
           file=sys.stderr if config.json else sys.stdout)
 
@@ -250,10 +414,11 @@ class Source(NamedTuple):
     max_len: int
     condition_len: int | None
     step: Callable[[Sampler, np.ndarray | None], Step]
+    choice: Callable[[Sampler, np.ndarray | None], Choice] | None  # an exported step has none
 
 
 def open_torch(config: GenerateConfig, told: bool) -> Source:
-    from diffusion import numpy_step
+    from diffusion import numpy_choice, numpy_step
     from model import (
         find_checkpoint,
         load_checkpoint,
@@ -271,7 +436,8 @@ def open_torch(config: GenerateConfig, told: bool) -> Source:
     return Source(str(path), tokenizer_from_checkpoint(checkpoint),
                   checkpoint["length_histogram"], model.config.max_len,
                   model.encoder.config.max_len if told else None,
-                  lambda sampler, conditions: numpy_step(model, sampler, conditions))
+                  lambda sampler, conditions: numpy_step(model, sampler, conditions),
+                  lambda sampler, conditions: numpy_choice(model, sampler, conditions))
 
 
 def open_exported(config: GenerateConfig, told: bool) -> Source:
@@ -286,48 +452,52 @@ def open_exported(config: GenerateConfig, told: bool) -> Source:
             "needed here is of the kind: conditional model")
     bundle.check(config, told)
     return Source(path, bundle.tokenizer, bundle.contents["length_histogram"], bundle.max_len,
-                  bundle.condition_len, bundle.step)
+                  bundle.condition_len, bundle.step, None)
 
 
-def generate(step: Step, rows: list[np.ndarray], config: GenerateConfig, tokenizer: "Tokenizer",
-             trace: Trace | None = None, each: int = 1,
+def generate(step: Step, choice: Choice | None, starts: list[Start], config: GenerateConfig,
+             tokenizer: "Tokenizer", trace: Trace | None = None, each: int = 1,
+             tell: Callable[[int, np.ndarray, int], None] | None = None,
              ) -> tuple[list[np.ndarray], list[int], int]:
     """Fills the rows; a step takes `each` network evaluations.
+
+    `tell` is given every row as soon as it is filled: its number, itself, its network evaluations.
 
     Returns: the filled rows, in order; how many network evaluations each of them took; and the
         network evaluations of all batches together.
     """
-    filled, row_evaluations, evaluations = list(rows), [0] * len(rows), 0
-    states = unmask_rows(step, rows, config, config.seed, config.batch_size)
+    filled, row_evaluations, evaluations = [start.row for start in starts], [0] * len(starts), 0
+    told: set[int] = set()
+    states = unmask_rows(step, filled.copy(), config, config.seed, config.batch_size, choice,
+                         [start.limits for start in starts])
     hide_bar = True if config.show_steps else None  # None: hidden where there is no terminal
     for part, state in tqdm(states, desc="unmasking", unit=" steps", leave=False, disable=hide_bar):
         evaluations += each * (state.nfe > 0)
         if trace:
             trace.add(part, state)
         for i, tokens, evaluated in zip(part, state.tokens, state.evaluated, strict=True):
-            filled[i] = tokens[:len(rows[i])]
+            filled[i] = tokens[:len(starts[i].row)]
             row_evaluations[i] += each * bool(evaluated)
-            if config.show_steps:
+            if config.show_steps and (state.step or not state.nfe):  # edges are seen with step 1
+                shown = starts[i].shown if not state.step and MASK in tokens else filled[i]
                 # on stderr beside --json, whose lines must stay parseable
-                print(f"[story {i + 1}, step {state.step}] {text_with_gaps(tokenizer, filled[i])}",
+                print(f"[story {i + 1}, step {state.step}] {text_with_gaps(tokenizer, shown)}",
                       file=sys.stderr if config.json else sys.stdout)
+        if tell and not (state.tokens == MASK).any():  # the batch's last
+            for i in part:
+                if i not in told:  # where the edges were all, the loop has one state more
+                    told.add(i)
+                    tell(i, filled[i], row_evaluations[i])
     return filled, row_evaluations, evaluations
 
 
-def show(filled: list[np.ndarray], row_evaluations: list[int], config: GenerateConfig,
-         tokenizer: "Tokenizer", checkpoint: str, conditions: list[str]) -> None:
+def show(filled: list[np.ndarray], tokenizer: "Tokenizer", conditions: list[str]) -> None:
     for i, row in enumerate(filled):
         text = decode(tokenizer, row)
-        if config.json:
-            told = {"condition": conditions[i], "guidance": config.guidance} if conditions else {}
-            print(json.dumps({**told, "text": text, "tokens": row.tolist(),
-                              "nfe": row_evaluations[i], "seed": config.seed, "row": i,
-                              "checkpoint": checkpoint}, ensure_ascii=False))
-        else:
-            if conditions:  # a text that is the rest of a story brings its space
-                text = conditions[i] + (text if text[:1].isspace() else f"\n{text}")
-            print(f"--- {i + 1} ---\n{text}\n")
+        if conditions:  # a text that is the rest of a story brings its space
+            text = conditions[i] + (text if text[:1].isspace() else f"\n{text}")
+        print(f"--- {i + 1} ---\n{text}\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, prints=True)

@@ -4,6 +4,8 @@ Every block is pre-norm: attention, where there is a condition cross-attention, 
 added to what it reads. Nothing here knows of diffusion.
 """
 
+from cli import require
+
 import math
 from dataclasses import dataclass
 
@@ -11,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import require
 from data_prep import EOS
 
 

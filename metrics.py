@@ -9,15 +9,17 @@ every `log_every` steps (loss, lr, grad_norm), validation lines (valid_*), both 
 and seconds.
 """
 
+from cli import UserError, atomic_file, check_writable, flag, is_of_the_machine, parse, require, run
+
 import itertools
 import json
 import os
 import platform
 import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-
-from cli import UserError, atomic_file, check_writable, flag, parse, require, run
 
 # title of a panel, and the metrics that it shows
 PANELS = [("nats/token", ("loss", "valid_nelbo")), ("bits/byte", ("valid_bits_per_byte",)),
@@ -30,10 +32,25 @@ class MetricsLog:
     def __init__(self, folder: Path, wandb_run=None):
         self.path, self.curves = folder / "metrics.jsonl", folder / "training_curves.png"
         self.wandb_run = wandb_run
+        self.waiting = b""  # lines that the disk did not take yet
 
     def write(self, step: int, metrics: dict) -> None:
-        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Appends a line; on a full disk it waits for the next one, and no half of it stays."""
+        self.waiting += json.dumps({"step": step, **metrics}).encode() + b"\n"
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                try:
+                    written = file.write(self.waiting)
+                except OSError:
+                    written = 0
+                if written == len(self.waiting):
+                    self.waiting = b""
+                else:
+                    file.truncate(size)
+        except OSError as error:
+            if not is_of_the_machine(error):
+                raise
         if self.wandb_run:
             self.wandb_run.log(metrics, step=step)
 
@@ -76,18 +93,41 @@ class MetricsLog:
 
 
 def start_wandb(config: dict, folder: Path):
-    """A Weights & Biases run in `folder`; offline where there is no network."""
-    try:
-        socket.create_connection(("api.wandb.ai", 443), timeout=3).close()
-        mode = "online"
-    except OSError:
-        mode = "offline"
-        print("no connection to Weights & Biases: logging offline (`wandb sync` uploads it later)")
+    """A Weights & Biases run in `folder`, or None where WANDB_DISABLED says so.
+
+    Its own variables and settings count: WANDB_MODE, WANDB_PROJECT, WANDB_DIR, WANDB_BASE_URL,
+    proxies. Only where none of them says how is the server looked for, and without it the run is
+    logged offline.
+    """
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        print("WANDB_DISABLED is set: nothing is logged to Weights & Biases")
+        return None
     try:
         import wandb
-        return wandb.init(project="diffusion-llm", dir=str(folder), mode=mode, config=config)
+        settings = wandb.setup().settings
+        mode = None if "WANDB_MODE" in os.environ else settings.mode
+        if mode == "online" and not reachable(settings.base_url):
+            mode = "offline"
+            print("no connection to Weights & Biases: logging offline (`wandb sync` uploads it "
+                  "later)")
+        return wandb.init(project=os.environ.get("WANDB_PROJECT", "diffusion-llm"), mode=mode,
+                          dir=os.environ.get("WANDB_DIR", str(folder)), config=config)
     except Exception as error:  # not installed, not logged in, refused by the server, ...
         raise UserError(f"--wandb: {error}; run `wandb login`, or leave --wandb out") from error
+
+
+def reachable(url: str) -> bool:
+    """Whether a server answers; what lies behind a proxy is left to the proxy."""
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(
+            parts.hostname or ""):
+        return True
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=3).close()
+        return True
+    except OSError:
+        return False
 
 
 def machine(device) -> str:

@@ -23,6 +23,8 @@ Notable features of the DiffusionTransformer
 - FP32 weights, computed in `precision`: "fp32", "bf16" or "fp16" (see `set_precision`)
 """
 
+from cli import UserError, atomic_file, require
+
 import dataclasses
 import functools
 import math
@@ -36,8 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import UserError, atomic_file, require
-from data_prep import EOS, PAD, TokenRows, load_tokenizer, sha256
+from data_prep import EOS, PAD, TokenRows, is_length_histogram, load_tokenizer, sha256
 from head_loss import head_loss, head_scores
 from layers import Block, CrossAttention, Linear, ModelConfig, rms_norm, rope_frequencies
 
@@ -444,7 +445,11 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
     contents, cause = None, None
     if zipfile.is_zipfile(path):  # as torch.save writes; anything else is refused unopened
         try:
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path) as archive:
+                # torch looks at no checksum, and would unpack what is larger than the file.
+                if archive.testzip() is None and not any(
+                        entry.compress_type for entry in archive.infolist()):
+                    contents = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise nearly anything
             cause = error
     if contents is None:
@@ -461,7 +466,30 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
     kinds = (kind,) if isinstance(kind, str) else kind
     require(kinds is None or contents["kind"] in kinds, f"{path}: {contents['kind']} model; "
             f"what is needed here is of the kind: {' or '.join(kinds or ())} model")
+    wrong = wrong_entries(contents)
+    require(not wrong, f"{path} was changed after train.py wrote it ({', '.join(wrong)}): name "
+                       "another .pt file")
     return contents
+
+
+def wrong_entries(contents: dict) -> list[str]:
+    """The names of a checkpoint's entries that are not of the form that is written here."""
+    text, average = contents["tokenizer"], contents.get("ema")
+    right = {
+        "kind": contents["kind"] in ("diffusion", "conditional", "autoregressive"),
+        "model_config": isinstance(contents["model_config"], dict),
+        "tokenizer": isinstance(text, str) and
+        sha256(text.encode(errors="replace")) == contents["tokenizer_sha256"],
+        "length_histogram": is_length_histogram(contents["length_histogram"]),
+        "train_config": isinstance(contents.get("train_config", {}), dict),
+        "weights": are_tensors(contents["weights"]),
+        "ema": average is None or are_tensors(average)}
+    return [key for key, fine in right.items() if not fine]
+
+
+def are_tensors(weights: Any) -> bool:
+    return isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
 
 
 def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None) -> Path:
@@ -504,15 +532,38 @@ def kind_of(path: Path) -> str | None:
 def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTransformer:
     """The network of a checkpoint, with its averaged (EMA) weights where there are any."""
     average = checkpoint.get("ema") if use_ema else None
+    weights = checkpoint["weights"] if average is None else average
     try:
         config = ModelConfig(**checkpoint["model_config"])
-        model = (ConditionalTransformer(config, ModelConfig(**checkpoint["encoder_config"]))
-                 if checkpoint["kind"] == "conditional" else DiffusionTransformer(config))
-        model.load_state_dict(checkpoint["weights"] if average is None else average)
-    except (TypeError, RuntimeError, KeyError) as error:
+        check_size(config, weights)
+        if checkpoint["kind"] == "conditional":
+            encoder = ModelConfig(**checkpoint["encoder_config"])
+            check_size(encoder, weights, "encoder.")
+            model = ConditionalTransformer(config, encoder)
+        else:
+            model = DiffusionTransformer(config)
+        model.load_state_dict(weights)
+    except (TypeError, RuntimeError, KeyError, ArithmeticError) as error:
         raise UserError("the checkpoint's weights do not fit its model settings: it was changed "
                         "after train.py wrote it") from error
     return model.eval()
+
+
+def check_size(config: ModelConfig, weights: dict[str, Tensor], part: str = "") -> None:
+    """Raises TypeError or RuntimeError, before memory is taken, for settings that do not belong to
+    the weights.
+    """
+    for field in dataclasses.fields(config):
+        kind = type(getattr(config, field.name))
+        if kind is not field.type and (kind, field.type) != (int, float):
+            raise TypeError(f"{field.name} is not of {field.type}")
+    blocks = {name.removeprefix(part).split(".")[1] for name in weights
+              if name.startswith(f"{part}blocks.")}
+    hidden = weights[f"{part}blocks.0.up.weight"].shape[0]
+    if (len(blocks) != config.layers or hidden != config.mlp_ratio * config.width
+            or weights[f"{part}embedding.weight"].shape != (config.vocab_size, config.width)
+            or not 1 <= config.max_len <= 2**20):
+        raise RuntimeError("the weights are of another size")
 
 
 def tokenizer_from_checkpoint(checkpoint: dict):

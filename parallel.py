@@ -8,6 +8,8 @@ they depend on the seed and the step alone) and trains on every `world`-th row o
 are stratified over the global batch, and any number of processes takes the same steps as one.
 """
 
+from cli import Stopped, UserError, require
+
 import datetime
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cli import Stopped, UserError, require
 from model import DiffusionTransformer, pick_device
 from optimizers import whole
 
@@ -65,6 +66,17 @@ class Processes:
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def agree(self, work: Callable[[], None]) -> None:
+        """Does `work` in the main process; its UserError is raised in all of them."""
+        problem = None
+        if self.main:
+            try:
+                work()
+            except UserError as error:
+                problem = str(error)
+        problem = self.gather(problem)[0]
+        require(problem is None, problem or "")
 
     def barrier(self) -> None:
         if self.world > 1:

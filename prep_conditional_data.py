@@ -14,6 +14,8 @@ conditions: row i of train_condition_00000.bin, [BOS] condition [EOS], belongs t
 train_00000.bin (every row of a long text has the same).
 """
 
+from cli import UserError, flag, parse, require, run
+
 import dataclasses
 import re
 import time
@@ -23,24 +25,32 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from cli import UserError, flag, parse, require, run
 from data_prep import (
     EOS,
+    SPLITS,
+    TEST_FRACTION,
     SplitWriter,
     TokenRows,
     check_row_length,
+    check_test_fraction,
     decode,
     finish_folder,
     load_meta,
     load_tokenizer,
     make_folder,
     read_tokenizer_file,
+    settle_splits,
     split_row,
     tokenize_batches,
 )
-from sources import check_source, describe_source, read_json_lines, read_stories, side_of
-
-SPLITS = ("train", "val")
+from sources import (
+    check_source,
+    describe_files,
+    describe_source,
+    read_json_lines,
+    read_stories,
+    side_of,
+)
 
 
 @dataclass
@@ -48,6 +58,7 @@ class PairConfig:
     data_dir: str = flag("data", "data folder with the tokenizer, and the stories by default")
     source: list[str] | None = flag(None, "other stories: tinystories, sample, or local files")
     valid_source: str | None = flag(None, "file with their validation stories (local files)")
+    test_source: str | None = flag(None, "file with their test stories (local files)")
     pairs: str | None = flag(None, 'file of lines {"condition": "...", "text": "..."} to use '
                                    "instead of first sentences")
     output_dir: str = flag("data_pairs", "folder to write")
@@ -56,6 +67,9 @@ class PairConfig:
     max_stories: int | None = flag(None, "stories or pairs to read at most, of each split "
                                         "where there are two")
     valid_fraction: float = flag(0.05, "share held out where there is no validation split")
+    test_fraction: float | None = flag(
+        None, "share of the held-out ones kept for the test split, where there is none (default: "
+              f"{TEST_FRACTION}, or no test split where too few are held out)")
     overwrite: bool = flag(False, "replace an output folder that is already there")
 
     def check(self) -> None:
@@ -67,11 +81,15 @@ class PairConfig:
                 f"--max_stories {self.max_stories}: must be positive")
         require(0 < self.valid_fraction < 1, f"--valid_fraction {self.valid_fraction}: must lie "
                                              "between 0 and 1")
-        require(not (self.pairs and (self.source or self.valid_source)),
-                "--pairs brings its own texts: leave out --source and --valid_source")
-        require(self.source or not self.valid_source, "--valid_source belongs to --source")
+        check_test_fraction(self.test_fraction, self.test_source)
+        require(not (self.pairs and (self.source or self.valid_source or self.test_source)),
+                "--pairs brings its own texts: leave out --source, --valid_source and "
+                "--test_source")
+        for flag_name, name in (("--valid_source", self.valid_source),
+                                ("--test_source", self.test_source)):
+            require(self.source or not name, f"{flag_name} belongs to --source")
         if self.source:
-            check_source(self.source, self.valid_source)
+            check_source(self.source, self.valid_source, self.test_source)
         require(self.pairs is None or Path(self.pairs).is_file(),
                 f"--pairs {self.pairs}: no such file")
 
@@ -80,6 +98,8 @@ class PairConfig:
         splits = not self.pairs and (self.source in (None, ["tinystories"]) or self.valid_source)
         require("valid_fraction" not in given or not splits, "--valid_fraction: these stories have "
                                                              "a validation split; leave it out")
+        require("test_fraction" not in given or self.pairs or self.source,
+                "--test_fraction: the stories of --data_dir keep their splits; leave it out")
 
 
 # ---- sentences -----------------------------------------------------------------------------------
@@ -149,26 +169,35 @@ def stories_of(data_dir: str, split: str, tokenizer) -> Iterator[str]:
             ids = []
 
 
-def read_pairs(config: PairConfig, tokenizer) -> Iterator[tuple[str, str, str]]:
-    """Yields ("train" or "val", condition, text)."""
+def read_pairs(config: PairConfig, tokenizer, dropped: dict[str, Counter],
+               ) -> Iterator[tuple[str, str, str]]:
+    """Yields ("train", "val" or "test", condition, text); counts what is null in `dropped`."""
+    test_fraction = TEST_FRACTION if config.test_fraction is None else config.test_fraction
     if config.pairs:
         try:
             for condition, text in islice(
                     read_json_lines(Path(config.pairs), ("condition", "text")),
                     config.max_stories):
-                condition, text = condition.strip(), text.strip()
-                yield side_of(text, config.valid_fraction), condition, text
+                side = side_of((text or "").strip(), config.valid_fraction, test_fraction)
+                if condition is None or text is None:
+                    dropped[side][f"the {'text' if text is None else 'condition'} is null"] += 1
+                else:
+                    yield side, condition.strip(), text.strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{config.pairs} is not UTF-8 text ({error.reason}); convert it to "
                             "UTF-8") from error
         return
+    splits = [split for split in SPLITS if split in load_meta(config.data_dir)["splits"]]
     stories = (read_stories(config.source, config.valid_source, config.valid_fraction,
-                            config.max_stories)
+                            config.max_stories, config.test_source, test_fraction)
                if config.source else
-               ((split, text) for split in SPLITS for text in
+               ((split, text) for split in splits for text in
                 islice(stories_of(config.data_dir, split, tokenizer), config.max_stories)))
     for split, story in stories:
-        yield split, *first_sentence(story)
+        if story is None:
+            dropped[split]["the story is null"] += 1
+        else:
+            yield split, *first_sentence(story)
 
 
 def why_dropped(condition: str, text: str, length: int, config: PairConfig) -> str | None:
@@ -187,11 +216,11 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
     meta = load_meta(config.data_dir)
     tokenizer_text = read_tokenizer_file(config.data_dir, meta)
     tokenizer = load_tokenizer(tokenizer_text)
-    texts = {split: SplitWriter(folder, split, meta["seq_len"]) for split in SPLITS}
-    told = {split: SplitWriter(folder, f"{split}_condition", config.condition_len)
-            for split in SPLITS}
+    texts, told = ({split: SplitWriter(folder, split + end, length) for split in SPLITS}
+                   for end, length in (("", meta["seq_len"]), ("_condition", config.condition_len)))
     dropped = {split: Counter() for split in SPLITS}
-    both = ((split, part) for split, *parts in read_pairs(config, tokenizer) for part in parts)
+    both = ((split, part) for split, *parts in read_pairs(config, tokenizer, dropped)
+            for part in parts)
     encoded = tokenize_batches(both, tokenizer)  # condition, text, condition, text ...
     with tqdm(desc="tokenizing", unit=" pairs", disable=None) as bar:
         for (split, condition, ids), (_, text, text_ids) in zip(encoded, encoded, strict=True):
@@ -203,14 +232,21 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
             texts[split].add(text, text_ids)
             for _ in split_row(text_ids, meta["seq_len"]):
                 told[split].add(condition, ids)
-    source = (describe_source([config.pairs]) if config.pairs else
-              describe_source(config.source, config.valid_source) if config.source else
-              {key: meta[key] for key in ("source", "licence")})
+    reasons = sum(dropped.values(), Counter()).most_common()
+    own = not (config.pairs or config.source)  # stories of the data folder keep their splits
+    with_splits = config.source == ["tinystories"] or config.valid_source
+    writers = texts | {writer.split: writer for writer in told.values()}
+    settle_splits(writers, "none" if own else "held out" if with_splits else "all",
+                  "no pair can be used: " + (", ".join(
+                      f"{count:,} x {reason}" for reason, count in reasons) or "there is none"),
+                  0 if own and "test" not in meta["splits"] else config.test_fraction,
+                  config.test_source)
+    source = (describe_files([("--pairs", config.pairs)]) if config.pairs else
+              describe_source(config.source, config.valid_source, config.test_source)
+              if config.source else
+              {key: meta[key] for key in ("source", "licence", "sources") if key in meta})
     return finish_folder(
-        folder, texts | {writer.split: writer for writer in told.values()}, tokenizer_text,
-        meta["vocab_size"], "no pair can be used: " + (", ".join(
-            f"{count:,} x {reason}" for reason, count in dropped["train"].most_common())
-            or "there is none"), **source,
+        folder, writers, tokenizer_text, meta["vocab_size"], **source,
         condition={"kind": "pairs" if config.pairs else "first sentence",
                    "max_len": config.condition_len, "dropped": dropped},
         config=dataclasses.asdict(config), seconds=round(time.perf_counter() - started, 2))
@@ -218,10 +254,11 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
 
 def report(output_dir: str, meta: dict) -> None:
     for split in SPLITS:
-        counts, conditions = meta["splits"][split], meta["splits"][f"{split}_condition"]
-        print(f"{split:>5}: {counts['stories']:,} pairs, {counts['rows']:,} rows, "
-              f"{counts['tokens']:,} tokens of text; conditions of "
-              f"{conditions['tokens'] / conditions['rows']:.1f} tokens on average")
+        if split in meta["splits"]:
+            counts, conditions = meta["splits"][split], meta["splits"][f"{split}_condition"]
+            print(f"{split:>5}: {counts['stories']:,} pairs, {counts['rows']:,} rows, "
+                  f"{counts['tokens']:,} tokens of text; conditions of "
+                  f"{conditions['tokens'] / conditions['rows']:.1f} tokens on average")
         for reason, count in meta["condition"]["dropped"][split].items():
             print(f"{'':7}{count:,} dropped: {reason}")
     print(f"wrote {output_dir} in {meta['seconds']:.1f} s; source: {meta['source']}")

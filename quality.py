@@ -3,9 +3,12 @@
 In `evaluate.py --sampling` every sampler makes as many stories as there are real ones beside them,
 of the same lengths. Quality is told by the autoregressive twin as a judge (generative perplexity),
 and beside it always by the diversity: perplexity also falls when stories become alike or repeat
-themselves, which entropy, distinct-n and self-BLEU show. The figures of the real stories are the
-mark to reach.
+themselves, which entropy, distinct-n and self-BLEU show, and when they repeat the training text,
+which the judge has learned too: how much of them stands there is told by `train_overlap`. The
+figures of the real stories are the mark to reach.
 """
+
+from cli import atomic_file
 
 import dataclasses
 import math
@@ -20,9 +23,8 @@ import torch
 from tqdm import tqdm
 
 from autoregressive import Autoregressive, before_each, fill_from_the_left
-from cli import atomic_file
-from data_prep import EOS, MASK, bucket_batches, decode, pad_rows
-from diffusion import Corrupted, maskable, measure_nats, numpy_step, row_sums
+from data_prep import EOS, MASK, TokenRows, bucket_batches, decode, pad_rows
+from diffusion import Corrupted, maskable, measure_nats, numpy_step, ratio_error, row_sums
 from model import device_of
 from sampler import ADAPTIVE_PACES, Sampler, blank_story, fill, unmask_rows
 
@@ -93,25 +95,107 @@ def diversity(texts: list[str], token_rows: list[list[int]]) -> dict:
     return result
 
 
+def text_ids(rows: list[np.ndarray]) -> list[list[int]]:
+    return [[int(i) for i in row if i > EOS] for row in rows]
+
+
 def entropy(ids: list[int]) -> float:
     share = np.array(list(Counter(ids).values())) / max(1, len(ids))
     return float(-(share * np.log(share)).sum())
 
 
+# What every "generative_perplexity" here is
+PERPLEXITY = "exp(the judge's nats per token of text and [EOS])"
+
+
 class Judge:
-    """The autoregressive twin, which tells how likely a story is."""
+    """The autoregressive twin, which tells how likely a story is.
+
+    It was trained on the same stories as the models that it judges, so it likes what they have in
+    common with the training text.
+    """
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
 
-    def perplexity(self, rows: list[np.ndarray]) -> float:
-        """exp of the nats per token, the [EOS] included, over all of these rows."""
-        lengths = np.array([len(row) for row in rows])
-        batches = bucket_batches(lengths, 8192, merge=False)
-        bound = Autoregressive().nelbo(self.model, (pad_rows([rows[i] for i in part])
-                                                    for part in batches), numbers=batches)
-        return math.exp(bound.total_nats / (bound.n + 1).sum())
+    def perplexity(self, rows: list[np.ndarray], starts: list[int] | None = None) -> float:
+        """`PERPLEXITY` over all of these rows; the first `starts[i]` tokens of row i are given, by
+        default [BOS] alone."""
+        starts = np.ones(len(rows), np.int64) if starts is None else np.asarray(starts)
+        batches = bucket_batches(np.array([len(row) for row in rows]), 8192, merge=False)
 
+        def hide(clean: torch.Tensor, part: np.ndarray):
+            seen = Autoregressive().corrupt_batch(clean)
+            seen.masked &= torch.arange(clean.shape[1]) >= torch.from_numpy(starts[part])[:, None]
+            yield seen, seen.masked.sum(1)
+
+        bound = measure_nats(self.model, (pad_rows([rows[i] for i in part]) for part in batches),
+                             hide, numbers=batches)
+        return math.exp(bound.nats.sum() / bound.k.sum())
+
+
+# ---- what stands in the training text ------------------------------------------------------------
+
+OVERLAPS = (8, 16)  # tokens
+CHUNK_TOKENS = 2**20  # of the training rows at a time
+
+
+def train_overlap(groups: list[list[list[int]]], rows: TokenRows, sizes: tuple[int, ...] = OVERLAPS,
+                  ) -> list[dict[str, float | None]]:
+    """For each group of texts (token ids without [BOS] and [EOS]): the share of its n-grams that
+    stand somewhere in a row of `rows`, the training split, as {"train_overlap_8": ...}; None where
+    no text is so long.
+
+    An n-gram lies within one text and within one row. Each becomes a 64-bit hash; the rows are read
+    once for all groups, a chunk at a time, so that memory depends on the texts alone. A chance hit
+    among 10^5 n-grams of samples and 5 10^8 of training text has a probability of 3 10^-6.
+    """
+    rng = np.random.default_rng(0)
+    codes = rng.integers(2**64, size=2**16, dtype=np.uint64)  # of each token id
+    factor = rng.integers(2**64, dtype=np.uint64) | np.uint64(1)
+
+    def hashes(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(n, hash of the n-gram that begins at each position where one has room) for all sizes."""
+        total = np.zeros(len(tokens), np.uint64)
+        for n in range(1, max(sizes) + 1):
+            coded = codes[tokens[n - 1:]]
+            total = total[:len(coded)] * factor + coded
+            if n in sizes:
+                yield n, total
+
+    wanted = [{n: [np.zeros(0, np.uint64)] for n in sizes} for _ in groups]
+    for texts, own in zip(groups, wanted, strict=True):
+        for text in texts:
+            for n, values in hashes(np.array(text, np.uint16)):
+                own[n].append(values)
+    wanted = [{n: np.concatenate(own[n]) for n in sizes} for own in wanted]
+    known = {n: np.unique(np.concatenate([own[n] for own in wanted])) for n in sizes}
+    found = {n: np.zeros(len(known[n]), bool) for n in sizes}
+    # most of the training text's hashes fail this test of their first bits, which is fast
+    likely = {n: np.zeros(2**22, bool) for n in sizes}
+    for n in sizes:
+        likely[n][known[n] >> np.uint64(42)] = True
+    edges = np.cumsum(rows.lengths)
+    bar = tqdm(total=len(rows), desc="training text", unit=" rows", leave=False, disable=None)
+    start = 0
+    while start < len(rows):
+        read = edges[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(edges, read + CHUNK_TOKENS, side="right")))
+        tokens = np.concatenate([rows[i] for i in range(start, stop)])
+        to_end = np.repeat(edges[start:stop] - read, rows.lengths[start:stop]) - np.arange(
+            len(tokens))  # of its row, from each position
+        for n, values in hashes(tokens):
+            inside = to_end[:len(values)] >= n
+            values = values[inside & likely[n][values >> np.uint64(42)]]
+            found[n] |= np.isin(known[n], values)
+        bar.update(stop - start)
+        start = stop
+    bar.close()
+    return [{f"train_overlap_{n}": float(found[n][np.searchsorted(known[n], own[n])].mean())
+             if len(own[n]) else None for n in sizes} for own in wanted]
+
+
+# ---- samplers ------------------------------------------------------------------------------------
 
 def ends_properly(text: str) -> bool:
     """Whether a story ends with the end of a sentence."""
@@ -133,7 +217,7 @@ def tell(model: torch.nn.Module, sampler: Sampler, lengths: list[int], seed: int
 
 
 def figures(rows: list[np.ndarray], tokenizer, judge: Judge | None) -> dict:
-    ids = [[int(i) for i in row if i > EOS] for row in rows]
+    ids = text_ids(rows)
     texts = [decode(tokenizer, row) for row in ids]
     return {"generative_perplexity": judge.perplexity(rows) if judge else None,
             **diversity(texts, ids),
@@ -141,11 +225,12 @@ def figures(rows: list[np.ndarray], tokenizer, judge: Judge | None) -> dict:
 
 
 def measure(model: torch.nn.Module, base: Sampler, real: list[np.ndarray], tokenizer,
-            judge: Judge | None, seed: int, names: list[str],
+            judge: Judge | None, seed: int, names: list[str], train: TokenRows,
             evaluations: tuple[int, ...] = EVALUATIONS) -> dict:
     """{"data": figures of the real rows, "samplers": one entry for every sampler and cost}."""
     lengths = [len(row) - 2 for row in real]
-    lines = []
+    lines, data = [], figures(real, tokenizer, judge)
+    groups = [text_ids(real)]
     todo = [(name, sampler) for name in names for sampler in settings(base, name, evaluations)]
     for name, sampler in tqdm(todo, desc="sampling", unit=" settings", leave=False, disable=None):
         rows, cost, seconds = tell(model, sampler, lengths, seed)
@@ -154,16 +239,23 @@ def measure(model: torch.nn.Module, base: Sampler, real: list[np.ndarray], token
                       "sampler": {field.name: getattr(sampler, field.name)
                                   for field in dataclasses.fields(Sampler)},
                       **figures(rows, tokenizer, judge)})
-    return {"data": figures(real, tokenizer, judge), "samplers": lines}
+        groups.append(text_ids(rows))
+    for line, overlap in zip([data, *lines], train_overlap(groups, train), strict=True):
+        line |= overlap
+    return {"generative_perplexity_is": PERPLEXITY, "data": data, "samplers": lines}
 
 
 COLUMNS = (("gen. ppl", "generative_perplexity", ".1f"), ("entropy", "unigram_entropy", ".3f"),
            ("distinct-1", "distinct_1", ".3f"), ("-2", "distinct_2", ".3f"),
            ("-3", "distinct_3", ".3f"), ("self-BLEU", "self_bleu", ".1f"),
-           ("end", "end_properly", ".0%"), ("tokens/s", "tokens_per_second", ".0f"))
+           ("end", "end_properly", ".0%"), ("8 in train", "train_overlap_8", ".1%"),
+           ("16 in train", "train_overlap_16", ".2%"), ("tokens/s", "tokens_per_second", ".0f"))
 ENTROPY_SHARE = 0.97  # of the real stories': below it a story repeats itself
 NOTE = (f"↓: less than {ENTROPY_SHARE:.0%} of the real stories' entropy. A low perplexity beside "
-        "it is bought with repetition: it does not make a better sampler.")
+        "it is bought with repetition: it does not make a better sampler.\n"
+        f"gen. ppl: {PERPLEXITY}; the judge was trained on the same stories as the judged.\n"
+        "8 and 16 in train: share of their 8-grams and 16-grams of tokens that stand somewhere in "
+        "the training text.")
 
 
 def table(result: dict) -> str:
@@ -216,7 +308,7 @@ def plot(result: dict, path: Path) -> None:
 # ---- infilling -----------------------------------------------------------------------------------
 
 # What stands between two marks: simpler than the sentences of prep_conditional_data.py, and what
-# the README's figures for infilling were measured with.
+# the figures for infilling in docs/results.md were measured with.
 SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"'\u201d\u2019]*\s*|[^.!?]+$")
 
 
@@ -249,10 +341,10 @@ def hide_middle(row: np.ndarray, tokenizer) -> np.ndarray | None:
 
 
 def gap_nats(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray], draws: int,
-             seed: int) -> float:
-    """Nats per token of the gaps: the any-order bound given both sides, with the number of hidden
-    tokens stratified over the draws, or for the twin the exact -log p given the left side."""
-    device, nats, tokens = device_of(model), 0.0, 0
+             seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nats and tokens of each gap, (N,) both: the any-order bound given both sides, with the number
+    of hidden tokens stratified over the draws, or for the twin the exact -log p given the left."""
+    device, nats = device_of(model), []
     for number, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
         places = np.flatnonzero(gap == MASK)
 
@@ -270,17 +362,17 @@ def gap_nats(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarr
             hidden = torch.from_numpy(gap == MASK)[None]
             seen = Corrupted(clean, before_each(clean), hidden, hidden.float(), torch.ones(1))
             with torch.no_grad():
-                nats += float(row_sums(model, seen, device)[0][0])
+                nats.append(row_sums(model, seen, device)[0][0])
         else:
             bound = measure_nats(model, [row[None]], hide)
-            nats += len(places) * float((bound.nats / bound.k).mean())
-        tokens += len(places)
-    return nats / tokens
+            nats.append(len(places) * (bound.nats / bound.k).mean())
+    return np.array(nats), np.array([(gap == MASK).sum() for gap in gaps])
 
 
 def infilling(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray],
               sampler: Sampler, tokenizer, draws: int, seed: int) -> dict:
-    """Exact match (share), BLEU (0 to 100) and nats/token of the filled gaps against the real."""
+    """Exact match (share), BLEU (0 to 100) and nats/token of the filled gaps against the real, with
+    their standard error over the stories, and the nats of each story."""
     from sacrebleu.metrics import BLEU
     if model.config.causal:
         filled = [fill_from_the_left(model, gap[None], sampler, seed + i, may_end=False)[0]
@@ -289,9 +381,11 @@ def infilling(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndar
         filled = fill(numpy_step(model, sampler), gaps, sampler, seed)
     made, real = ([decode(tokenizer, row[gap == MASK]).strip()
                    for row, gap in zip(group, gaps, strict=True)] for group in (filled, rows))
+    nats, tokens = gap_nats(model, rows, gaps, draws, seed)
     return {"exact_match": float(np.mean([a == b for a, b in zip(made, real, strict=True)])),
             "bleu": BLEU().corpus_score(made, [real]).score,
-            "nats_per_token": gap_nats(model, rows, gaps, draws, seed),
+            "nats_per_token": float(nats.sum() / tokens.sum()),
+            "standard_error": ratio_error(nats, tokens), "story_nats": nats.tolist(),
             "examples": [{"left": decode(tokenizer, row[:np.argmax(gap == MASK)]), "made": a,
                           "real": b} for row, gap, a, b in zip(rows, gaps, made, real, strict=True)
                          ][:10]}

@@ -7,13 +7,14 @@ For each size and precision: the operations and bytes of a step, the least time 
 needs for them, for a step and for a story, and the memory.
 """
 
+from cli import UserError, flag, parse, require
+
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, flag, parse, require
 from model import MODEL_CONFIGS, ModelConfig
 
 

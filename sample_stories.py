@@ -10,13 +10,14 @@ says nothing about how a model would do on real stories.
 prints three stories with a line `<|endoftext|>` between them.
 """
 
+from cli import flag, parse, require, run
+
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cli import flag, parse, require, run
 from sources import SEPARATOR
 
 LARGEST_COUNT = 100_000  # there are more, but drawing without repeats gets slow
@@ -330,4 +331,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, prints=True)

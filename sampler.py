@@ -12,6 +12,8 @@ Where things are decided: the order, and how many an adaptive pace takes, inside
 hidden again in `Remasking`.
 """
 
+from cli import flag, require
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cli import flag, require
 from data_prep import BOS, EOS, MASK, PAD, pad_rows, round_up
 
 ORDERS = ("random", "confidence", "margin", "entropy")
@@ -28,16 +29,22 @@ ADAPTIVE_PACES = ("threshold", "entropy_bound")
 PACES = PLANNED_PACES + ADAPTIVE_PACES
 REMASKS = ("none", "remdm_cap", "remdm_rescale", "remdm_confidence", "corrector")
 MAX_STEPS = 100_000
-# `generate.py --preset`, chosen from the README's table of samplers
+# `generate.py --preset`, chosen from the tables of samplers in docs/results.md
 PRESETS = {name: dict(steps=steps, order="random", temperature=1.0, top_p=0.9)
            for name, steps in (("fast", 16), ("balanced", 32), ("best", 64))}
 # First numbers of the seeds, so that no two uses of randomness share a stream. (3 and 4 are those
-# of the evaluation masks in diffusion.py.)
-LENGTH_STREAM, NOISE_STREAM, HITTING_STREAM, REMASK_STREAM = 1, 2, 5, 6
+# of the evaluation masks in diffusion.py, 7 is that of quality.py.)
+LENGTH_STREAM, NOISE_STREAM, HITTING_STREAM, REMASK_STREAM, LIMIT_STREAM = 1, 2, 5, 6, 8
 
 # (tokens (B, L) int64, count (B,) int64, noise (B, 2, L) float64, numbers of the rows (B,) int64)
 #   -> (tokens (B, L) int64, confidence (B, L) float32)
 Step = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+# (tokens (B, L) int64, place in each row (B,) int64, tokens allowed there (B, V) bool, uniform (B,)
+#  float64, numbers of the rows (B,) int64) -> (token (B,) int64, its probability (B,) float32)
+Choice = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+                  tuple[np.ndarray, np.ndarray]]
+# Of one row: hidden places from left to right, and which tokens (V,) bool may stand at each
+Limits = Sequence[tuple[int, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,37 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         yield state
 
 
+def draw_limited(choice: Choice, tokens: np.ndarray, limits: Sequence[Limits], seed: int = 0,
+                 rows: Sequence[int] | None = None) -> Iterator[State]:
+    """Draws the places of `tokens` (B, L) at which only some tokens are allowed, before `unmask`.
+
+    `limits` are those of each row. Place by place from the left, each given what is visible and
+    those before it, with one network evaluation and one uniform that is a function of (seed, row
+    number, place) alone. With one place the finished row so has the model's own distribution, in an
+    order that begins there, given that the place holds one of its tokens: exactly (at temperature 1
+    and one token a step). With several, each place is so conditioned on those before it, and not on
+    what the later ones allow.
+
+    Yields the state after every place: step 0, for the loop itself has not begun.
+    """
+    tokens = np.array(tokens, dtype=np.int64)
+    rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
+    for k in range(max(map(len, limits), default=0)):
+        active = np.array([i for i, places in enumerate(limits) if len(places) > k])
+        places = np.array([limits[i][k][0] for i in active])
+        uniform = np.array([np.random.default_rng([LIMIT_STREAM, seed, row, place]).random()
+                            for row, place in zip(rows[active], places, strict=True)])
+        drawn, probability = choice(tokens[active], places, np.stack(
+            [limits[i][k][1] for i in active]), uniform, rows[active])
+        tokens = tokens.copy()
+        tokens[active, places] = drawn
+        uncovered, evaluated = np.zeros(tokens.shape, bool), np.zeros(len(tokens), bool)
+        confidence = np.zeros(tokens.shape, np.float32)
+        uncovered[active, places], confidence[active, places] = True, probability
+        evaluated[active] = True
+        yield State(0, k + 1, tokens, uncovered, np.zeros_like(uncovered), confidence, evaluated)
+
+
 class Kept:
     """What `make` gives for a row, made once: before the row's first step.
 
@@ -298,7 +336,7 @@ def draw_length(histogram: dict, seed: int, row: int, at_least: int = 1) -> int 
 
     A function of (seed, row) alone. None if no story of the data has `at_least` tokens.
     """
-    counts = {int(length) - 2: count for length, count in histogram["story"].items()}
+    counts = {int(length) - 2: count for length, count in histogram.get("story", {}).items()}
     counts = {length: count for length, count in counts.items() if length >= at_least}
     if not counts:
         return None
@@ -309,18 +347,26 @@ def draw_length(histogram: dict, seed: int, row: int, at_least: int = 1) -> int 
 
 
 def unmask_rows(step: Step, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
-                batch_size: int = 32) -> Iterator[tuple[list[int], State]]:
+                batch_size: int = 32, choice: Choice | None = None,
+                limits: Sequence[Limits] | None = None) -> Iterator[tuple[list[int], State]]:
     """Fills rows of any lengths; yields (numbers of the rows, state) after every step.
 
-    Rows of the same padded width share a batch, so that a row is padded alike in any company. The
-    state of a batch with nothing left hidden is its last.
+    With `choice`, the places of `limits` (an entry for each row) are drawn first: `draw_limited`.
+
+    Rows of the same padded width share a batch, so that a row is padded alike in any company; the
+    width of the first row comes first. The state of a batch with nothing left hidden is its last.
     """
     widths = [round_up(len(row)) for row in rows]
-    for width in sorted(set(widths)):
+    for width in dict.fromkeys(widths):
         same = [i for i, w in enumerate(widths) if w == width]
         for start in range(0, len(same), batch_size):
             part = same[start:start + batch_size]
-            for state in unmask(step, pad_rows([rows[i] for i in part]), sampler, seed, part):
+            tokens = pad_rows([rows[i] for i in part])
+            if choice is not None and limits is not None:
+                for state in draw_limited(choice, tokens, [limits[i] for i in part], seed, part):
+                    tokens = state.tokens
+                    yield part, state
+            for state in unmask(step, tokens, sampler, seed, part):
                 yield part, state
 
 

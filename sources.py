@@ -1,64 +1,117 @@
 """Where stories come from: TinyStories on the hub, local files, or the bundled story maker.
 
 A library for data_prep.py: nothing to run here. Every source is a generator, so that a corpus of
-any size is read with the same small memory.
+any size is read with the same small memory. A story that is null (in JSON or parquet) comes as
+None, for whoever reads to count.
 """
+
+from cli import UserError, require
 
 import hashlib
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-
-from cli import UserError, require
+from typing import Any
 
 SEPARATOR = "<|endoftext|>"
 HUB_DATASET = "roneneldan/TinyStories"
-LONGEST_LINE = 2**20  # characters; a text file without separators must not fill the memory
+CHUNK = 2**20  # characters of a text file read at once
+# Characters; a file without separators or without ends of lines must not fill the memory.
+LONGEST_STORY = 2**20  # in a text file
+LONGEST_LINE = 2**26  # of JSON
+
+
+# Other spellings of an end of a story, which are hardly ever meant as text.
+_OTHER_MARK = re.compile(r"<[|/]*(?:end[a-z_ -]*|eo[a-z]|im_end|sep|s|/?story)[|/]*>"
+                         r"|\[(?:end[a-z_ -]*|eo[a-z]|sep)\]", re.IGNORECASE)
+_RULE = re.compile(r"^[ \t]*(?:-{3,}|\*{3,}|={3,}|_{3,}|#{3,}|\* \* \*)[ \t]*\r?$", re.MULTILINE)
 
 
 def read_txt(path: Path) -> Iterator[str]:
-    """Stories of a text file, separated by `<|endoftext|>`; newlines are kept as they are."""
-    lines: list[str] = []
-    size = 0
+    """Stories of a text file, separated by `<|endoftext|>`; newlines are kept as they are.
+
+    The separator is found wherever it stands: what follows the last one that was read is kept and
+    searched again with the next piece. A file with none of them is one story, unless it has
+    another mark again and again.
+    """
+    tail, separated = "", False
     with open(path, encoding="utf-8-sig", newline="\n") as file:
-        while line := file.readline(LONGEST_LINE):
-            *ended, rest = line.split(SEPARATOR)
-            for part in ended:
-                yield "".join(lines) + part
-                lines, size = [], 0
-            lines.append(rest)
-            size += len(rest)
-            require(size < LONGEST_LINE, f"{path}: no {SEPARATOR} in a million characters; put a "
-                                         f"line {SEPARATOR} after every story")
-    if "".join(lines).strip():  # the last story may lack its separator
-        yield "".join(lines)
+        while piece := file.read(CHUNK):
+            *ended, tail = (tail + piece).split(SEPARATOR)
+            for story in ended:
+                separated = True
+                check_length(path, story)
+                yield story
+            check_length(path, tail, len(SEPARATOR))  # it may end in most of a separator
+    check_length(path, tail)
+    require(separated or len(_OTHER_MARK.findall(tail)) < 2,
+            f"{path}: no {SEPARATOR} in it{likely_separator(tail)}; put a line {SEPARATOR} after "
+            "every story")
+    if tail.strip():  # the last story may lack its separator
+        yield tail
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
+def check_length(path: Path, story: str, more: int = 0) -> None:
+    if len(story) > LONGEST_STORY + more:
+        seen = likely_separator(story[:LONGEST_STORY])
+        raise UserError(f"{path}: no {SEPARATOR} in {LONGEST_STORY:,} characters{seen}; put a line "
+                        f"{SEPARATOR} after every story")
+
+
+def likely_separator(text: str) -> str:
+    """", but <what seems to separate stories instead> N times", or nothing."""
+    if marks := Counter(_OTHER_MARK.findall(text)):
+        (mark, count), = marks.most_common(1)
+        return f", but {mark} {count:,} times"
+    for name, pattern in (("a line like {}", _RULE), ("a blank line", re.compile(r"\n\r?\n"))):
+        if len(found := pattern.findall(text)) > 1:
+            return f", but {name.format(found[0].strip())} {len(found):,} times"
+    return ""
+
+
+def missing_separator(names: Iterable[str]) -> str:
+    """Names the first text file that was read as one story, and what may separate its stories."""
+    for path in map(Path, names):
+        if path.suffix.lower() == ".txt":
+            with open(path, encoding="utf-8-sig", newline="\n") as file:
+                text = file.read(LONGEST_STORY)
+            if SEPARATOR not in text and text.strip():
+                return (f"{path} has no {SEPARATOR}, which must stand after every story"
+                        f"{likely_separator(text)}")
+    return ""
+
+
+def read_jsonl(path: Path) -> Iterator[str | None]:
     return (text for text, in read_json_lines(path, ("text",)))
 
 
-def read_json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The strings of these keys of every line of a file; empty lines are passed over."""
+def read_json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
+    """The strings, or None for null, of these keys of every line of a file; empty lines are passed
+    over."""
     with open(path, encoding="utf-8-sig") as file:
         number = 0
-        while line := file.readline(LONGEST_LINE):
+        while line := file.readline(LONGEST_LINE + 1):
             number += 1
+            require(len(line) <= LONGEST_LINE, f"{path}, line {number}: more than {LONGEST_LINE:,} "
+                    "characters; put every story on a line of its own")
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
                 texts = tuple(entry[key] for key in keys)
-                "".join(texts).encode()  # half a surrogate pair is no text
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                # half a surrogate pair is no text
+                "".join(text for text in texts if text is not None).encode()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 expected = ", ".join(f'"{key}": "..."' for key in keys)
                 raise UserError(f"{path}, line {number}: expected {{{expected}}}") from error
             yield texts
 
 
-def read_parquet(path: Path) -> Iterator[str]:
+def read_parquet(path: Path) -> Iterator[str | None]:
     import pyarrow
     import pyarrow.parquet
     try:
@@ -68,16 +121,16 @@ def read_parquet(path: Path) -> Iterator[str]:
         require(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind),
                 f"{path}: the column `text` holds {kind}, not strings")
         for batch in file.iter_batches(batch_size=1000, columns=["text"]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
+            yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file ({error})") from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+READERS: dict[str, Callable[[Path], Iterator[str | None]]] = {
     ".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
-def read_files(names: Iterable[str]) -> Iterator[str]:
+def read_files(names: Iterable[str]) -> Iterator[str | None]:
     for path in map(Path, names):
         try:
             yield from READERS[path.suffix.lower()](path)
@@ -86,7 +139,7 @@ def read_files(names: Iterable[str]) -> Iterator[str]:
                             ) from error
 
 
-def read_hub(split: str) -> Iterator[str]:
+def read_hub(split: str) -> Iterator[str | None]:
     """Streams one split ("train" or "validation") of TinyStories: no copy is kept on disk."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one line, not its retries
     print(f"reading {HUB_DATASET} ({split}) from the Hugging Face hub ...", flush=True)
@@ -101,63 +154,148 @@ def read_hub(split: str) -> Iterator[str]:
             "--source sample (made-up stories, no network)") from error
 
 
-def check_source(source: list[str], valid_source: str | None) -> None:
+def check_source(source: list[str], valid_source: str | None, test_source: str | None = None,
+                 ) -> None:
     """Raises UserError for files that are missing or of an unknown kind."""
+    held_out = {"--valid_source": valid_source, "--test_source": test_source}
     if source in (["tinystories"], ["sample"]):
-        require(not valid_source, f"--valid_source goes with local files; {source[0]} brings its "
-                                  "own validation stories")
+        for flag, name in held_out.items():
+            require(not name, f"{flag} goes with local files; {source[0]} brings its own held-out "
+                              "stories")
         return
-    named = [("--source", name) for name in source]
-    if valid_source:
-        named.append(("--valid_source", valid_source))
-    for flag, name in named:
+    for flag, name in local_files(source, valid_source, test_source):
         require(Path(name).is_file(), f"{flag} {name}: no such file; name a file, or use --source "
                                       "tinystories or --source sample")
         require(Path(name).suffix.lower() in READERS,
                 f"{name}: unknown kind of file; use {', '.join(READERS)}")
 
 
-def describe_source(source: list[str], valid_source: str | None = None) -> dict[str, str]:
-    """The `source` and `licence` entries of meta.json."""
-    if source == ["tinystories"]:
-        return {"source": HUB_DATASET, "licence": "CDLA-Sharing-1.0"}
-    if source == ["sample"]:
-        return {"source": "sample (made-up stories, for trying things out)", "licence": "none"}
-    names = source + ([valid_source] if valid_source else [])
-    return {"source": ", ".join(Path(name).name for name in names),
-            "licence": "that of the local files"}
+def local_files(source: list[str], valid_source: str | None = None,
+                test_source: str | None = None) -> list[tuple[str, str]]:
+    """(flag, name) of every file."""
+    return [("--source", name) for name in source] + [
+        (flag, name) for flag, name in (("--valid_source", valid_source),
+                                        ("--test_source", test_source)) if name]
 
 
-def source_bytes(source: list[str], valid_source: str | None) -> int | None:
+def describe_source(source: list[str], valid_source: str | None = None,
+                    test_source: str | None = None) -> dict[str, Any]:
+    """The entries `source`, `licence` and `sources` of meta.json.
+
+    `sources` knows local files by content: a dict of flag, name, bytes and sha256 for each. A file
+    that is not there has None for both; what is no file has only a name.
+    """
+    named = {("tinystories",): (HUB_DATASET, HUB_DATASET, "CDLA-Sharing-1.0"),
+             ("sample",): ("sample", "sample (made-up stories, for trying things out)", "none")}
+    if tuple(source) in named:
+        name, text, licence = named[tuple(source)]
+        return {"source": text, "licence": licence, "sources": [{"flag": "--source", "name": name}]}
+    return describe_files(local_files(source, valid_source, test_source))
+
+
+def describe_files(files: list[tuple[str, str]]) -> dict[str, Any]:
+    """The same for local files, each with the flag that names it."""
+    sources = []
+    for flag, name in files:
+        path = Path(name)
+        found: dict[str, Any] = {"bytes": None, "sha256": None}
+        if path.is_file():
+            found = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        sources.append({"flag": flag, "name": path.name, **found})
+    return {"source": ", ".join(entry["name"] for entry in sources),
+            "licence": "that of the local files", "sources": sources}
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, read in pieces (hashlib.file_digest is not in Python 3.10)."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def other_source(meta: dict, described: dict[str, Any]) -> str | None:
+    """What differs between the sources of a data folder (its meta.json) and those described by
+    `describe_source`, as one phrase; None if they are the same.
+
+    Contents decide: the same file under another name or path is the same source. Folders of
+    before checksums were stored can only be compared by the names of their files.
+    """
+    if "sources" not in meta:
+        return (None if meta["source"] == described["source"] else
+                f"it was prepared from {meta['source']}, not from {described['source']}")
+    old, new = meta["sources"], described["sources"]
+    for entry in new:
+        if "sha256" in entry and entry["sha256"] is None:
+            return (f"it was prepared from {meta['source']}, and {entry['name']}, to compare "
+                    "it with, is not there")
+
+    def content(entry: dict) -> tuple:
+        known = (entry["bytes"], entry["sha256"]) if "sha256" in entry else (entry["name"],)
+        return entry["flag"], *known
+    if list(map(content, old)) == list(map(content, new)):
+        return None
+    differ = [(a, b) for a, b in zip(old, new, strict=False) if content(a) != content(b)]
+    # One file more or less has no partner to be named beside.
+    old, new = ([pair[i] for pair in differ] or side for i, side in enumerate((old, new)))
+    return f"it was prepared from {_name_all(old)}, not from {_name_all(new)}"
+
+
+def _name_all(sources: list[dict]) -> str:
+    return ", ".join(
+        f"{entry['name']} ({entry['bytes']:,} bytes, sha256 {entry['sha256'][:8]}...)"
+        if entry.get("sha256") else entry["name"] for entry in sources)
+
+
+def source_bytes(source: list[str], valid_source: str | None, test_source: str | None = None,
+                 ) -> int | None:
     """Size of the text to come, for a progress bar; None where it is not known before."""
-    paths = [Path(name) for name in source + ([valid_source] if valid_source else [])]
+    paths = [Path(name) for _, name in local_files(source, valid_source, test_source)]
     if all(path.suffix.lower() == ".txt" for path in paths):
         return sum(path.stat().st_size for path in paths)
     return None
 
 
 def read_stories(source: list[str], valid_source: str | None, valid_fraction: float,
-                 max_stories: int | None) -> Iterator[tuple[str, str]]:
-    """Yields ("train" or "val", story) with the white space around each story removed."""
+                 max_stories: int | None, test_source: str | None = None,
+                 test_fraction: float = 0.0) -> Iterator[tuple[str, str | None]]:
+    """Yields ("train", "val" or "test", story) with the white space around each story removed;
+    None for a story that is null.
+
+    `test_fraction` is the share of test stories among the held-out ones; with a `test_source`, or
+    where it is 0, all of those are validation stories.
+    """
+    if test_source:
+        test_fraction = 0.0
+    # The share that is held out of each: of a validation file, everything.
+    parts: list[tuple[Iterator[str | None], float]]
     if source == ["tinystories"]:
-        splits = {"train": read_hub("train"), "val": read_hub("validation")}
+        parts = [(read_hub("train"), 0.0), (read_hub("validation"), 1.0)]
     elif source == ["sample"]:
         from sample_stories import sample_stories
-        splits = {"both": sample_stories(max_stories or 6000)}
+        parts = [(sample_stories(max_stories or 6000), valid_fraction)]
     elif valid_source:
-        splits = {"train": read_files(source), "val": read_files([valid_source])}
+        parts = [(read_files(source), 0.0), (read_files([valid_source]), 1.0)]
     else:
-        splits = {"both": read_files(source)}
-    for split, texts in splits.items():
+        parts = [(read_files(source), valid_fraction)]
+    for texts, held_out in parts:
         for text in islice(texts, max_stories):
-            text = text.strip()
-            if split == "both":
-                yield side_of(text, valid_fraction), text
-            else:
-                yield split, text
+            text = text and text.strip()
+            yield side_of(text or "", held_out, test_fraction), text
+    if test_source:
+        for text in islice(read_files([test_source]), max_stories):
+            yield "test", text and text.strip()
 
 
-def side_of(text: str, valid_fraction: float) -> str:
-    """"train" or "val" by a hash of the text: the same story never lands on both sides."""
+def side_of(text: str, valid_fraction: float, test_fraction: float = 0.0) -> str:
+    """"train", "val" or "test" by a hash of the text: the same story never lands on two sides.
+
+    Two parts of the digest decide, so that which held-out story is for the test does not depend
+    on how many are held out.
+    """
     digest = hashlib.sha256(text.encode()).digest()
-    return "val" if int.from_bytes(digest[:8], "big") < valid_fraction * 2**64 else "train"
+    first, second = (int.from_bytes(digest[i:i + 8], "big") for i in (0, 8))
+    if first >= valid_fraction * 2**64:
+        return "train"
+    return "test" if second < test_fraction * 2**64 else "val"

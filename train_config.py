@@ -3,10 +3,11 @@
 Every field is a flag of the same name and lands in the checkpoint.
 """
 
+from cli import UserError, flag, require
+
 import math
 from dataclasses import dataclass
 
-from cli import UserError, flag, require
 from diffusion import OBJECTIVES, SCHEDULES
 from model import MODEL_CONFIGS, PRECISIONS
 from optimizers import DEFAULT_LR, OPTIMIZERS

@@ -4,11 +4,12 @@ Everything that train.py can set is here too, and lands in the checkpoint; a pre
 defaults of the flags that were not given.
 """
 
+from cli import flag, require
+
 import dataclasses
 import math
 from dataclasses import dataclass
 
-from cli import flag, require
 from data_prep import DataConfig
 from sampler import Sampler
 from train_config import TrainConfig

@@ -14,6 +14,9 @@ on: its learning rate rises again to where the longer decay has it. The presets 
 train_config_long.py.
 """
 
+from cli import UserError, atomic_file, check_writable, lock, parse, preset, require, run
+
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -26,14 +29,13 @@ from pathlib import Path
 import data_prep
 import evaluate
 from autoregressive import tell_stories
-from cli import UserError, atomic_file, check_writable, parse, preset, require, run
-from data_prep import decode, load_meta
+from data_prep import content_hashes, decode, load_meta
 from metrics import MetricsLog, machine
 from model import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
 from parallel import Processes, start_processes
-from sources import describe_source
+from sources import check_source, describe_source, other_source
 from throughput import EnergyMeter
-from train import COMPILE_FROM, Trainer, refuse_changes
+from train import COMPILE_FROM, Trainer, check_same_data, refuse_changes
 from train_config import TrainConfig
 from train_config_long import PRESETS, STAGES, LongConfig
 
@@ -44,9 +46,11 @@ VALIDATION_SHARE, CLOSING_SHARE = 0.04, 0.10
 STAGE_SETTINGS = {"evaluate": {"draws", "evaluate_rows", "compared_stories", "precision"},
                   "samples": {"written_stories", "written_steps", "sample_temperature",
                               "sample_order"}}
+# Where the data lies; what is in it is compared by its hashes.
+PLACES = {"data_dir", "data_source", "valid_source"}
 # What a finished training may be called again with: nothing else would be in the report's figures.
 HARMLESS = {"max_steps", "device", "compile", "fsdp", "wandb", "log_every", "save_every"}.union(
-    *STAGE_SETTINGS.values())
+    PLACES, *STAGE_SETTINGS.values())
 
 
 class LongRun:
@@ -57,6 +61,7 @@ class LongRun:
         self.folder = Path(config.checkpoint_dir)
         self.sessions: list[dict] = []
         self.changed: set[str] = set()  # settings of a run that was here before
+        self.known_data: dict | None = None  # hashes of what it was trained on
         self.config = self.settle(config, given)
         self.config.check()
         self.again = STAGES[STAGES.index(self.config.from_stage or "report"):]
@@ -82,6 +87,7 @@ class LongRun:
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
                 base, self.sessions = stored["settings"], stored["sessions"]
+                self.known_data = stored.get("data")
                 config = LongConfig(**{**base, **{name: getattr(config, name) for name in given}})
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} does not hold a run's settings; name another "
@@ -91,7 +97,7 @@ class LongRun:
             require("preset" not in self.changed, f"--preset {config.preset}: the run in "
                     f"{self.folder} was started with {base['preset']}; name another "
                     "--checkpoint_dir, or give --overwrite")
-            for name in sorted(self.changed):
+            for name in sorted(self.changed - PLACES):
                 self.say(f"--{name} changes from {base.get(name)} to {getattr(config, name)}")
             if "max_steps" in given:
                 config.minutes = 0.0
@@ -114,15 +120,18 @@ class LongRun:
             data_prep.check_config(config.data_config())
             return
         meta = load_meta(path)
-        wanted = describe_source(config.data_source, config.valid_source)["source"]
+        other = None
+        if "data" in self.again or given & {"data_source", "valid_source"}:
+            check_source(config.data_source, config.valid_source)
+            other = other_source(meta, describe_source(config.data_source, config.valid_source))
         if "data" in self.again:
-            require(meta["source"] == wanted or path.parent == self.folder,
-                    f"--from_stage data would replace {path}, prepared from {meta['source']}, by "
-                    f"{wanted}: name another --data_dir")
+            require(not other or path.parent == self.folder, f"--from_stage data would replace "
+                    f"{path}, but {other}: name another --data_dir")
             return
         mend = "name another --data_dir, or give --from_stage data to prepare it again"
-        require(not given & {"data_source", "valid_source"} or meta["source"] == wanted,
-                f"{path} was prepared from {meta['source']}, not from {wanted}: {mend}")
+        require(not other, f"{path}: {other}: {mend}")
+        if "train" not in self.again and self.known_data:
+            check_same_data(self.known_data, config, meta)
         different = {name for name in given & {"vocab_size", "seq_len"}
                      if meta["config"][name] != getattr(config, name)}
         require(not different, f"{path} was prepared with another "
@@ -134,13 +143,24 @@ class LongRun:
             with atomic_file(self.folder / "settings.json", "w") as file:
                 kept = dataclasses.replace(self.config, from_stage=None, skip_data_prep=False,
                                            overwrite=False, resume=False)
-                json.dump({"settings": dataclasses.asdict(kept), "sessions": self.sessions}, file,
-                          indent=1)
+                json.dump({"settings": dataclasses.asdict(kept), "sessions": self.sessions,
+                           "data": self.known_data}, file, indent=1)
 
     # ---- stages ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        check_writable(self.folder, "--checkpoint_dir")
+        with contextlib.ExitStack() as held:
+            def take_folder() -> None:
+                check_writable(self.folder, "--checkpoint_dir")
+                if not self.folder.exists():
+                    self.folder.mkdir(parents=True)
+                    held.callback(remove_if_empty, self.folder)
+                held.enter_context(lock(self.folder, "--checkpoint_dir"))
+
+            self.processes.agree(take_folder)
+            self.run_stages()
+
+    def run_stages(self) -> None:
         for stage in STAGES:
             alone = STAGES.index(stage) > STAGES.index("train")
             if alone and not self.processes.main:
@@ -210,11 +230,12 @@ class LongRun:
         else:
             self.sessions = []
         trainer = Trainer(settings, checkpoint, processes)
+        self.known_data = content_hashes(trainer.meta)
         self.store_settings()
         before = trainer.seconds
         with EnergyMeter(trainer.device) as energy:
             try:
-                trainer.run()
+                trainer.run(locked=True)
             finally:
                 self.sessions.append({
                     "command": shlex.join(sys.argv),
@@ -291,6 +312,11 @@ class LongRun:
         with atomic_file(self.folder / "report.md", "w") as file:
             file.write(text)
         print(f"\n{text}\nwrote {self.folder / 'report.md'}")
+
+
+def remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, evaluation: dict,

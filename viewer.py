@@ -8,13 +8,14 @@
 The page is viewer.html with the story's data in it: one file, no network.
 """
 
+from cli import atomic_file
+
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cli import atomic_file
 from data_prep import BOS, EOS, MASK, PAD
 from sampler import State
 

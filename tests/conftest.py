@@ -1,5 +1,7 @@
 """Shared fixtures: a small data folder, a small checkpoint, a network that can be enumerated."""
 
+import cli
+
 import dataclasses
 import itertools
 import sys
@@ -11,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import cli
 import export_jetson
 import model as model_module
 import prep_conditional_data
@@ -43,9 +44,9 @@ def data_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def long_data_dir(tmp_path_factory) -> Path:
-    """The same with rows long enough for whole stories."""
+    """The same with rows long enough for whole stories, and no test split."""
     return made_up_data(tmp_path_factory.mktemp("shared") / "data", max_stories=120,
-                        vocab_size=400, seq_len=256, valid_fraction=0.2)
+                        vocab_size=400, seq_len=256, valid_fraction=0.2, test_fraction=0.0)
 
 
 @pytest.fixture(autouse=True)

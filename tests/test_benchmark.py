@@ -1,15 +1,21 @@
 import json
+import os
+import time
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT, chi_squared_p
 
 import benchmark
 from benchmark import (
     SampleBenchmark,
     Textbook,
     TrainBenchmark,
+    compiled_textbook_step,
     main,
     own_step,
+    sensible_sampling,
     textbook_sampling,
     textbook_step,
 )
@@ -37,8 +43,58 @@ def test_train_prints_and_writes_paired_figures(tmp_path, capsys):
     pairs = [a / b for a, b in zip(*(result["seconds"][arm] for arm in ("textbook", "eager")),
                                    strict=True)]
     assert arms["eager"]["speedup"] == pytest.approx(sum(pairs) / 2)
+    # the one baseline that ran is the strongest
+    assert result["strongest_baseline"] == "textbook"
+    assert arms["eager"]["speedup_over_strongest"] == arms["eager"]["speedup"]
     assert arms["eager"]["mfu"] == pytest.approx(
         result["step_flops"] / arms["eager"]["seconds"] / result["peak_flops"])
+
+
+class Timed(TrainBenchmark):
+    """Arms that take as long as they say."""
+
+    BASELINES, SECONDS = ("slow", "quick"), {"slow": 0.06, "quick": 0.02, "own": 0.01}
+
+    def make(self, arm, device):
+        return lambda: time.sleep(self.SECONDS[arm]) or {"tokens": 1}
+
+    def describe(self, peak, arms):
+        return {"what": "sleep"}
+
+
+def test_the_headline_is_against_the_strongest_baseline(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "peak_flops", lambda *_, **__: 1e12)
+    result = benchmark.run_benchmark(Timed(arms=["slow", "quick", "own"], device="cpu", repeats=3,
+                                           precision="fp32", memory=False))
+    assert result["strongest_baseline"] == "quick"
+    speedups = {arm: row["speedup_over_strongest"] for arm, row in result["arms"].items()}
+    assert speedups["quick"] == 1 and speedups["slow"] < 0.6 and 1.2 < speedups["own"] < 2.5
+    benchmark.report(result)
+    text = capsys.readouterr().out
+    assert (f"strongest baseline here, quick: slow {speedups['slow']:.2f}, own "
+            f"{speedups['own']:.2f}\n") in text
+
+
+def test_the_textbook_steps_are_the_same_step(monkeypatch):
+    """Otherwise the strong baselines would be strong by doing something else."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # which takes its time
+    config = TrainBenchmark(model_config="tiny", batch=4, seq_len=16, vocab_size=50, device="cpu",
+                            precision="fp32")
+    losses = {}
+    for name, make in (("plain", textbook_step), ("compiled", compiled_textbook_step),
+                       ("bf16", lambda *given: textbook_step(*given, bf16=True))):
+        with pytest.MonkeyPatch.context() as patch:
+            seen = losses[name] = []
+            real = torch.Tensor.backward
+            patch.setattr(torch.Tensor, "backward", lambda tensor, *rest, seen=seen, real=real: (
+                seen.append(tensor.item()), real(tensor, *rest))[1])
+            step = make(config, torch.device("cpu"))
+            for _ in range(8):
+                step()
+    del losses["compiled"][0]  # the call that compiles it; nothing was learned from that
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.05)
+    assert losses["bf16"] != losses["plain"] and losses["plain"][-1] < losses["plain"][0]
 
 
 def test_both_arms_learn_the_batch(monkeypatch):
@@ -71,6 +127,13 @@ def test_sample_prints_and_writes_paired_figures(tmp_path, capsys, checkpoint):
         assert row["evaluations"] == 3 and row["tokens"] == 28
         assert row["tokens_per_cpu_second"] == pytest.approx(28 / row["cpu_seconds"])
         assert row["peak_memory_bytes"] > 2**27
+    assert set(arms) == {"sensible", "textbook", "own"} and "x strongest" in text
+    # peers are named with what was measured, by whom and where; the figures are those of the file
+    peers = json.loads((ROOT / "bench" / "peers.json").read_text())
+    own, *others = peers["figures"].values()
+    assert peers["by"] in text and peers["machine"] in text and len(others) == 4
+    for name, figure in list(peers["figures"].items())[1:]:
+        assert f"{name} {figure:g} (this project is {own / figure:.2f} times as fast)" in text
     # an adaptive pace needs fewer evaluations where the network is sure
     main(["sample", "--checkpoint", str(checkpoint), "--pace", "threshold", "--threshold", "0.001",
           "--repeats", "1", "--no-memory", "--seq_len", "20", "--device", "cpu", "--json",
@@ -87,6 +150,43 @@ def test_the_textbook_sampler_asks_for_every_logit_in_every_step(table_model):
     config = SampleBenchmark(steps=2)
     assert textbook_sampling(config, table_model, rows)() == {"evaluations": 2, "tokens": 6000}
     assert len(seen) == 2 and seen[0].shape == (3000, 5, 7)
+
+
+def test_the_sensible_sampler_draws_from_the_same_distribution(table_model):
+    """One step over rows with two hidden positions: each token by its probability; and logits are
+    asked for at hidden positions alone."""
+    count = 6000
+    rows = torch.tensor([[BOS, MASK, 5, MASK, EOS]] * count)
+    asked, drawn = [], []
+    real = table_model.head
+    table_model.head = lambda hidden: asked.append(hidden.shape) or real(hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        real_where = torch.where
+        patch.setattr(torch, "where", lambda condition, new, old: (
+            drawn.append(new), real_where(condition, new, old))[1])
+        figures = sensible_sampling(SampleBenchmark(steps=1), table_model, rows)()
+    assert figures == {"evaluations": 1, "tokens": 2 * count} and asked == [(2 * count, 7)]
+    expected = table_model.probabilities((MASK, 5, MASK))[[0, 2]]
+    for place in range(2):
+        observed = np.bincount(drawn[-1][place::2].numpy(), minlength=7)[4:]
+        assert chi_squared_p(observed.astype(float), expected[place] * count) > 0.001
+    table_model.head = lambda hidden: asked.append(len(hidden)) or real(hidden)
+    asked.clear()
+    sensible_sampling(SampleBenchmark(steps=4), table_model, rows)()
+    assert asked[0] == 2 * count and asked == sorted(asked, reverse=True)
+    assert asked[1] == pytest.approx(1.5 * count, rel=0.05)  # a quarter was due
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(benchmark, "run_benchmark", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    before = sorted(tmp_path.iterdir())
+    for name in ("file/x.json", "file/deeper/x.json", "link/x.json", ".", "n" * 300 + ".json"):
+        fails(main, "train", "--json", tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_textbook_model_is_of_the_same_size():

@@ -31,6 +31,7 @@ def test_every_graph_is_timed_and_what_was_not_measured_is_said(measured):
             assert story["seconds"] >= int(nfe) * 0.3 * arm["step_seconds"]
             assert story["tokens_per_second"] == pytest.approx(20 / story["seconds"])
             assert story["joules"] is None
+    assert result["judged_on"] == "val" and "a story, NELBO of val rows\n" in text
     assert "TensorRT and the Jetson were not measured" in text and "not measured |" in text
 
 
@@ -95,3 +96,16 @@ def test_mistakes(words, message, bundle, fails, tmp_path, monkeypatch):
                                                if "--power" in words else [])]
     assert message in fails(main, *words)
     assert not (tmp_path / "device_benchmark.json").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+def test_outputs_that_cannot_be_written_are_found_before_the_work(bundle, tmp_path, fails,
+                                                                  monkeypatch):
+    monkeypatch.setattr(benchmark_device, "measure", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "x.png").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for name in ("file/x.json", "link/x.json", ".", "x.json", "y.png", "n" * 300 + ".json"):
+        fails(main, "device", "--bundle", bundle, "--output", tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before

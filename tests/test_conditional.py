@@ -1,5 +1,7 @@
 """The model with a condition: network, guidance, stages of training, generation."""
 
+from cli import Stopped
+
 import dataclasses
 import json
 from pathlib import Path
@@ -15,7 +17,6 @@ import generate
 import model as model_module
 import prep_conditional_data
 import train
-from cli import Stopped
 from data_prep import BOS, EOS, MASK, PAD
 from diffusion import Corrupted, DiscreteDiffusion, numpy_step, weighted_loss
 from model import (

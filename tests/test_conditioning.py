@@ -7,6 +7,7 @@ import torch
 from test_conditional import small_conditional
 
 import conditioning
+import quality
 from autoregressive import Autoregressive
 from conditioning import Pairs, bounds, gain, names_and_nouns, taken_up
 from data_prep import BOS, EOS, TokenRows, decode
@@ -94,6 +95,32 @@ def test_the_twin_is_scored_exactly_behind_a_prompt(pairs, twin):
     assert bound.row_nats()[1].tolist() == [len(text) - 2 for text in pairs.texts]
 
 
+def test_the_twin_is_scored_exactly_without_a_condition(pairs, twin):
+    """-log p of the text alone, its [EOS] counted as in the arms behind a prompt."""
+    model = model_from_checkpoint(load_checkpoint(twin, kind="autoregressive"))
+    pairs = pairs.some(range(3))
+    bound = conditioning.text_bound(Autoregressive(), model, pairs, 1, 0)
+    behind = conditioning.prompted_bound(model, pairs, 1, 0, exact=True)
+    for i, text in enumerate(pairs.texts):
+        tokens = torch.from_numpy(text)[None]
+        log_p = model(torch.nn.functional.pad(tokens[:, :-1], (1, 0))).detach().log_softmax(-1)[0]
+        nats = -sum(float(log_p[j, text[j]]) for j in range(1, len(text)))
+        assert text[-1] == EOS and bound.row_nats()[0][i] == pytest.approx(nats, rel=1e-4)
+    assert np.array_equal(bound.row_nats()[1], behind.row_nats()[1])
+    assert np.array_equal(np.unique(bound.row), np.unique(behind.row))
+
+
+def test_perplexity_behind_a_condition_counts_the_end(pairs, twin, checkpoint):
+    """As that of stories without one does: one definition under one name."""
+    model = model_from_checkpoint(load_checkpoint(twin, kind="autoregressive"))
+    tokenizer = tokenizer_from_checkpoint(load_checkpoint(checkpoint))
+    pairs = pairs.some(range(3))
+    nats, tokens = conditioning.prompted_bound(model, pairs, 1, 0, exact=True).row_nats()
+    figures = conditioning.figures(pairs.texts, pairs, tokenizer, set(), model)
+    assert figures["generative_perplexity"] == pytest.approx(
+        math.exp(nats.sum() / (tokens + 1).sum()), rel=1e-4)
+
+
 def test_the_prompted_arm_hides_the_text_alone(pairs):
     hidden = []
 
@@ -142,6 +169,24 @@ def test_the_evaluation_of_a_conditional_model(conditional_checkpoint, checkpoin
     for name, true in conditioning.OWN.items():
         arm, base = result["likelihood"][name], result["likelihood"][true]
         assert arm["gain"] == pytest.approx(arm["nats_per_token"] - base["nats_per_token"])
+    # each reader with its own, another's and no condition, and both gains, in file and table
+    assert list(result["readers"]) == ["cross-attention", "plain prompt", "prompt to the twin"]
+    for reader, figures in result["readers"].items():
+        own, another, none = (result["likelihood"][arm] for arm in conditioning.READERS[reader])
+        for name, arm in (("own", own), ("another", another), ("none", none)):
+            assert figures[name] == arm["nats_per_token"]
+            if name != "own":
+                assert figures[f"gain_over_{name}"] == pytest.approx(
+                    arm["nats_per_token"] - own["nats_per_token"])
+                assert figures[f"gain_over_{name}_standard_error"] == arm["gain_standard_error"] > 0
+        line = next(line for line in text.splitlines() if line.startswith(f"| {reader} |"))
+        assert line.count("±") == 5 and f"{figures['gain_over_none']:.3f}" in line
+    way = result["better_way"]
+    assert result["readers"][way["way"]]["own"] < result["readers"][way["than"]]["own"]
+    assert f"to tell the model a condition: {way['way']}" in text and way["by"] > 0
+    for line in result["generation"].values():
+        assert 0 <= line["train_overlap_16"] <= line["train_overlap_8"] <= 1
+    assert result["generative_perplexity_is"] == quality.PERPLEXITY
     real = result["generation"]["real texts"]
     assert real["bleu"] == pytest.approx(100) and real["chrf"] == pytest.approx(100)
     assert 0.3 < real["take_up"] <= 1 and 1 < real["generative_perplexity"] < math.inf
@@ -153,6 +198,10 @@ def test_the_evaluation_of_a_conditional_model(conditional_checkpoint, checkpoin
           "0", "--draws", "2", "--max_rows", "12", "--precision", "fp32"])
     again = json.loads(target.read_text())
     assert again["generation"] == {}
+    # without --plain the prompt is read by the model itself, whose decoder is the plain model
+    assert again["likelihood"]["no condition, plain"]["nats_per_token"] == (
+        again["likelihood"]["no condition"]["nats_per_token"])
+    assert list(again["readers"]) == ["cross-attention", "plain prompt"]
     assert again["likelihood"]["as a prompt"] == pytest.approx(result["likelihood"]["as a prompt"])
 
 

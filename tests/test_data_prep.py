@@ -1,19 +1,26 @@
+import cli
+from cli import UserError
+
 import errno
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import cli
 import data_prep
 import sources
-from cli import UserError
 from data_prep import (
     BOS,
     EOS,
@@ -43,7 +50,7 @@ HOSTILE = [
 ]
 
 
-def write_corpus(path: Path, texts: list[str]) -> Path:
+def write_corpus(path: Path, texts: list) -> Path:
     if path.suffix == ".txt":
         path.write_bytes("".join(f"{text}\n<|endoftext|>\n" for text in texts).encode())
     elif path.suffix == ".jsonl":
@@ -76,7 +83,8 @@ def test_every_story_decodes_to_its_source(tmp_path, suffix):
     train = write_corpus(tmp_path / f"train{suffix}", HOSTILE)
     valid = write_corpus(tmp_path / f"valid{suffix}", ["", HOSTILE[1], "   "])
     meta = prepare(DataConfig(source=[str(train)], valid_source=str(valid), seq_len=64,
-                              data_dir=str(tmp_path / "data"), vocab_size=300, num_workers=2))
+                              data_dir=str(tmp_path / "data"), vocab_size=300, num_workers=2,
+                              test_fraction=0))
     assert stored_texts(tmp_path / "data", "train") == [text.strip() for text in HOSTILE]
     assert stored_texts(tmp_path / "data", "val") == [HOSTILE[1]]
     assert meta["dropped_empty"] == 2
@@ -96,11 +104,89 @@ def test_split_is_by_text_and_max_stories_holds(tmp_path):
     texts = [f"story number {i % 50}" for i in range(200)]
     path = write_corpus(tmp_path / "a.jsonl", texts)
     config = DataConfig(source=[str(path)], data_dir=str(tmp_path / "data"), vocab_size=270,
-                        seq_len=32, valid_fraction=0.3, max_stories=150)
+                        seq_len=32, valid_fraction=0.3, max_stories=150, test_fraction=0)
     meta = prepare(config)
     train, valid = (set(stored_texts(tmp_path / "data", split)) for split in ("train", "val"))
     assert not train & valid and len(train | valid) == 50
     assert sum(meta["splits"][split]["stories"] for split in ("train", "val")) == 150
+
+
+def test_held_out_stories_are_divided_into_validation_and_test(tmp_path):
+    texts = [f"story number {i % 100}" for i in range(400)]
+    path = write_corpus(tmp_path / "a.jsonl", texts)
+    found = {}
+    for fraction in (None, 0.25, 0):
+        config = DataConfig(source=[str(path)], data_dir=str(tmp_path / str(fraction)),
+                            vocab_size=270, seq_len=32, valid_fraction=0.4, test_fraction=fraction)
+        splits = prepare(config)["splits"]
+        assert splits.keys() == {"train", "val", *(["test"] if fraction != 0 else [])}
+        found[fraction] = {split: stored_texts(Path(config.data_dir), split) for split in splits}
+        assert sorted(sum(found[fraction].values(), [])) == sorted(texts)
+        assert sum(len(set(part)) for part in found[fraction].values()) == 100
+    # what is held out does not depend on how it is divided
+    assert all(part["train"] == found[0]["train"] for part in found.values())
+    assert len(found[0.25]["test"]) < len(found[0.25]["val"])
+    assert 0.3 < len(found[None]["test"]) / len(found[0]["val"]) < 0.7
+
+
+def test_which_story_is_for_the_test_does_not_hang_on_the_share_held_out():
+    texts = [f"story {i}" for i in range(4000)]
+    few = {text for text in texts if sources.side_of(text, 0.1, 0.5) == "test"}
+    many = {text for text in texts if sources.side_of(text, 0.5, 0.5) == "test"}
+    assert few < many and 150 < len(few) < 250 and 900 < len(many) < 1100
+
+
+def test_a_validation_file_is_divided_and_a_test_file_is_not(tmp_path, fails):
+    files = {name: write_corpus(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(40)])
+             for name in ("train", "valid", "test")}
+    argv = ["--source", files["train"], "--valid_source", files["valid"], "--vocab_size", "270",
+            "--seq_len", "32", "--data_dir", tmp_path / "data"]
+    main([*map(str, argv), "--test_fraction", "0.5"])
+    found = {split: stored_texts(tmp_path / "data", split) for split in ("train", "val", "test")}
+    assert found["train"] == [f"train {i}" for i in range(40)]
+    assert sorted(found["val"] + found["test"]) == sorted(f"valid {i}" for i in range(40))
+    assert 10 < len(found["val"]) < 30
+    argv += ["--overwrite", "--test_source", files["test"]]
+    main([*map(str, argv)])
+    assert stored_texts(tmp_path / "data", "test") == [f"test {i}" for i in range(40)]
+    assert len(stored_texts(tmp_path / "data", "val")) == 40
+    assert "leave out --test_fraction" in fails(main, *argv, "--test_fraction", "0.5")
+    files["test"].write_text("\n")
+    assert "no test stories" in fails(main, *argv)
+
+
+def test_too_few_held_out_stories_have_no_test_split(tmp_path, fails, capsys):
+    path = write_corpus(tmp_path / "train.txt", HOSTILE)
+    for text in ("one", "two", "three", "four"):  # on either side of the hash
+        valid = write_corpus(tmp_path / "valid.txt", [text])
+        argv = ["--source", path, "--valid_source", valid, "--vocab_size", "270", "--data_dir",
+                tmp_path / "data", "--overwrite"]
+        main([*map(str, argv)])
+        said = capsys.readouterr().out
+        assert said.count("no test split: 1 held-out") == 1 and "--test_fraction 0" in said
+        assert stored_texts(tmp_path / "data", "val") == [text]
+        with pytest.raises(UserError, match="prepare the data again with --test_fraction"):
+            TokenRows(tmp_path / "data", "test")
+    valid = write_corpus(tmp_path / "valid.txt", ["one"])
+    assert "--test_fraction" in fails(main, *argv, "--test_fraction", "0.001")  # was asked for
+    assert "lower --test_fraction" in fails(main, *argv, "--test_fraction", "0.999")
+    main([*map(str, argv), "--test_fraction", "0"])
+    assert "no test split" not in capsys.readouterr().out
+
+
+def test_content_hashes_know_the_rows_and_nothing_else(tmp_path):
+    def hashes(name, **settings):
+        return data_prep.content_hashes(prepare(DataConfig(
+            source=["sample"], data_dir=str(tmp_path / name), seq_len=64,
+            **{"vocab_size": 300, "max_stories": 200, **settings})))
+    first = hashes("a")
+    assert first.keys() == {"tokenizer", "train", "val", "test"} and len(set(first.values())) == 4
+    assert hashes("b", num_workers=1) == first
+    assert hashes("c", test_fraction=0) == {
+        **{key: first[key] for key in ("tokenizer", "train")}, "val": hashes("c2", test_fraction=0)[
+            "val"]}
+    assert hashes("d", vocab_size=301)["tokenizer"] != first["tokenizer"]
+    assert hashes("e", max_stories=199)["train"] != first["train"]
 
 
 def test_long_stories_become_rows_of_nearly_equal_length():
@@ -149,7 +235,7 @@ def test_hub_stories_stream_through_datasets(tmp_path, monkeypatch):
         return real("parquet", data_files={split: files[split]}, split=split, streaming=True)
     monkeypatch.setattr(datasets, "load_dataset", load)
     meta = prepare(DataConfig(data_dir=str(tmp_path / "data"), vocab_size=270, seq_len=32,
-                              max_stories=30))
+                              max_stories=30, test_fraction=0))
     assert stored_texts(tmp_path / "data", "train") == [f"train story {i}" for i in range(30)]
     assert stored_texts(tmp_path / "data", "val")[0] == "validation story 0"
     assert meta["licence"] == "CDLA-Sharing-1.0"
@@ -168,13 +254,124 @@ def test_no_network_names_the_other_sources(tmp_path, monkeypatch, fails):
 
 def test_command_line_reports(tmp_path, capsys):
     main(["--source", "sample", "--max_stories", "200", "--vocab_size", "300", "--data_dir",
-          str(tmp_path / "data")])
+          str(tmp_path / "data"), "--test_fraction", "0"])
     text = capsys.readouterr().out
     meta = load_meta(tmp_path / "data")
     counts = meta["splits"]["train"]
     assert f"train: {counts['stories']:,} stories, {counts['rows']:,} rows" in text
     assert sum(meta["splits"][s]["stories"] for s in ("train", "val")) == 200
     assert "wrote" in text and meta["vocab_size"] == 300
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_null_stories_are_dropped_and_counted(tmp_path, suffix, capsys):
+    path = write_corpus(tmp_path / f"a{suffix}", [None, "", *HOSTILE, None, " ", None])
+    main(["--source", str(path), "--valid_source", str(path), "--vocab_size", "270", "--data_dir",
+          str(tmp_path / "data")])
+    meta = load_meta(tmp_path / "data")
+    assert (meta["dropped_null"], meta["dropped_empty"]) == (6, 4)
+    said = capsys.readouterr().out
+    assert "6 dropped: the story is null" in said and "4 dropped: the story is empty" in said
+    assert stored_texts(tmp_path / "data", "train") == [text.strip() for text in HOSTILE]
+
+
+def test_null_stories_of_the_hub_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "read_hub", lambda split: iter([None, *HOSTILE]))
+    assert prepare(DataConfig(data_dir=str(tmp_path / "data"), vocab_size=270))["dropped_null"] == 2
+
+
+# ---- the vocabulary ------------------------------------------------------------------------------
+
+def test_the_vocabulary_of_ordinary_text_is_that_of_the_plain_algorithm():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    texts = list(sample_stories(300))
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    plain.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=data_prep.SPECIAL_TOKENS, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    assert train_tokenizer(texts, 500).to_str() == plain.to_str()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.sampled_from("aé🙂 \n\u3000"), max_size=30)), st.integers(1, 12))
+def test_only_long_words_are_cut(parts, longest):
+    text = "".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_prep, "LONGEST_WORD", longest)
+        pieces = list(data_prep.cut_long_words(text))
+    assert "".join(pieces) == text
+    runs = re.findall(r"\S+|\s+", text)
+    if all(len(run) < longest for run in runs):
+        assert pieces == [text]
+    assert all(len(run) <= longest for piece in pieces for run in re.findall(r"\S+|\s+", piece))
+
+
+@pytest.mark.parametrize("text", ["a" * 500_000, "a b" + " " * 500_000 + "c", "é\n" * 200_000,
+                                  "".join(map(str, range(90_000)))])
+def test_one_very_long_word(text):
+    started = time.process_time()
+    tokenizer = train_tokenizer([text], 1000)
+    ids = [i for *_, ids in data_prep.tokenize_batches([("train", text)], tokenizer) for i in ids]
+    assert decode(tokenizer, ids) == text
+    assert time.process_time() - started < 10  # uncut, the first took minutes
+
+
+def test_an_error_in_the_texts_ends_the_learning():
+    def texts():
+        yield from ["some text"] * 10
+        raise UserError("a bad line")
+    before = threading.active_count()
+    with pytest.raises(UserError, match="a bad line"):
+        train_tokenizer(texts(), 300)
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_an_error_in_the_tokenizer_is_heard():
+    with pytest.raises(TypeError):  # not a wait without an end
+        train_tokenizer(iter([b"x" * 1000] * 10_000), 300)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to one process")
+@pytest.mark.parametrize("what", ["learning", "tokenizing"])
+def test_ctrl_c_is_heard_inside_the_tokenizer(what, tmp_path):
+    # One word that keeps the tokenizer's own code busy for many seconds.
+    code = ("import sys, cli, data_prep\nfrom tokenizers import Tokenizer\n"
+            "data_prep.LONGEST_WORD = 10**9\n"
+            f"if {what == 'tokenizing'}:\n"
+            "    real = data_prep.train_tokenizer\n"
+            "    data_prep.train_tokenizer = lambda texts, size: real(['ab'], size)\n"
+            "    data_prep.without_null_and_empty = lambda *_: iter(\n"
+            "        [('train', 'ab' * 200_000_000)])\n"
+            "class Told(data_prep.Background):\n"
+            "    def result(self):\n"
+            "        print('busy', flush=True)\n"
+            "        return super().result()\n"
+            "data_prep.Background = Told\n"
+            "cli.run(data_prep.main)\n")
+    path = write_corpus(tmp_path / "a.jsonl", ["ab" * 150_000])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--source", str(path), "--valid_fraction", "0.000001",
+         "--data_dir", str(tmp_path / "data")],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(2 if what == "tokenizing" else 1):
+            assert process.stdout.readline() == "busy\n"
+        time.sleep(0.5)
+        assert process.poll() is None
+        started = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert time.perf_counter() - started < 5
+    finally:
+        process.kill()
+    assert (process.returncode, error) == (130, "error: interrupted\n")
+    assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -194,6 +391,45 @@ def test_bad_files_are_named(name, tmp_path, fails):
     path.write_bytes(BAD_FILES[name])
     assert name in fails(main, "--source", path, "--data_dir", tmp_path / "data")
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("one story, a long one", "has no <|endoftext|>, which must stand after every story"),
+    ("one\n\ntwo\n\nthree\n", "after every story, but a blank line 2 times"),
+    ("one\n---\ntwo\n---\nthree\n", "but a line like --- 2 times"),
+    ("one\r\n* * *\r\ntwo\r\n* * *\r\n", "but a line like * * * 2 times"),
+    ("one</s>two", "but </s> 1 times"),
+    ("one\n</s>\ntwo\n</s>\n", "no <|endoftext|> in it, but </s> 2 times"),
+    ("one<|end_of_text|>two<|end_of_text|>", "but <|end_of_text|> 2 times"),
+    ("one\n<endoftext>\ntwo\n<endoftext>\n", "but <endoftext> 2 times"),
+    ("one\n<|endofstory|>\ntwo\n<|endofstory|>\n", "but <|endofstory|> 2 times"),
+    ("one <|EndOfText|> two <|EndOfText|>", "but <|EndOfText|> 2 times"),
+    ("one [EOS] two [EOS]", "but [EOS] 2 times"),
+    ("one two </s>\n" * 100_000, "in 1,048,576 characters, but </s> 8"),
+    ("one two.\n\n" * 150_000, "in 1,048,576 characters, but a blank line 10"),
+    ("the same\n<|endoftext|>\n" * 5, "5 stories of the same text cannot be divided")])
+def test_one_story_alone_is_told_why(content, message, tmp_path, fails):
+    path = tmp_path / "a.txt"
+    path.write_text(content, newline="")
+    for fraction in (0.05, 0.999):  # the advice of one must not lead to the other
+        error = fails(main, "--source", path, "--data_dir", tmp_path / "data", "--valid_fraction",
+                      fraction)
+        assert message in error and "--valid_fraction" not in error
+
+
+def test_all_stories_held_out(tmp_path, fails):
+    path = write_corpus(tmp_path / "a.txt", HOSTILE)
+    assert "all 10 are held out; lower --valid_fraction" in fails(
+        main, "--source", path, "--valid_fraction", "0.9999", "--data_dir", tmp_path / "data")
+
+
+def test_two_files_without_separators_are_told_of(tmp_path, capsys):
+    for name in ("train.txt", "valid.txt"):
+        (tmp_path / name).write_text("One.\n\nTwo.\n\nThree.\n")
+    main(["--source", str(tmp_path / "train.txt"), "--valid_source", str(tmp_path / "valid.txt"),
+          "--data_dir", str(tmp_path / "data"), "--vocab_size", "270"])
+    assert "read as one story: " in (said := capsys.readouterr().out)
+    assert "train.txt has no <|endoftext|>" in said and "a blank line 2 times" in said
 
 
 @pytest.mark.parametrize("column, values", [("story", ["a"]), ("text", [1, 2])])

@@ -1,3 +1,5 @@
+from cli import UserError
+
 import itertools
 import math
 from collections import Counter
@@ -9,7 +11,6 @@ from conftest import TableModel, all_rows, chi_squared_p
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion as module
-from cli import UserError
 from data_prep import BOS, EOS, MASK, PAD, pad_rows
 from diffusion import (
     SCHEDULES,
@@ -19,9 +20,10 @@ from diffusion import (
     draw,
     draw_exactly,
     keep_likeliest,
+    numpy_choice,
     numpy_step,
 )
-from sampler import ADAPTIVE_PACES, ORDERS, PACES, REMASKS, Sampler, plan, unmask
+from sampler import ADAPTIVE_PACES, ORDERS, PACES, REMASKS, Sampler, plan, unmask, unmask_rows
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -517,6 +519,101 @@ def test_fp16_never_draws_a_special_token_however_hot(network):
     assert (last.tokens > EOS).all()
 
 
+# ---- places at which only some tokens are allowed ------------------------------------------------
+
+def one_of(*letters: int) -> np.ndarray:
+    return np.isin(np.arange(7), letters)
+
+
+def order_probability(model: TableModel, row: tuple, order: tuple) -> float:
+    """Of uncovering `row` in this order, one token at a time."""
+    now, p = [MASK] * 3, 1.0
+    for i in order:
+        p *= model.probabilities(tuple(now))[i, row[i] - 4]
+        now[i] = row[i]
+    return p
+
+
+def sample_limited(model, sampler, limits: list, count=8000, seed=11) -> np.ndarray:
+    rows = [np.array([BOS, MASK, MASK, MASK, EOS])] * count
+    filled = {}
+    for part, state in unmask_rows(numpy_step(model, sampler), rows, sampler, seed, 5000,
+                                   numpy_choice(model, sampler), [limits] * count):
+        filled |= zip(part, state.tokens[:, :5], strict=True)
+    return np.array([filled[i] for i in range(count)])
+
+
+def counted(tokens: np.ndarray) -> np.ndarray:
+    return np.bincount((tokens[:, 1:4] - 4) @ [9, 3, 1], minlength=27)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("letters", [(4, 6), (5,)], ids=str)
+def test_a_limited_place_conditions_the_model_on_it(table_model, place, letters):
+    """Enumerated: the joint of the orders that begin with the place, given what it holds."""
+    tokens = sample_limited(table_model, made("random", "linear", 3),
+                            [(place + 1, one_of(*letters))])
+    orders = [order for order in itertools.permutations(range(3)) if order[0] == place]
+    expected = np.array([sum(order_probability(table_model, row, order) for order in orders)
+                         * (row[place] in letters) for row in all_rows()])
+    observed = counted(tokens)
+    assert not observed[expected == 0].any()
+    assert chi_squared_p(observed, expected / expected.sum() * len(tokens)) > 0.001
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.6), dict(top_k=1), dict(top_p=0.6),
+                                     dict(temperature=1.5, top_k=2, top_p=0.8)], ids=str)
+def test_a_limited_place_is_drawn_as_the_sampler_says(table_model, options):
+    """Temperature, top_k and top_p apply to what is allowed: the likeliest letter is not."""
+    first = table_model.probabilities((MASK,) * 3)[1]
+    allowed = np.arange(3) != first.argmax()
+    sampler = made("random", "linear", 3, **options)
+    tokens = sample_limited(table_model, sampler, [(2, one_of(*(np.flatnonzero(allowed) + 4)))])
+    restricted = np.where(allowed, first, 0.0)
+    chance = transformed(restricted / restricted.sum(), sampler)
+    expected = np.zeros(27)
+    for letter in np.flatnonzero(chance):
+        for row, p in enumerated_samples(table_model, sampler,
+                                         (MASK, int(letter) + 4, MASK)).items():
+            expected[(np.array(row) - 4) @ [9, 3, 1]] += chance[letter] * p * len(tokens)
+    observed = counted(tokens)
+    assert not observed[expected == 0].any() and chi_squared_p(observed, expected) > 0.001
+
+
+def test_limited_places_follow_each_other_from_the_left(table_model):
+    limits = [(1, one_of(4, 5)), (3, one_of(5, 6))]
+    tokens = sample_limited(table_model, made("random", "linear", 3), limits)
+    expected = np.zeros(27)
+    first = table_model.probabilities((MASK,) * 3)[0]
+    for a in (4, 5):
+        third = table_model.probabilities((a, MASK, MASK))[2]
+        for c in (5, 6):
+            second = table_model.probabilities((a, MASK, c))[1]
+            for b in (4, 5, 6):
+                expected[(a - 4) * 9 + (b - 4) * 3 + c - 4] = (
+                    first[a - 4] / first[:2].sum() * third[c - 4] / third[1:].sum()
+                    * second[b - 4] * len(tokens))
+    assert chi_squared_p(counted(tokens), expected) > 0.001
+
+
+def test_limited_places_cost_an_evaluation_each_and_are_shown(table_model):
+    rows = [np.array([BOS, MASK, MASK, MASK, EOS]), np.array([BOS, 5, MASK, MASK, EOS])]
+    limits, sampler = [[(1, one_of(4)), (3, one_of(5, 6))], [(3, one_of(6))]], Sampler(steps=1)
+    states = [state for _, state in unmask_rows(
+        numpy_step(table_model, sampler), rows, sampler, 0, 8, numpy_choice(table_model, sampler),
+        limits)]
+    assert [(state.step, state.nfe) for state in states] == [(0, 1), (0, 2), (0, 0), (1, 1)]
+    assert [state.evaluated.tolist() for state in states[:2]] == [[True, True], [True, False]]
+    assert [np.argwhere(state.uncovered).tolist() for state in states[:2]] == [
+        [[0, 1], [1, 3]], [[0, 3]]]
+    assert states[0].confidence[0, 1] == 1  # the only one allowed
+    third = table_model.probabilities((4, MASK, MASK))[2]
+    drawn = states[1].tokens[0, 3]
+    assert states[1].confidence[0, 3] == pytest.approx(third[drawn - 4] / third[1:].sum())
+    assert states[0].tokens[0, 1:4].tolist() == [4, MASK, MASK]
+    assert states[-1].tokens[1, 3] == 6 and states[-1].tokens[0, 1] == 4
+
+
 # ---- with a real network -------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -544,6 +641,45 @@ def test_a_story_does_not_depend_on_its_batch(network, kind):
     assert not np.array_equal(together.tokens[0], together.tokens[1])
     *_, other = diffusion.unmask(network, rows, sampler, seed=4)
     assert not np.array_equal(other.tokens, together.tokens)
+
+
+def test_a_limited_place_does_not_depend_on_its_batch(network):
+    sampler = Sampler(steps=4)
+    rows = [np.array([BOS, *[MASK] * (4 + i % 3), EOS]) for i in range(9)]
+    rng = np.random.default_rng(0)
+    limits = [[(place, rng.random(network.config.vocab_size) < 0.3) for place in (1, 3)[:1 + i % 2]]
+              for i in range(9)]
+
+    def filled(numbers, batch_size: int) -> list:
+        result: dict = {}
+        for part, state in unmask_rows(
+                numpy_step(network, sampler), [rows[i] for i in numbers], sampler, 3, batch_size,
+                numpy_choice(network, sampler), [limits[i] for i in numbers]):
+            result |= {i: state.tokens[line].tolist() for line, i in enumerate(part)}
+        return [result[i] for i in range(len(numbers))]
+    together = filled(range(9), 9)
+    assert filled(range(9), 2) == together == filled(range(9), 1)
+    assert filled(range(4), 4) == together[:4]
+    assert together[0][1] != together[6][1]  # rows have noise of their own
+    for row, places in zip(together, limits, strict=True):
+        assert all(allowed[row[place]] for place, allowed in places)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.0])
+def test_a_limited_place_is_drawn_from_the_logits_of_the_step(guidance):
+    """With a condition too: all tokens allowed, one hidden place, the same distribution."""
+    from test_conditional import CONDITIONS, small_conditional
+    model, sampler = small_conditional(), Sampler(steps=1, guidance=guidance, temperature=9)
+    row = np.array([[BOS, 11, MASK, 12, EOS]])
+    uniform, drawn = np.linspace(0.01, 0.99, 25), []
+    step = numpy_step(model, sampler, CONDITIONS)
+    for u in uniform:
+        noise = np.full((1, 2, 5), u)
+        drawn.append(step(row, np.array([1]), noise, np.array([1]))[0][0, 2])
+    choice = numpy_choice(model, sampler, CONDITIONS)
+    allowed = np.ones((25, model.config.vocab_size), bool)
+    tokens, _ = choice(np.repeat(row, 25, 0), np.full(25, 2), allowed, uniform, np.full(25, 1))
+    assert tokens.tolist() == drawn and len(set(drawn)) > 3
 
 
 @pytest.mark.parametrize("kind", [dict(pace="first_hitting"), dict(remask="remdm_cap"),

@@ -1,13 +1,26 @@
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
 
+import evaluate
 from data_prep import load_meta
+from diffusion import INVERSE_RATIOS
 from evaluate import main
 from model import load_checkpoint
+
+
+@pytest.fixture
+def three_splits(long_data_dir, tmp_path):
+    folder = shutil.copytree(long_data_dir, tmp_path / "three")
+    meta = json.loads((folder / "meta.json").read_text())
+    splits = meta["splits"]
+    meta["splits"] = {"train": splits["train"], "val": splits["train"], "test": splits["val"]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
 
 
 @pytest.fixture
@@ -40,9 +53,13 @@ def test_table_and_file(call, long_data_dir):
         assert result[total] == pytest.approx(mean)
     assert "EMA weights" in result["protocol"]
     assert len(result["curve"]) == 20
+    assert set(result["averages_over_t"]) == set(INVERSE_RATIOS) and len(INVERSE_RATIOS) == 4
+    assert all(f"\n{name:14s}" in text for name in INVERSE_RATIOS)  # none is left out in print
     assert set(result["diversity"]) == {"samples", "data"}
-    for shown in ("bits/byte", "perplexity", "0.95 - 1.00", "sin(pi t/2)^2", "distinct_3",
-                  "self_bleu"):
+    for group in result["diversity"].values():
+        assert 0 <= group["train_overlap_16"] <= group["train_overlap_8"] < 1
+    for shown in ("train_overlap_8", "train_overlap_16", "bits/byte", "perplexity", "0.95 - 1.00",
+                  "sin(pi t/2)^2", "distinct_3", "self_bleu"):
         assert shown in text
 
 
@@ -51,6 +68,20 @@ def test_fewer_rows_and_no_samples(call):
     assert result["likelihood"]["rows"] == 5 and "diversity" not in result
     assert "2 masks a row, 5 rows of val" in result["protocol"]
     assert result == call("--max_rows", 5, "--num_samples", 0, "--draws", 2)[0]
+
+
+def test_what_is_reported_comes_from_the_test_split(call, three_splits):
+    """In this folder "test" has the rows that "val" had, and "val" those of the training."""
+    quick = ("--num_samples", 3, "--draws", 1)
+    asked = call(*quick, "--data_dir", three_splits, "--split", "test")[0]
+    result, text = call(*quick, "--data_dir", three_splits)
+    assert result["split"] == "test" and f"{result['likelihood']['rows']} rows of test" in text
+    old = call(*quick)[0]
+    assert old["split"] == "val" and "rows of val" in old["protocol"]  # which had no test split
+    for key in ("likelihood", "curve", "diversity"):
+        assert result[key] == asked[key] == old[key]
+    chosen = call(*quick, "--data_dir", three_splits, "--split", "val", "--max_rows", 30)[0]
+    assert chosen["split"] == "val" and chosen["likelihood"] != result["likelihood"]
 
 
 def test_a_small_split_compares_fewer_stories(call):
@@ -72,7 +103,8 @@ def test_default_output_stands_by_the_checkpoint(checkpoint, long_data_dir, monk
     (["--num_samples", "1"], "self-BLEU"), (["--output", "nowhere/x.json"], "folder that exists"),
     (["--sampling", "--num_samples", "0"], "--sampling"), (["--twin", "x.pt"], "--twin"),
     (["--samplers", "best"], "--samplers 'best'"), (["--evaluations", "0"], "--evaluations"),
-    (["--output", "."], "name a file"), (["--split", "test"], "--split")])
+    (["--output", "."], "name a file"), (["--split", "test"], "--split"),
+    (["--split", "test"], "only val, train")])
 def test_bad_input(checkpoint, long_data_dir, argv, message, fails):
     assert message in fails(main, "--checkpoint", checkpoint, "--data_dir", long_data_dir, *argv)
     assert not (checkpoint.parent / "evaluation.json").exists()
@@ -91,3 +123,33 @@ def test_foreign_data(checkpoint, data_dir, tmp_path, fails):
     assert "no data in" in fails(main, "--checkpoint", checkpoint, "--data_dir", tmp_path)
     assert "no checkpoint" in fails(main, "--checkpoint", "nowhere/x.pt")
     assert "is a folder" in fails(main, "--checkpoint", tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+def test_outputs_that_cannot_be_written_are_found_before_the_work(
+        checkpoint, long_data_dir, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_model", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("x_pareto.png", "folder"):
+        (tmp_path / name).mkdir()
+    before = sorted(tmp_path.iterdir())
+    for words in (["file/x.json"], ["link/x.json"], ["gone/x.json"], ["folder"],
+                  ["n" * 300 + ".json"], ["x.json", "--sampling"]):
+        fails(main, "--checkpoint", checkpoint, "--output", tmp_path / words[0], *words[1:])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_model_of_other_rows_is_said_to_be_one(checkpoint, long_data_dir, tmp_path, capsys):
+    main(["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--num_samples", "0",
+          "--max_rows", "2", "--output", str(tmp_path / "same.json")])
+    assert "warning" not in capsys.readouterr().err
+    shutil.copytree(long_data_dir, tmp_path / "other")
+    meta = json.loads((tmp_path / "other" / "meta.json").read_text())
+    meta["splits"]["train"], meta["splits"]["val"] = (meta["splits"][name]
+                                                      for name in ("val", "train"))
+    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
+    main(["--checkpoint", str(checkpoint), "--data_dir", str(tmp_path / "other"), "--split", "val",
+          "--num_samples", "0", "--max_rows", "2", "--output", str(tmp_path / "other.json")])
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1 and "val split may be among them" in error

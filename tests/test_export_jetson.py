@@ -161,6 +161,44 @@ def test_reports_are_of_the_very_graphs(bundle):
     assert contents["presets"] == PRESETS
 
 
+@pytest.mark.parametrize("judged", ["test", "val"])
+def test_int8_is_not_calibrated_on_what_it_is_judged_on(pairs_dir, conditional_checkpoint, judged,
+                                                        tmp_path, monkeypatch, capsys):
+    """The rows themselves are compared, not what is said of them."""
+    data = shutil.copytree(pairs_dir, tmp_path / "data")
+    meta = json.loads((data / "meta.json").read_text())
+    splits = meta["splits"]
+    if judged == "test":  # the validation split is then neither the one nor the other
+        splits |= {"test": splits["val"], "test_condition": splits["val_condition"],
+                   "val": splits["train"], "val_condition": splits["train_condition"]}
+        (data / "meta.json").write_text(json.dumps(meta))
+    used = {}
+    real_step, real_compare = export_jetson.step_graph, export_jetson.compare
+
+    def step_graph(config, checkpoint, precision, length, calibration, condition_len):
+        used["calibrated"] = calibration
+        return real_step(config, checkpoint, precision, length, calibration, condition_len)
+
+    def compare(session, reference, noisy, condition_len):
+        used["judged"] = noisy
+        return real_compare(session, reference, noisy, condition_len)
+    monkeypatch.setattr(export_jetson, "step_graph", step_graph)
+    monkeypatch.setattr(export_jetson, "compare", compare)
+    main(["--checkpoint", str(conditional_checkpoint), "--data_dir", str(data), "--out_dir",
+          str(tmp_path / "bundle"), "--report_rows", "9999", "--calibration_rows", "4",
+          "--precisions", "int8"])
+
+    def texts(items) -> set[tuple]:  # with its condition a row is one of its kind
+        return {tuple(clean) + tuple(told[0]) for clean, _, _, _, _, told in items}
+    calibrated, tested = (texts(used[name].items) for name in ("calibrated", "judged"))
+    assert len(calibrated) == 4 and len(tested) > 10 and not calibrated & tested
+    contents = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert (contents["judged_on"], contents["calibrated_on"]) == (judged, "train")
+    assert contents["reports"]["int8"]["rows"] == len(used["judged"].items)
+    text = capsys.readouterr().out
+    assert f"rows of {judged}\n" in text and "scales are from 4 rows of train\n" in text
+
+
 def run_in(folder, *argv, blocked=("torch",)):
     """generate.py of a bundle, in a process in which importing these modules fails."""
     code = ("import sys\n"
@@ -180,10 +218,27 @@ def test_a_copied_bundle_tells_the_stories_of_the_checkpoint_without_torch(
     shutil.copytree(bundle, copy)
     done = run_in(copy, "--onnx", "step_fp32.onnx", "--json", *words)
     assert done.returncode == 0, done.stderr
-    generate.main(["--checkpoint", str(sharp_checkpoint), "--json", "--top_k", "64", *words])
+    # without healing, for which a step would have to give its probabilities
+    generate.main(["--checkpoint", str(sharp_checkpoint), "--json", "--top_k", "64", "--no-heal",
+                   *words])
     told, expected = ([json.loads(line)["text"] for line in text.splitlines()]
                       for text in (done.stdout, capsys.readouterr().out))
     assert told == expected and len(told) >= 2
+
+
+@pytest.mark.parametrize(("words", "cut"), [
+    (["--prompt", "Tom had a fri"], "--prompt: 'fri' is cut"),
+    (["--prompt", "Tom had a friend"], None), (["--prompt", "Tom had a fri "], None),
+    (["--prompt", "Tom had a fri", "--no-heal"], None),
+    (["--infill", "Tom had [MASK:2]end and a fri[MASK:2]."], "--infill: 'end' is cut"),
+    (["--infill", "Tom had a fri[MASK:2]."], "--infill: 'fri' is cut"),
+    (["--infill", "Tom [MASK:2] ran [MASK:2]."], None), ([], None)])
+def test_an_exported_step_names_the_word_that_it_does_not_complete(bundle, words, cut, capsys):
+    generate.main(["--onnx", str(bundle / "step_fp32.onnx"), "--num_samples", "1", "--steps", "1",
+                   "--json", *words])
+    told, error = capsys.readouterr()
+    assert error.count("warning") == (cut is not None) and (cut or "") in error
+    assert len(told.splitlines()) == 1
 
 
 def test_conditions_without_torch(told_bundle, conditional_checkpoint, capsys):
@@ -266,6 +321,7 @@ def test_an_export_needs_torch_and_onnx(sharp_checkpoint, monkeypatch, tmp_path,
     (["--pace", "entropy_bound"], "--pace entropy_bound needs the entropy"),
     (["--top_k", "65"], "among the 64 likeliest"),
     (["--device", "cpu"], "--device: an exported step has its own"),
+    (["--heal", "--prompt", "Tom"], "--heal: an exported step gives no probabilities"),
     (["--condition", "Tom ran."], "diffusion model; what is needed here"),
     (["--checkpoint", "x.pt"], "--checkpoint and --onnx: give one")])
 def test_what_an_exported_step_cannot_do(bundle, words, message, fails):

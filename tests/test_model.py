@@ -1,3 +1,5 @@
+from cli import UserError
+
 import os
 import pickle
 import re
@@ -8,7 +10,6 @@ import torch
 
 import layers
 import model as model_module
-from cli import UserError
 from data_prep import BOS, EOS, MASK, PAD, load_meta, train_tokenizer
 from layers import rms_norm
 from model import (

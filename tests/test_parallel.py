@@ -1,5 +1,7 @@
 """Real processes with gloo: any number of them takes the same steps as one."""
 
+from cli import Stopped
+
 import json
 import os
 import re
@@ -18,7 +20,6 @@ import two_processes
 from conftest import ROOT, python
 
 import optimizers
-from cli import Stopped
 from model import load_checkpoint
 from parallel import Processes, joined
 

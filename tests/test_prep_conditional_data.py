@@ -1,4 +1,6 @@
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -87,15 +89,16 @@ def test_pairs_are_those_of_the_stories(data_dir, prepare):
 def test_other_stories_and_what_is_dropped(prepare, tmp_path):
     source = tmp_path / "stories.jsonl"
     long = "Once there was " + "a very, " * 60 + "very long sentence. And more."
-    texts = ["One sentence alone.", long, *sample_stories(60)]
+    texts = ["One sentence alone.", long, None, *sample_stories(60)]
     source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    folder, text = prepare("--source", source, "--valid_fraction", 0.2)
+    folder, text = prepare("--source", source, "--valid_fraction", 0.2, "--test_fraction", 0)
     meta = load_meta(folder)
     total = {}
     for split in ("train", "val"):
         for reason, count in meta["condition"]["dropped"][split].items():
             total[reason] = total.get(reason, 0) + count
             assert f"{count} dropped: {reason}" in text
+    assert total.pop("the story is null") == 1
     assert total == {"one sentence alone": 1, "a condition of more than 64 tokens": 1}
     assert sum(meta["splits"][split]["stories"] for split in ("train", "val")) == 60
     assert meta["source"] == "stories.jsonl"
@@ -104,9 +107,11 @@ def test_other_stories_and_what_is_dropped(prepare, tmp_path):
 def test_ones_own_pairs(prepare, tmp_path):
     pairs = tmp_path / "mine.jsonl"
     lines = [{"condition": f"title {i}", "text": f"The story of number {i}."} for i in range(40)]
-    lines += [{"condition": " ", "text": "No title."}, {"condition": "No text", "text": ""}]
+    lines += [{"condition": " ", "text": "No title."}, {"condition": "No text", "text": ""},
+              {"condition": None, "text": "b"}, {"condition": "c", "text": None}]
     pairs.write_text("\n".join(map(json.dumps, lines)))
-    folder, text = prepare("--pairs", pairs, "--valid_fraction", 0.3, "--condition_len", 16)
+    folder, text = prepare("--pairs", pairs, "--valid_fraction", 0.3, "--condition_len", 16,
+                           "--test_fraction", 0)
     meta = load_meta(folder)
     tokenizer = load_tokenizer(read_tokenizer_file(folder, meta))
     found = set()
@@ -118,6 +123,57 @@ def test_ones_own_pairs(prepare, tmp_path):
     assert found == {(line["condition"], line["text"]) for line in lines[:40]}
     assert meta["condition"]["kind"] == "pairs" and meta["condition"]["max_len"] == 16
     assert "1 dropped: the condition is empty" in text and "1 dropped: the text is empty" in text
+    assert "1 dropped: the condition is null" in text and "1 dropped: the text is null" in text
+
+
+def test_a_story_of_the_test_split_stays_in_it(data_dir, prepare, capsys):
+    folder, text = prepare()
+    assert load_meta(folder)["splits"].keys() == {
+        split + end for split in ("train", "val", "test") for end in ("", "_condition")}
+    assert " test: " in text
+    meta = load_meta(folder)
+    tokenizer = load_tokenizer(read_tokenizer_file(folder, meta))
+    rows = TokenRows(folder, "test")
+    told = rows.conditions()
+    starts = [i for i in range(len(rows)) if rows[i][0] == BOS]
+    whole = list(stories_of(data_dir, "test", tokenizer))
+    assert len(starts) == len(whole) > 5
+    assert all(story.startswith(decode(tokenizer, told[i]))
+               for i, story in zip(starts, whole, strict=True))
+    assert meta["sources"] == load_meta(data_dir)["sources"]
+
+
+def test_ones_own_pairs_and_stories_have_a_test_split(prepare, tmp_path):
+    lines = [{"condition": f"title {i}", "text": f"The story of number {i}."} for i in range(60)]
+    pairs = tmp_path / "mine.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, lines)))
+    folder, _ = prepare("--pairs", pairs, "--valid_fraction", 0.4, "--test_fraction", 0.3)
+    splits = load_meta(folder)["splits"]
+    assert (0 < splits["test"]["stories"] == splits["test_condition"]["stories"]
+            < splits["val"]["stories"])
+    assert sum(splits[split]["stories"] for split in ("train", "val", "test")) == 60
+    content = pairs.read_bytes()
+    assert load_meta(folder)["sources"] == [
+        {"flag": "--pairs", "name": "mine.jsonl", "bytes": len(content),
+         "sha256": hashlib.sha256(content).hexdigest()}]
+    train, test = tmp_path / "a.txt", tmp_path / "b.txt"
+    train.write_text("<|endoftext|>".join(sample_stories(80)))
+    test.write_text("A test. It is one.")
+    folder, _ = prepare("--overwrite", "--source", train, "--test_source", test)
+    assert load_meta(folder)["splits"]["test"]["stories"] == 1
+
+
+def test_a_data_folder_of_before_has_no_test_pairs(data_dir, tmp_path):
+    """Folders without a test split, and without checksums of their sources, are read as they are.
+    """
+    old = tmp_path / "old"
+    shutil.copytree(data_dir, old)
+    meta = json.loads((old / "meta.json").read_text())
+    del meta["splits"]["test"], meta["sources"]
+    (old / "meta.json").write_text(json.dumps(meta))
+    main(["--data_dir", str(old), "--output_dir", str(tmp_path / "pairs")])
+    assert load_meta(tmp_path / "pairs")["splits"].keys() == {
+        "train", "val", "train_condition", "val_condition"}
 
 
 def test_at_most_so_many(prepare):
@@ -142,6 +198,8 @@ def test_no_more_is_read_than_asked_for(prepare, monkeypatch):
     (["--valid_source", "x"], "belongs to --source"),
     (["--source", "nowhere.txt"], "no such file"),
     (["--valid_fraction", "0.5"], "leave it out"),
+    (["--test_fraction", "0.5"], "leave it out"), (["--test_source", "x"], "belongs to --source"),
+    (["--test_fraction", "1", "--source", "sample"], "less than 1"),
     (["--valid_fraction", "1", "--source", "sample"], "between 0 and 1"),
     (["--max_stories", "0"], "must be positive"),
     (["--data_dir", "{folder}"], "that is the --data_dir, which would be replaced")])

@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import TableModel
 
+import quality
 import train
 from data_prep import BOS, EOS, MASK, TokenRows, decode, load_tokenizer
+from diffusion import ratio_error
 from evaluate import main
 from model import ModelConfig
 from quality import (
@@ -22,6 +24,7 @@ from quality import (
     middle_sentence,
     settings,
     table,
+    train_overlap,
     words,
 )
 from sampler import ADAPTIVE_PACES, Sampler
@@ -84,6 +87,56 @@ def twin(long_data_dir, tmp_path_factory):
     return folder / "best.pt"
 
 
+def test_the_judge_takes_what_stands_before_as_given():
+    """[EOS] counts here too: perplexities of texts with and without a prompt are of one kind."""
+    rows = [np.array([BOS, 7, 7, 4, 6, EOS]), np.array([BOS, 4, EOS])]
+    nats = -(4 * math.log(1 / 9) + math.log(2 / 9))  # of 4, 6, [EOS] and 4, [EOS]
+    assert Judge(Coin()).perplexity(rows, [3, 1]) == pytest.approx(
+        math.exp((nats - math.log(2)) / 5))
+
+
+# ---- what stands in the training text ------------------------------------------------------------
+
+class Rows(list):
+    """Training rows as `train_overlap` reads them."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row) for row in self])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 2**20])
+def test_the_share_in_the_training_text_is_exact(chunk, monkeypatch):
+    """Against a set of tuples: few different tokens, so that many n-grams stand in several places,
+    and rows without [BOS] and [EOS], whose n-grams must not run on into the next row."""
+    monkeypatch.setattr(quality, "CHUNK_TOKENS", chunk)
+    rng = np.random.default_rng(0)
+    train = Rows(rng.integers(4, 6, size=rng.integers(3, 30)).astype(np.uint16) for _ in range(6))
+    groups = [[rng.integers(4, 6, size=size).tolist() for size in (20, 11, 2)] for _ in range(3)]
+    groups.append([[4, 5]])  # no text is long enough
+
+    def grams(text, n: int) -> list[tuple]:
+        return [tuple(map(int, text[i:i + n])) for i in range(len(text) - n + 1)]
+    sizes = (3, 5, 8)
+    there = {n: {gram for row in train for gram in grams(row, n)} for n in sizes}
+    for group, shares in zip(groups, train_overlap(groups, train, sizes), strict=True):
+        for n in sizes:
+            mine = [gram for text in group for gram in grams(text, n)]
+            expected = sum(gram in there[n] for gram in mine) / len(mine) if mine else None
+            assert shares[f"train_overlap_{n}"] == pytest.approx(expected)
+    joined = [int(token) for row in train for token in row]  # crosses the rows
+    share, = train_overlap([[joined]], train, (8,))
+    assert 0 < share["train_overlap_8"] < 1
+
+
+def test_training_stories_stand_in_the_training_text_and_others_mostly_not(long_data_dir):
+    train, held_out = (TokenRows(long_data_dir, split) for split in ("train", "val"))
+    learned, other = train_overlap([quality.text_ids([rows[i] for i in range(5)])
+                                    for rows in (train, held_out)], train)
+    assert learned == {"train_overlap_8": 1.0, "train_overlap_16": 1.0}
+    assert other["train_overlap_16"] < other["train_overlap_8"] < 1
+
+
 # ---- infilling -----------------------------------------------------------------------------------
 
 def test_the_middle_sentence():
@@ -108,23 +161,29 @@ def test_hiding_the_middle_sentence_hides_its_tokens_and_no_more(long_data_dir):
         assert decode(tokenizer, row[hidden]).strip() == whole[slice(*middle_sentence(whole))]
 
 
+def nats_per_token(*arguments) -> float:
+    nats, tokens = gap_nats(*arguments)
+    return nats.sum() / tokens.sum()
+
+
 def test_nats_of_a_gap_are_those_given_what_is_seen():
     """A twin of known probabilities, and the enumerable network with one and two hidden tokens."""
     coin = Coin()
     coin.config = ModelConfig(causal=True)
     rows = [np.array([BOS, 4, 5, 6, EOS])]
     gaps = [np.array([BOS, MASK, MASK, 6, EOS])]
-    assert gap_nats(coin, rows, gaps, 1, 0) == pytest.approx(
+    assert nats_per_token(coin, rows, gaps, 1, 0) == pytest.approx(
         -(math.log(2 / 9) + math.log(1 / 9)) / 2)
     table = TableModel()
     table.config = ModelConfig()
     last = [np.array([BOS, 4, MASK, 6, EOS])]
     first, second, both = (table.probabilities(seen) for seen in (
         (MASK, 5, 6), (4, MASK, 6), (MASK, MASK, 6)))
-    assert gap_nats(table, rows, last, 1, 0) == pytest.approx(-math.log(second[1, 1]), rel=1e-5)
+    assert nats_per_token(table, rows, last, 1, 0) == pytest.approx(-math.log(second[1, 1]),
+                                                                    rel=1e-5)
     # two tokens: the mean over both orders
     orders = [-math.log(both[0, 0] * second[1, 1]), -math.log(both[1, 1] * first[0, 0])]
-    assert gap_nats(table, rows, gaps, 4000, 0) == pytest.approx(sum(orders) / 4, rel=0.03)
+    assert nats_per_token(table, rows, gaps, 4000, 0) == pytest.approx(sum(orders) / 4, rel=0.03)
 
 
 def test_infilling_of_both_sides(checkpoint, twin, long_data_dir, tmp_path, capsys):
@@ -139,6 +198,21 @@ def test_infilling_of_both_sides(checkpoint, twin, long_data_dir, tmp_path, caps
         assert 2 < arm["nats_per_token"] < 7 and len(arm["examples"]) == 4
         assert f"{arm['nats_per_token']:.3f}" in text
         assert all(example["real"] for example in arm["examples"])
+        nats, tokens = np.array(arm["story_nats"]), np.array(result["story_tokens"])
+        assert arm["nats_per_token"] == pytest.approx(nats.sum() / tokens.sum())
+        assert arm["standard_error"] == pytest.approx(ratio_error(nats, tokens)) and (
+            f"{arm['nats_per_token']:.3f} ± {arm['standard_error']:.3f}" in text)
+    mine, other = (np.array(arm["story_nats"]) for arm in result["arms"].values())
+    difference = result["difference"]
+    assert difference["nats_per_token"] == pytest.approx((mine - other).sum() / tokens.sum())
+    # paired: that of the two arms as if they had other stories would be larger
+    assert difference["standard_error"] == pytest.approx(ratio_error(mine - other, tokens))
+    assert f"{difference['nats_per_token']:+.3f} ± {difference['standard_error']:.3f}" in text
+    # every story that fits may be asked for, and without a twin there is no difference
+    main(["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--infilling",
+          "--num_samples", "1000", "--steps", "1", "--output", str(target), "--draws", "1"])
+    result = json.loads(target.read_text())
+    assert "difference" not in result and 4 < len(result["story_tokens"]) == result["stories"]
 
 
 # ---- the table of samplers -----------------------------------------------------------------------
@@ -171,6 +245,9 @@ def test_the_table_of_samplers(checkpoint, twin, long_data_dir, tmp_path, capsys
     for figures in (result["data"], *lines):
         assert 50 < figures["generative_perplexity"] < 3000
         assert 0 <= figures["end_properly"] <= 1
+        assert 0 <= figures["train_overlap_16"] <= figures["train_overlap_8"] <= 1
+    assert result["generative_perplexity_is"] == quality.PERPLEXITY and quality.PERPLEXITY in text
+    assert "| 8 in train | 16 in train |" in text
     assert result["data"]["end_properly"] == 1  # every made-up story ends with a full stop
     # without a judge there is no perplexity, and everything else
     main(argv)

@@ -1,7 +1,8 @@
+from cli import UserError
+
 import numpy as np
 import pytest
 
-from cli import UserError
 from data_prep import BOS, EOS, MASK, PAD
 from sampler import (
     Sampler,

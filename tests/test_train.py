@@ -1,8 +1,13 @@
+import cli
+from cli import Stopped, UserError
+
 import dataclasses
+import errno
 import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +25,6 @@ import data_prep
 import metrics
 import model as model_module
 import train
-from cli import Stopped, UserError
 from model import load_checkpoint
 from parallel import Processes
 from train import TrainConfig, Trainer, main
@@ -338,16 +342,166 @@ def test_a_run_in_the_folder_is_kept(settings, fails):
     assert load_checkpoint(path)["train_config"]["seed"] == 1
 
 
-def test_other_data_begins_at_its_start_with_its_own_best(settings, data_dir, tmp_path):
+def test_data_is_known_by_its_content(settings, data_dir, tmp_path, fails, monkeypatch):
     main(argv(settings))
-    shutil.copytree(data_dir, tmp_path / "other")
     path = Path(settings["checkpoint_dir"]) / "last.pt"
     checkpoint = load_checkpoint(path)
-    same = Trainer(TrainConfig(**checkpoint["train_config"]), checkpoint)
-    other = Trainer(TrainConfig(**{**checkpoint["train_config"],
-                                   "data_dir": str(tmp_path / "other")}), checkpoint)
-    assert same.best == checkpoint["best"] and same.loader.cursor == checkpoint["cursor"]
-    assert other.best == math.inf and other.loader.cursor == {"epoch": 0, "position": 0}
+    best = path.with_name("best.pt").read_bytes()
+    # the same rows under another path, or the same path spelled otherwise: nothing begins again
+    shutil.copytree(data_dir, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    for name in (tmp_path / "copy", "./copy/", f"{data_dir}/."):
+        trainer = Trainer(TrainConfig(**{**checkpoint["train_config"], "data_dir": str(name)}),
+                          checkpoint)
+        assert trainer.best == checkpoint["best"] and trainer.loader.cursor == checkpoint["cursor"]
+    # other rows of the same tokenizer: refused in one line, nothing touched
+    meta = json.loads((tmp_path / "copy" / "meta.json").read_text())
+    meta["splits"]["train"], meta["splits"]["val"] = (meta["splits"][name]
+                                                      for name in ("val", "train"))
+    (tmp_path / "copy" / "meta.json").write_text(json.dumps(meta))
+    before = path.read_bytes()
+    error = fails(main, "--resume", "--checkpoint_dir", settings["checkpoint_dir"], "--max_steps",
+                  "20", "--data_dir", "copy")
+    assert "other content" in error and "(train, val)" in error and "--data_dir" in error
+    assert path.read_bytes() == before and path.with_name("best.pt").read_bytes() == best
+
+
+def test_a_source_is_known_by_its_content(settings, tmp_path, fails):
+    for name, animal in (("a", "cat"), ("b", "dog"), ("c", "cat")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("".join(
+            f"Story {i} is about a {animal}.\n<|endoftext|>\n" for i in range(200)))
+    changes = dict(data_dir=str(tmp_path / "data"), max_steps=1, overwrite=True)
+    main(argv(settings, data_source=[str(tmp_path / "a" / "mine.txt")], **changes))
+    main(argv(settings, data_source=[str(tmp_path / "c" / "mine.txt")], **changes))
+    error = fails(main, *argv(settings, data_source=[str(tmp_path / "b" / "mine.txt")], **changes))
+    assert "mine.txt" in error and "--data_dir" in error
+
+
+# ---- disks, locks and readers that go ------------------------------------------------------------
+
+class FullDisk:
+    """Lets `room` checkpoints be written, then no more until it is given room again."""
+
+    def __init__(self, monkeypatch, room: int):
+        self.room, self.tried = room, 0
+        write = cli._Output.write
+
+        def limited(output, data):
+            if str(output.name).endswith(".pt.partial") and self.room <= 0:
+                self.tried += 1
+                output.error = OSError(errno.ENOSPC, "No space left on device")
+                raise output.error
+            return write(output, data)
+        monkeypatch.setattr(cli._Output, "write", limited)
+
+
+def test_a_full_disk_ends_a_run_only_when_it_stays_full(settings, monkeypatch, capsys, fails):
+    disk = FullDisk(monkeypatch, 0)
+    folder = Path(settings["checkpoint_dir"])
+    often = {**settings, "save_every": 2, "valid_every": 100}
+    error = fails(main, *argv(often))  # no state at all: not begun
+    assert "No space left" in error and "last.pt" in error
+    assert not list(folder.glob("*.pt*"))
+    # full at steps 2 and 3, free again at 4: the run goes on, and says what it could not write
+    step = Trainer.train_step
+
+    def fill_up(trainer):
+        metrics = step(trainer)
+        disk.room = not 2 <= trainer.step <= 3
+        return metrics
+    monkeypatch.setattr(Trainer, "train_step", fill_up)
+    disk.room = 1
+    main(argv(often, overwrite=True))
+    assert "step 2: not written" in capsys.readouterr().err and disk.tried
+    assert load_checkpoint(folder / "last.pt")["step"] == often["max_steps"]
+
+    def stay_full(trainer):
+        metrics = step(trainer)
+        disk.room = trainer.step < 5
+        return metrics
+    monkeypatch.setattr(Trainer, "train_step", stay_full)
+    disk.room = 1
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: main(argv(often, overwrite=True)))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "not written" in error[0]
+    assert error[-1].startswith("error: ") and "holds step 4" in error[-1]
+    assert "--resume" in error[-1]
+    assert load_checkpoint(folder / "last.pt")["step"] == 4 and not list(folder.glob("*.partial"))
+    disk.room = 1
+    monkeypatch.setattr(Trainer, "train_step", step)
+    main(["--resume", "--checkpoint_dir", str(folder)])
+    assert load_checkpoint(folder / "last.pt")["step"] == often["max_steps"]
+
+
+def test_best_is_what_best_pt_holds(settings, monkeypatch):
+    trainer = Trainer(TrainConfig(**settings))
+    disk = FullDisk(monkeypatch, 0)
+    trainer.validate()
+    assert trainer.best == math.inf and disk.tried
+    disk.room = 1
+    trainer.validate()
+    assert trainer.best < math.inf and (trainer.folder / "best.pt").exists()
+
+
+@posix
+def test_one_training_at_a_time_in_a_folder(settings, fails):
+    main(argv(settings))
+    folder = Path(settings["checkpoint_dir"])
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+    code = ("import sys, time, cli\nwith cli.lock(sys.argv[1], '--checkpoint_dir'):\n"
+            "    print('held', flush=True)\n    time.sleep(60)")
+    holder = subprocess.Popen(python("-c", code, folder), cwd=ROOT, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    for flags in (["--overwrite"], ["--resume", "--max_steps", "20"]):
+        error = fails(main, *(argv(settings, overwrite=True) if flags == ["--overwrite"] else
+                              [*flags, "--checkpoint_dir", str(folder)]))
+        assert f"process {holder.pid}" in error and "--checkpoint_dir" in error
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before
+    holder.kill()  # leaves no lock behind
+    holder.wait()
+    main(argv(settings, overwrite=True))
+
+
+def real_run(settings, **streams) -> subprocess.Popen:
+    """train.py as a process of its own, with a size that exists there."""
+    command = argv({**settings, "model_config": "micro"})
+    return subprocess.Popen(python(ROOT / "train.py", *command), **streams)
+
+
+@posix
+def test_a_reader_that_goes_does_not_end_a_training(settings):
+    process = real_run({**settings, "valid_every": 2}, stdout=subprocess.PIPE,
+                       stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()  # as `| head -1`
+    assert process.wait(120) == 0, process.stderr.read()
+    folder = Path(settings["checkpoint_dir"])
+    assert load_checkpoint(folder / "final.pt")["step"] == settings["max_steps"]
+
+
+@posix
+def test_a_training_without_any_stream(settings):
+    command = argv({**settings, "model_config": "micro", "max_steps": 2})
+    line = f"{shlex.join(python(ROOT / 'train.py', *command))} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", line], timeout=120).returncode == 0
+    assert load_checkpoint(Path(settings["checkpoint_dir"]) / "final.pt")["step"] == 2
+
+
+@posix
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_a_terminal_that_closes_saves_and_stops(settings, name):
+    number = getattr(signal, name)
+    process = real_run({**settings, "max_steps": 100_000, "valid_every": 100_000,
+                        "save_every": 100_000}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    folder = Path(settings["checkpoint_dir"])
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    step = load_checkpoint(folder / "last.pt")["step"]
+    assert step > 0 and f"after step {step}" in process.stderr.read().decode()
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -456,14 +610,23 @@ def test_compile_is_asked_for_or_decided_by_the_length_of_the_run(settings, monk
     assert reason in fails(main, *argv(settings, compile=True))
 
 
+def wandb_here(monkeypatch, init, mode="online", url="https://wandb.example"):
+    """A stand-in for the package, and none of the user's settings."""
+    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_PROJECT", "WANDB_DIR", "https_proxy",
+                 "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    settings = types.SimpleNamespace(mode=mode, base_url=url)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
+        init=init, setup=lambda: types.SimpleNamespace(settings=settings)))
+
+
 @pytest.mark.parametrize("online", [True, False])
 def test_wandb_gets_the_metrics(settings, monkeypatch, online, capsys):
     logged, finished = [], []
     run = types.SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics)),
                                 finish=lambda: finished.append(True))
     modes = []
-    module = types.SimpleNamespace(init=lambda **kwargs: modes.append(kwargs["mode"]) or run)
-    monkeypatch.setitem(sys.modules, "wandb", module)
+    wandb_here(monkeypatch, lambda **kwargs: modes.append(kwargs["mode"]) or run)
 
     def connect(*args, **kwargs):
         if not online:
@@ -479,8 +642,51 @@ def test_wandb_gets_the_metrics(settings, monkeypatch, online, capsys):
 def test_wandb_without_a_login_is_one_line(settings, monkeypatch, fails):
     def init(**kwargs):
         raise RuntimeError("api_key not configured")
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    wandb_here(monkeypatch, init)
+    monkeypatch.setattr(metrics, "reachable", lambda url: True)
     assert "wandb login" in fails(main, *argv(settings, wandb=True))
+
+
+def test_the_users_wishes_for_wandb_count(monkeypatch, tmp_path, capsys):
+    asked, looked = [], []
+
+    def connect(address, timeout):
+        looked.append(address)
+        raise OSError
+    monkeypatch.setattr(metrics.socket, "create_connection", connect)
+
+    def start(**setup):
+        asked.clear()
+        looked.clear()
+        wandb_here(monkeypatch, lambda **kwargs: asked.append(kwargs) or "run", **setup)
+
+    # a mode that was asked for is never replaced, and nobody is asked whether he is there
+    for mode in ("online", "offline", "disabled", "shared"):
+        start()
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert metrics.start_wandb({}, tmp_path) == "run"
+        assert asked[0]["mode"] is None and not looked
+    start(mode="disabled")  # of wandb's own settings file
+    metrics.start_wandb({}, tmp_path)
+    assert asked[0]["mode"] == "disabled" and not looked
+    # told not to send: not even the package is asked
+    for value in ("true", "1"):
+        start()
+        monkeypatch.setenv("WANDB_DISABLED", value)
+        assert metrics.start_wandb({}, tmp_path) is None and not asked and not looked
+    assert "WANDB_DISABLED" in capsys.readouterr().out
+    # a server of one's own, and what a proxy reaches
+    start(url="http://localhost:8080")
+    metrics.start_wandb({}, tmp_path)
+    assert looked == [("localhost", 8080)] and asked[0]["mode"] == "offline"
+    start()
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    metrics.start_wandb({}, tmp_path)
+    assert asked[0]["mode"] == "online" and not looked
+    start()
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    metrics.start_wandb({}, tmp_path)
+    assert asked[0]["project"] == "mine"
 
 
 def test_every_option_lands_in_the_checkpoint(settings):

@@ -1,3 +1,5 @@
+from cli import UserError
+
 import json
 import shutil
 import signal
@@ -9,7 +11,6 @@ import pytest
 from conftest import ROOT, python
 
 import train_long
-from cli import UserError
 from model import load_checkpoint
 from train_config_long import PRESETS, STAGES, LongConfig
 from train_long import main
@@ -144,6 +145,10 @@ def test_data_of_another_source_is_neither_used_nor_replaced(argv, tmp_path, fai
     other = tmp_path / "other.txt"
     other.write_text(Path(argv[1]).read_text())
     run = ["--checkpoint_dir", folder_of(argv)]
+    written = (Path(folder_of(argv)) / "final.pt").read_bytes()
+    main([*map(str, run), "--data_source", str(other)])  # the same text elsewhere
+    assert (Path(folder_of(argv)) / "final.pt").read_bytes() == written
+    other.write_text(other.read_text() + "One more story.\n<|endoftext|>\n")
     for flags, message in ((["--data_source", other], "not from other.txt"),
                            (["--vocab_size", "290"], "another --vocab_size"),
                            (["--overwrite", "--data_source", other], "--from_stage data"),
