@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import two_processes
 from conftest import ROOT, python
 
+import optimizers
 from model import load_checkpoint
 from parallel import Processes, joined
 
@@ -135,6 +138,88 @@ def test_told_to_stop_one_process_stops_all_after_the_same_step(data_dir, tmp_pa
     stops = set(re.findall(r"stopped after step (\d+)", errors))
     assert len(stops) == 1 and "lost contact" not in errors
     assert load_checkpoint(folder / "last.pt")["step"] == int(stops.pop())
+
+
+@pytest.fixture(scope="module")
+def two(data_dir, tmp_path_factory) -> tuple[dict, dict]:
+    """The figures and the weights of all that two_processes.py does, in one start."""
+    folder = tmp_path_factory.mktemp("two")
+    call(python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                Path(two_processes.__file__), data_dir, folder))
+    return (json.loads((folder / "result.json").read_text()),
+            torch.load(folder / "weights.pt", weights_only=True))
+
+
+def alone(data_dir, tmp_path, case: str) -> tuple[dict, dict]:
+    changes = {**two_processes.CASES[case], "fsdp": False}
+    return two_processes.steps(str(data_dir), str(tmp_path), Processes(), **changes)
+
+
+@pytest.mark.parametrize("case", two_processes.CASES)
+def test_two_processes_hold_the_same_bits_in_every_recipe(two, case):
+    result, weights = two
+    assert result[case]["same"]
+    assert all(value.isfinite().all() for value in weights[case].values())
+
+
+@pytest.mark.parametrize("case, tolerance", [("adamw", 2e-5), ("bf16", 5e-3),
+                                             ("bf16 spread", 5e-3)])
+def test_two_processes_take_the_steps_of_one_in_other_recipes(two, data_dir, tmp_path, case,
+                                                              tolerance):
+    figures, _ = alone(data_dir, tmp_path, case)
+    for key, values in figures.items():
+        np.testing.assert_allclose(two[0][case][key], values, rtol=tolerance)
+
+
+def test_dropout_in_two_processes_is_seeded_differs_and_compiles(two, data_dir, tmp_path):
+    result, weights = two
+    # each of the two drops something else, and again the same with the same seed
+    assert len(set(result["seeds"])) == 2
+    assert result["dropout again"] == result["dropout"]
+    for name, value in weights["dropout"].items():
+        assert torch.equal(weights["dropout again"][name], value)
+    # spread weights and compiled blocks make no difference
+    for case in ("dropout spread", "compiled"):
+        for key in ("loss", "grad_norm"):
+            np.testing.assert_allclose(result[case][key], result["dropout"][key], rtol=1e-4)
+    # (the first loss is that of a network whose blocks add nothing yet)
+    figures, _ = alone(data_dir, tmp_path, "adamw")
+    np.testing.assert_allclose(result["dropout"]["loss"][0], figures["loss"][0], rtol=1e-5)
+    assert result["dropout"]["loss"][-1] < result["dropout"]["loss"][0]
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 0.01)])
+def test_two_processes_share_muons_work(two, precision, tolerance):
+    result, weights = two
+    expected = two_processes.muon(precision)
+    for kind in ("", " spread"):
+        name = f"muon {precision}{kind}"
+        assert result[name]["same"]
+        for a, b in zip(weights[name], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_every_process_orthogonalises_its_share_only(monkeypatch):
+    """As one of three: it works on its matrices, and takes the others' from the others."""
+    worked_on = []
+    monkeypatch.setattr(optimizers, "orthogonalise", lambda x: worked_on.append(len(x)) or x)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+
+    def all_gather(gathered, mine):
+        for rank, part in enumerate(gathered):
+            part.fill_(rank)
+        gathered[1].copy_(mine)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    params = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(8)]
+    for i, p in enumerate(params):
+        p.grad = torch.full((4, 4), 10.0 + i)
+    optimizer = optimizers.Muon(params, lr=1 / 0.4, momentum=0.0)
+    optimizer.step()
+    assert worked_on == [3]  # of 3, 3 and 2
+    moved = [-int(p[0, 0]) for p in params]
+    assert moved == [0, 0, 0, 13, 14, 15, 2, 2]
 
 
 def test_fsdp_needs_several_processes(data_dir, tmp_path, fails):

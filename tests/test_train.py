@@ -27,6 +27,7 @@ import model as model_module
 import train
 from model import load_checkpoint
 from parallel import Processes
+from throughput import train_flops
 from train import TrainConfig, Trainer, main
 
 
@@ -159,6 +160,51 @@ def test_learning_rate_rises_and_falls(settings):
     assert rates[100] == pytest.approx(0.1)
     assert train.Trainer(TrainConfig(**{**settings, "checkpoint_dir": settings["checkpoint_dir"]},
                                      optimizer="adamw")).peak_lr == 0.001
+
+
+@pytest.mark.parametrize("name, groups", [("muon", 2), ("adamw", 2)])
+def test_every_group_of_every_optimizer_moves_at_the_schedules_rate(settings, name, groups):
+    trainer = Trainer(TrainConfig(**settings, optimizer=name, lr=0.01, warmup_steps=3))
+    used = []
+    for optimizer in trainer.optimizers:
+        optimizer.register_step_pre_hook(lambda optimizer, *args: used.extend(
+            group["lr"] for group in optimizer.param_groups))
+    rates = [trainer.learning_rate(step) for step in range(6)]
+    assert len(set(rates)) > 4 and rates[0] < 0.004 and rates[5] < rates[3]
+    for step, rate in enumerate(rates):
+        used.clear()
+        assert trainer.step == step and trainer.train_step()["lr"] == rate
+        assert used == [rate] * groups
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.0, 1e6])
+def test_gradients_are_clipped_before_they_are_used_and_forgotten_after(settings, clip):
+    trainer = Trainer(TrainConfig(**settings, grad_clip=clip, grad_accum_steps=2))
+    used = []
+    for optimizer in trainer.optimizers:
+        optimizer.register_step_pre_hook(lambda optimizer, *args: used.append([
+            p.grad.square().sum() for group in optimizer.param_groups for p in group["params"]]))
+    for _ in range(2):
+        used.clear()
+        norm = trainer.train_step()["grad_norm"]  # that before clipping
+        assert len(used) == 2 and norm > 0.02
+        expected = 0.01 if clip == 0.01 else norm
+        assert torch.stack(sum(used, [])).sum().sqrt().item() == pytest.approx(expected, rel=1e-3)
+        assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_a_step_counts_what_it_did(settings):
+    trainer = Trainer(TrainConfig(**settings))
+    batches, counted, following = [], [], trainer.loader.next
+    trainer.loader.next = lambda: batches.append(following()) or batches[-1]
+    trainer.speed.count = lambda tokens, flops: counted.append((tokens, flops))
+    for _ in range(2):
+        trainer.train_step()
+    tokens = [int((batch.corrupted.tokens != data_prep.PAD).sum()) for batch in batches]
+    assert trainer.step == 2 and trainer.tokens_seen == sum(tokens)
+    assert counted == [(count, train_flops(
+        trainer.model, *batch.corrupted.tokens.shape, int(batch.corrupted.masked.sum())))
+        for count, batch in zip(tokens, batches, strict=True)]
 
 
 def test_average_follows_the_weights(settings):
