@@ -141,7 +141,7 @@ class Trainer:
             self.model.load_state_dict(checkpoint["weights"])
         self.average = copy.deepcopy(self.model).eval() if config.ema_decay else self.model
         if checkpoint and self.average is not self.model:
-            self.average.load_state_dict(checkpoint["ema"] or checkpoint["weights"])
+            self.average.load_state_dict(checkpoint.get("ema") or checkpoint["weights"])
         self.distribute()
         # 3. Optimizers.
         self.peak_lr = config.peak_lr
@@ -201,7 +201,7 @@ class Trainer:
                 max_len=meta["condition"]["max_len"], time_conditioning="none", dropout=0.0)
         model = ConditionalTransformer(decoder, encoder)
         if not checkpoint:
-            weights = source["weights"] if source["ema"] is None else source["ema"]
+            weights = source["weights"] if source.get("ema") is None else source["ema"]
             if source["kind"] == "conditional":
                 model.load_state_dict(weights)
             else:
