@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -50,6 +51,18 @@ def prepare(data_dir, tmp_path, capsys):
     ("no mark at all", ["no mark at all"]), ("?!", ["?!"]), ("", []), (" \n\n ", [])])
 def test_sentences(text, sentences):
     assert [text[a:b] for a, b in sentence_spans(text)] == sentences
+
+
+@pytest.mark.parametrize("text", [
+    "He ran. " * 100_000, '"' + "He ran. " * 100_000, "a.b" * 200_000, "a" + "\n" * 500_000 + "b",
+    'He said "hi." ' + "and so on " * 50_000, "a. " + " " * 500_000 + "B"])
+def test_sentences_of_a_very_long_text(text):
+    """Each of these took a time that grows with the square of its length: a minute and more."""
+    started = time.process_time()
+    spans = list(sentence_spans(text))
+    assert spans[0][0] == 0 and spans[-1][1] == len(text.rstrip())
+    assert "".join(first_sentence(text)) == text
+    assert time.process_time() - started < 5
 
 
 def test_a_first_sentence_and_its_rest_are_the_story():
