@@ -24,8 +24,9 @@ from typing import IO, Any, TypeVar
 Config = TypeVar("Config")
 
 # Errors of the machine that a user can mend, as against a bug of ours, which keeps its traceback.
-_USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR,
-                errno.ENOTDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO, errno.EBUSY, errno.ELOOP}
+_USER_ERRNOS = {getattr(errno, name) for name in (
+    "EACCES EPERM EROFS ENOSPC EDQUOT EISDIR ENOTDIR ENAMETOOLONG EFBIG EIO EBUSY ELOOP ENXIO "
+    "ENODEV ESTALE ENOTCONN ETIMEDOUT").split() if hasattr(errno, name)}
 
 
 class UserError(Exception):
