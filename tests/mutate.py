@@ -148,6 +148,7 @@ def skipped(node: ast.AST, field: str) -> bool:
 def mutants(source: str, functions: tuple[str, ...] = ()) -> list[Mutant]:
     """All mutants of a source text, or of those of its functions."""
     tree, found = ast.parse(source), []
+    unchanged = ast.unparse(tree)
 
     def visit(node: ast.AST, path: tuple[str, ...], statement: ast.AST | None) -> None:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -169,7 +170,9 @@ def mutants(source: str, functions: tuple[str, ...] = ()) -> list[Mutant]:
                         after = _short(new) if shown is child else _short(shown)
                         text = ast.unparse(ast.fix_missing_locations(tree))
                         put(node, field, index, child)
-                        found.append(Mutant(len(found), where, child.lineno, before, after, text))
+                        if text != unchanged:  # as where two equal arguments are swapped
+                            found.append(Mutant(len(found), where, child.lineno, before, after,
+                                                text))
                 visit(child, path, inside)
 
     visit(tree, (), None)

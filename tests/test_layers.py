@@ -16,7 +16,7 @@ def test_heads_look_at_their_neighbours_at_first(causal):
     scores = (q @ k.mT) / 8  # (4, 64, 64)
     middle = range(8, 56)
     best = [{int(scores[head, i].argmax()) - i for i in middle} for head in range(4)]
-    assert best == [{-1}, {-2}, {-3}, {-4}] if causal else [{-1}, {1}, {-2}, {2}]
+    assert best == ([{-1}, {-2}, {-3}, {-4}] if causal else [{-1}, {1}, {-2}, {2}])
     plain = DiffusionTransformer(ModelConfig(neighbour_init=0.0))
     assert not any("bias" in name for name, _ in plain.named_parameters())
 

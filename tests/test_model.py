@@ -64,12 +64,14 @@ def test_sizes(monkeypatch):
 def test_unknown_size_and_impossible_shapes():
     with pytest.raises(UserError, match="tiny, small"):
         create_model("huge")
-    with pytest.raises(UserError):
-        ModelConfig(width=100, heads=3)
+    for width, heads in ((100, 3), (100, 8), (66, 2)):  # no whole number; an odd one
+        with pytest.raises(UserError):
+            ModelConfig(width=width, heads=heads)
     with pytest.raises(UserError):
         ModelConfig(time_conditioning="fourier")
     with pytest.raises(UserError):
         ModelConfig(vocab_size=4)
+    assert ModelConfig(vocab_size=5).vocab_size == 5
     with pytest.raises(ValueError, match="max_len"):
         random_model()(random_tokens(1, 33))
     with pytest.raises(ValueError, match="context"):
