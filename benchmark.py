@@ -486,4 +486,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, prints=sys.argv[1:2] == ["roofline"])
+    # without --json the table is all that there is
+    run(main, prints=sys.argv[1:2] != ["device"] and not any(
+        word.split("=")[0] == "--json" for word in sys.argv))

@@ -145,8 +145,10 @@ def run(main: Callable[[], None], prints: bool = False) -> None:
         if number != signal.SIGINT:
             _fail(f"stopped by {signal.Signals(number).name}", 128 + number)
         _fail("interrupted", 130)
-    except BrokenPipeError:  # `python generate.py | head`
-        _drop_stdout()
+    except BrokenPipeError:
+        if not prints:  # then it was no standard stream, but a pipe to another program
+            raise
+        _drop_stdout()  # `python generate.py | head`
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise
@@ -199,6 +201,9 @@ def _settle(name: str, kind: type[io.FileIO]) -> None:
     if old is not getattr(sys, f"__{name}__") or not isinstance(old, io.TextIOWrapper):
         return  # a notebook's or a test's
     old.flush()
+    if sys.platform == "win32" and old.isatty():  # its console takes no bytes
+        old.reconfigure(errors="replace")
+        return
     own = old.isatty() or "PYTHONIOENCODING" in os.environ
     raw = kind(old.fileno(), "w", closefd=False)
     setattr(sys, name, io.TextIOWrapper(
@@ -281,7 +286,8 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     An OSError names the file and is the cause itself, whatever the writer made of it.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    # This process's own, never a stranger's file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     output = None
     try:
         output = _Output(io.FileIO(partial, "w"))
@@ -299,7 +305,8 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
                 output.close()
         partial.unlink(missing_ok=True)
         if isinstance(cause, OSError):
-            cause.filename = str(path)
+            cause.filename = str(path) if output and cause is output.error else (
+                cause.filename or str(path))
             raise cause from (None if cause is problem else problem)
         raise
 
@@ -329,6 +336,32 @@ def check_writable(folder: str | Path, flag_name: str) -> None:
                         f"with {flag_name}") from error
 
 
+def _locked(path: Path, folder: str | Path, flag_name: str) -> IO:
+    """The lock's file, open and locked."""
+    for last in (False, True):
+        try:
+            file = open(path, "a+", encoding="ascii")
+        except OSError as error:
+            raise UserError(f"cannot write into {folder} ({error.strerror}): choose another folder "
+                            f"with {flag_name}") from error
+        try:
+            lock_file(file)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            holder = "?"  # it has just ended and removed the file: once more
+        except BlockingIOError:
+            file.seek(0)
+            holder, last = file.read().strip() or "?", True
+        except OSError as error:  # a file system without locks
+            print(f"{folder} cannot be locked ({error.strerror}): take care that no other process "
+                  "writes there", file=sys.stderr)
+            return file
+        file.close()
+        require(not last, f"process {holder} is at work in {folder}: wait for it, or choose "
+                          f"another folder with {flag_name}")
+    raise AssertionError("unreachable")
+
+
 @contextmanager
 def lock(folder: str | Path, flag_name: str) -> Iterator[None]:
     """Holds a folder for this process alone; raises UserError naming the one that has it.
@@ -337,18 +370,7 @@ def lock(folder: str | Path, flag_name: str) -> Iterator[None]:
     however that ends; the file that a killed one leaves means nothing.
     """
     path = Path(folder) / ".lock"
-    with open(path, "a+", encoding="ascii") as file:
-        try:
-            lock_file(file)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise BlockingIOError  # its holder has just ended and removed the file
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(f"process {file.read().strip() or '?'} is at work in {folder}: wait "
-                            f"for it, or choose another folder with {flag_name}") from error
-        except OSError as error:  # a file system without locks
-            print(f"{folder} cannot be locked ({error.strerror}): take care that no other process "
-                  "writes there", file=sys.stderr)
+    with _locked(path, folder, flag_name) as file:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -23,12 +23,15 @@ prep_conditional_data.py adds train_condition_00000.bin ..., the condition of ev
 
 from cli import UserError, atomic_file, flag, parse, require, run
 
+import atexit
 import dataclasses
 import hashlib
 import json
 import os
 import queue
 import re
+import signal
+import sys
 import threading
 import time
 from array import array
@@ -117,12 +120,26 @@ class Background:
         try:
             while self.thread.is_alive():
                 self.thread.join(0.1)  # without a limit Windows would not hear it either
-        except BaseException:
-            self.thread.join(1)  # most work is short; better that it ends by itself
+        except BaseException as error:
+            self.abandon(error)
             raise
         if self.error:
             raise self.error
         return self.value
+
+    def abandon(self, error: BaseException) -> None:
+        """Waits a little for work that `error` makes useless: most is short, and the interpreter
+        must not be taken down under a thread in native code, which may crash."""
+        self.thread.join(1)
+        number = getattr(error, "number", signal.SIGINT)
+        atexit.register(lambda: self.thread.is_alive() and leave(128 + number))
+
+
+def leave(status: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def cut_long_words(text: str) -> Iterator[str]:
@@ -167,10 +184,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
         pieces = (piece for text in texts for piece in cut_long_words(text))
         for batch in chain(in_batches(pieces, len), [[]]):
             learning.put(batches, batch)
-    except BaseException:
+    except BaseException as error:
         stop.set()
         with suppress(queue.Full):
             batches.put_nowait([])  # wakes it up
+        learning.abandon(error)
         raise
     learning.result()
     return load_tokenizer(tokenizer.to_str())
@@ -353,6 +371,7 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
     started = time.perf_counter()
 
     files = config.source, config.valid_source, config.test_source
+    described = describe_source(*files)
     test_fraction = TEST_FRACTION if config.test_fraction is None else config.test_fraction
 
     def stories() -> Iterator[tuple[str, str | None]]:
@@ -383,9 +402,16 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
         print(f"read as one story: {hint}")
     return finish_folder(
         folder, writers, tokenizer.to_str(pretty=True), tokenizer.get_vocab_size(),
-        **describe_source(*files), dropped_empty=dropped["empty"],
+        **unchanged(described, describe_source(*files)), dropped_empty=dropped["empty"],
         dropped_null=dropped["null"],
         config=dataclasses.asdict(config), seconds=round(time.perf_counter() - started, 2))
+
+
+def unchanged(before: dict, after: dict) -> dict:
+    """What was said of the sources before they were read; UserError if it is otherwise now."""
+    require(after == before, f"{before['source']} changed while it was read: run this again when "
+                             "nobody writes there")
+    return before
 
 
 def settle_splits(writers: dict[str, SplitWriter], divided: str, empty: str,

@@ -6,7 +6,7 @@ A folder is made in a workplace: <name>.partial-... beside it or, where it is al
 be a volume, which cannot be renamed, in a folder that cannot be written), partial-... in it.
 """
 
-from cli import UserError, atomic_file, check_links, check_writable, lock_file, require
+from cli import UserError, atomic_file, check_links, check_writable, lock, lock_file, require
 
 import errno
 import json
@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
@@ -37,18 +37,32 @@ def make_folder(data_dir: str, flag: str, overwrite: bool, write: Callable[[Path
         target = Path(data_dir).resolve()
     except RuntimeError as error:  # links in a circle
         raise UserError(f"{flag} {data_dir}: {error}; name another folder") from error
-    beside = f"{target.name}.partial-"
-    clear_workplaces(target.parent, beside, target, flag, marker)
-    inside, there = target.is_dir(), []
+    inside = target.is_dir()
     require(inside or not target.exists(), f"{flag} {data_dir} is a file; name a folder")
-    if inside:
-        clear_workplaces(target, "partial-", target, flag, marker)
-        there = [name for name in os.listdir(target) if name != "lost+found"]  # of a new volume
+    with lock(target, flag) if inside else nullcontext():
+        return make_locked(target, data_dir, flag, overwrite, write, marker, inside)
+
+
+def check_there(target: Path, data_dir: str, flag: str, overwrite: bool, marker: str) -> list[str]:
+    """What is in the folder; refuses what must not be replaced."""
+    # a lock's file, and what a new volume has
+    there = [name for name in os.listdir(target) if name not in (".lock", "lost+found")]
     if there:
         require(overwrite, f"{data_dir} is already there: use it, or give --overwrite, or another "
                            f"{flag}")
         # Only what this script wrote is ever replaced, never somebody's folder of that name.
         require(marker in there, f"{data_dir} holds other files: choose another {flag}")
+    return there
+
+
+def make_locked(target: Path, data_dir: str, flag: str, overwrite: bool,
+                write: Callable[[Path], dict], marker: str, inside: bool) -> dict:
+    """`make_folder` in the folder itself, of which no other process has the lock, or beside it."""
+    beside, there = f"{target.name}.partial-", []
+    clear_workplaces(target.parent, beside, target, flag, marker)
+    if inside:
+        clear_workplaces(target, "partial-", target, flag, marker)
+        there = check_there(target, data_dir, flag, overwrite, marker)
     folder = target if inside else target.parent
     if not inside:
         check_writable(folder, flag)

@@ -21,7 +21,8 @@ one that begins with it (" happy"), or ends with it where it stands behind a gap
 piece keeps a place beside the n hidden ones, and each edge costs one network evaluation. A space
 before the hidden part says that the word is over: the first of the n hidden tokens then begins with
 that space. Text behind a gap that begins with a space needs nothing. --no-heal takes the text as
-the tokens that it is cut into, and an exported step can do no other.
+the tokens that it is cut into, its last space left to the first hidden token to bring or not, and
+an exported step can do no other.
 
 A model with a condition (train.py --stage 2) goes on from the sentence that it is given;
 --conditions reads one a line of a .txt file, or the key "condition" of a .jsonl file. Without one
@@ -134,7 +135,9 @@ def read_conditions(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8"
                         ) from error
-    conditions = [line.strip() for line in lines if line.strip()]
+    if None in lines:
+        print(f"{lines.count(None)} conditions of {path} are null and left out", file=sys.stderr)
+    conditions = [line.strip() for line in lines if line and line.strip()]
     require(conditions, f"{path} holds no condition")
     return conditions
 

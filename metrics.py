@@ -11,11 +11,13 @@ and seconds.
 
 from cli import UserError, atomic_file, check_writable, flag, is_of_the_machine, parse, require, run
 
+import errno
 import itertools
 import json
 import os
 import platform
 import socket
+import sys
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ class MetricsLog:
         self.path, self.curves = folder / "metrics.jsonl", folder / "training_curves.png"
         self.wandb_run = wandb_run
         self.waiting = b""  # lines that the disk did not take yet
+        self.told = False  # that there are some
 
     def write(self, step: int, metrics: dict) -> None:
         """Appends a line; on a full disk it waits for the next one, and no half of it stays."""
@@ -41,16 +44,19 @@ class MetricsLog:
             with open(self.path, "ab", buffering=0) as file:
                 size = file.seek(0, os.SEEK_END)
                 try:
-                    written = file.write(self.waiting)
-                except OSError:
-                    written = 0
-                if written == len(self.waiting):
+                    if file.write(self.waiting) < len(self.waiting):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     self.waiting = b""
-                else:
+                except OSError:
                     file.truncate(size)
+                    raise
         except OSError as error:
             if not is_of_the_machine(error):
                 raise
+            if not self.told:
+                print(f"{self.path}: {error.strerror}; its lines wait for the next one",
+                      file=sys.stderr)
+            self.told = True
         if self.wandb_run:
             self.wandb_run.log(metrics, step=step)
 
@@ -88,6 +94,10 @@ class MetricsLog:
         plt.close(figure)
 
     def close(self) -> None:
+        """Ends the log; says so if lines of it could not be written."""
+        if self.waiting:
+            lines = len(self.waiting.splitlines())
+            print(f"{self.path} lacks its last {lines} lines", file=sys.stderr)
         if self.wandb_run:
             self.wandb_run.finish()
 

@@ -8,7 +8,7 @@ they depend on the seed and the step alone) and trains on every `world`-th row o
 are stratified over the global batch, and any number of processes takes the same steps as one.
 """
 
-from cli import Stopped, UserError, require
+from cli import Stopped, UserError, describe, is_of_the_machine, require
 
 import datetime
 import os
@@ -75,6 +75,10 @@ class Processes:
                 work()
             except UserError as error:
                 problem = str(error)
+            except OSError as error:
+                if not is_of_the_machine(error):
+                    raise
+                problem = describe(error)
         problem = self.gather(problem)[0]
         require(problem is None, problem or "")
 

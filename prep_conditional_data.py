@@ -41,6 +41,7 @@ from data_prep import (
     settle_splits,
     split_row,
     tokenize_batches,
+    unchanged,
 )
 from folders import make_folder
 from sources import (
@@ -219,6 +220,7 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
     from tqdm import tqdm
     started = time.perf_counter()
     meta = load_meta(config.data_dir)
+    source = describe_pairs(config, meta)
     tokenizer_text = read_tokenizer_file(config.data_dir, meta)
     tokenizer = load_tokenizer(tokenizer_text)
     texts, told = ({split: SplitWriter(folder, split + end, length) for split in SPLITS}
@@ -246,15 +248,21 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
                       f"{count:,} x {reason}" for reason, count in reasons) or "there is none"),
                   0 if own and "test" not in meta["splits"] else config.test_fraction,
                   config.test_source)
-    source = (describe_files([("--pairs", config.pairs)]) if config.pairs else
-              describe_source(config.source, config.valid_source, config.test_source)
-              if config.source else
-              {key: meta[key] for key in ("source", "licence", "sources") if key in meta})
     return finish_folder(
-        folder, writers, tokenizer_text, meta["vocab_size"], **source,
+        folder, writers, tokenizer_text, meta["vocab_size"],
+        **unchanged(source, describe_pairs(config, meta)),
         condition={"kind": "pairs" if config.pairs else "first sentence",
                    "max_len": config.condition_len, "dropped": dropped},
         config=dataclasses.asdict(config), seconds=round(time.perf_counter() - started, 2))
+
+
+def describe_pairs(config: PairConfig, meta: dict) -> dict:
+    """Where the pairs come from, for meta.json; `meta` is that of the data folder."""
+    if config.pairs:
+        return describe_files([("--pairs", config.pairs)])
+    if config.source:
+        return describe_source(config.source, config.valid_source, config.test_source)
+    return {key: meta[key] for key in ("source", "licence", "sources") if key in meta}
 
 
 def report(output_dir: str, meta: dict) -> None:

@@ -323,6 +323,7 @@ class Trainer:
 
     def clear(self) -> None:
         """Removes what an earlier run left, or what came after the state that is gone on from."""
+        clear_partial(self.folder)
         if self.resumed:
             self.log.rewind(self.step)
         else:
@@ -397,9 +398,10 @@ class Trainer:
         self.processes.barrier()
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.stop_signal:  # asked twice: do not wait for the step to end
+        if self.stop_signal and number == signal.SIGINT:  # asked twice: do not wait for the step
             raise KeyboardInterrupt
-        self.stop_signal = number
+        # A service manager may send SIGTERM and SIGHUP one after the other: the state is saved.
+        self.stop_signal = self.stop_signal or number
 
     @property
     def likelihood_name(self) -> str:
@@ -560,7 +562,8 @@ def resumed_config(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, d
                if getattr(config, name) != stored[name]}
     refuse_changes(stored, changed, config.checkpoint_dir)
     for name, value in changed.items():
-        print(f"--{name} changes from {stored[name]} to {value}")
+        if name not in ("data_dir", "data_source"):  # whose content is compared
+            print(f"--{name} changes from {stored[name]} to {value}")
     settings = {**stored, **{name: getattr(config, name) for name in given}}
     settings.update(checkpoint_dir=config.checkpoint_dir, resume=True, overwrite=False)
     merged = TrainConfig(**settings)
@@ -600,14 +603,18 @@ def clear_folder(folder: Path, overwrite: bool) -> None:
         path.unlink()
 
 
+def clear_partial(folder: Path) -> None:
+    """Removes what runs left that were killed while they wrote; the folder is locked."""
+    for name in OUTPUTS:
+        for path in folder.glob(f"{name}.*.partial"):
+            path.unlink()
+
+
 def find_data(config: TrainConfig, given: set[str]) -> None:
     """Makes the data folder if there is none; one made from another source is refused."""
     if (Path(config.data_dir) / "meta.json").exists():
         if "data_source" in given:
-            check_source(config.data_source, None)
-            other = other_source(load_meta(config.data_dir), describe_source(config.data_source))
-            require(not other, f"{config.data_dir}: {other}; name another --data_dir or leave out "
-                               "--data_source")
+            check_stories(config)
         return
     require(config.stage == 1, f"no data in {config.data_dir}: prepare conditions and texts with "
                                "prep_conditional_data.py, and name that folder with --data_dir")
@@ -616,10 +623,25 @@ def find_data(config: TrainConfig, given: set[str]) -> None:
                        **(QUICK_DATA if config.quick else {})))
 
 
+def check_stories(config: TrainConfig) -> None:
+    """Refuses a --data_source that is not what the data folder's training stories came from."""
+    check_source(config.data_source, None)
+    meta = load_meta(config.data_dir)
+    if "sources" in meta:  # its files of validation and test stories have no flag here
+        meta["sources"] = [source for source in meta["sources"]
+                           if source.get("flag", "--source") == "--source"]
+    other = other_source(meta, describe_source(config.data_source))
+    require(not other, f"{config.data_dir}: {other}; name another --data_dir or leave out "
+                       "--data_source")
+
+
 def make_trainer(config: TrainConfig, given: set[str], processes: Processes) -> Trainer:
     """A trainer at its start or where last.pt stopped; nothing of an older run is touched yet."""
     if config.resume:
-        return Trainer(*resumed_config(config, given), processes)
+        settings, checkpoint = resumed_config(config, given)
+        if "data_source" in given:
+            processes.agree(lambda: check_stories(settings))
+        return Trainer(settings, checkpoint, processes)
     folder = Path(config.checkpoint_dir)
     check_writable(folder, "--checkpoint_dir")
     source = config.decoder_checkpoint
@@ -628,9 +650,7 @@ def make_trainer(config: TrainConfig, given: set[str], processes: Processes) -> 
             "name another folder")
     if not config.overwrite:
         clear_folder(folder, overwrite=False)
-    if processes.main:
-        find_data(config, given)
-    processes.barrier()
+    processes.agree(lambda: find_data(config, given))
     return Trainer(config, None, processes)
 
 

@@ -74,8 +74,15 @@ def test_a_closed_pipe_is_no_error(monkeypatch):
 
     def main():
         raise BrokenPipeError
-    cli.run(main)
+    cli.run(main, prints=True)
     assert len(duplicated) == 1
+
+
+def test_a_broken_pipe_to_another_program_is_not_taken_for_the_readers():
+    def main():
+        raise BrokenPipeError
+    with pytest.raises(BrokenPipeError):
+        cli.run(main)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
@@ -87,6 +94,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_strangers_partial_file_is_left_alone(tmp_path: Path):
+    (tmp_path / "file.partial").write_text("not ours")
+    with atomic_file(tmp_path / "file", "w") as file:
+        file.write("ours")
+    assert (tmp_path / "file.partial").read_text() == "not ours"
+    # and an error of what is read meanwhile names that
+    with pytest.raises(FileNotFoundError) as error, atomic_file(tmp_path / "file"):
+        open(tmp_path / "input")
+    assert error.value.filename == str(tmp_path / "input")
 
 
 def test_text_files_have_the_same_bytes_everywhere(tmp_path: Path):

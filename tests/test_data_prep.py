@@ -560,7 +560,7 @@ def test_a_kill_at_any_step_leaves_a_whole_folder_or_none(there, tmp_path, capsy
         assert status in (0, 9)
         killed = {name: content for name, content in (
             (path.name, path.read_text()) for path in (data.iterdir() if data.exists() else [])
-            if path.is_file())}
+            if path.is_file() and path.name != ".lock")}
         assert "meta.json" not in killed or killed in (OLD, NEW)  # readers ask for it
         try:  # the next run, which is not asked to replace anything
             data_prep.make_folder(str(data), "--data_dir", False, write_new)
@@ -595,7 +595,7 @@ def test_a_run_that_still_writes_is_left_alone(tmp_path):
         data = tmp_path / "data"
 
         def write(folder, data=data):
-            with pytest.raises(UserError, match=f"process {os.getpid()} is writing"):
+            with pytest.raises(UserError, match=f"process {os.getpid()} is (writing|at work)"):
                 data_prep.make_folder(str(data), "--data_dir", True, write_new)
             return write_new(folder)
         data_prep.make_folder(str(data), "--data_dir", there, write)
@@ -890,3 +890,28 @@ def test_all_of_a_row_kind_is_known(data_dir):
     assert {"start", "end"} <= kinds
     histogram = load_meta(data_dir)["length_histogram"]
     assert sum(sum(lengths.values()) for lengths in histogram.values()) == len(rows)
+
+
+def test_a_source_that_grows_while_it_is_read(tmp_path, monkeypatch, fails):
+    source = tmp_path / "grow.txt"
+    source.write_text("".join(f"Story {i}.\n<|endoftext|>\n" for i in range(60)))
+    finish = data_prep.settle_splits
+
+    def append(*args):
+        with open(source, "a") as file:
+            file.write("One more.\n<|endoftext|>\n")
+        return finish(*args)
+    monkeypatch.setattr(data_prep, "settle_splits", append)
+    error = fails(main, "--source", source, "--data_dir", tmp_path / "data")
+    assert "changed while it was read" in error and not (tmp_path / "data").exists()
+
+
+def test_two_processes_do_not_replace_one_folder_together(tmp_path):
+    old_folder(tmp_path / "data")
+
+    def write(folder):
+        with pytest.raises(UserError, match=f"process {os.getpid()} "):
+            data_prep.make_folder(str(tmp_path / "data"), "--data_dir", True, write_new)
+        return write_new(folder)
+    data_prep.make_folder(str(tmp_path / "data"), "--data_dir", True, write)
+    assert contents(tmp_path / "data") == NEW

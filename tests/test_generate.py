@@ -12,7 +12,7 @@ from conftest import ROOT, python
 
 from data_prep import BOS, EOS, MASK, decode, round_up
 from diffusion import DiscreteDiffusion
-from generate import GAP, Vocabulary, infill_row, lay_out, main, text_with_gaps
+from generate import GAP, Vocabulary, infill_row, lay_out, main, read_conditions, text_with_gaps
 from model import DiffusionTransformer, ModelConfig, load_checkpoint, tokenizer_from_checkpoint
 from sampler import PRESETS, Sampler
 
@@ -416,3 +416,10 @@ def test_golden_tokens():
         *_, last = DiscreteDiffusion().unmask(model, row, sampler, seed=1)
         assert last.tokens[0].tolist() == expected
     assert GAP.search("[MASK:12]")[1] == "12"
+
+
+def test_null_conditions_are_left_out_and_said_to_be(tmp_path, capsys):
+    path = tmp_path / "conditions.jsonl"
+    path.write_text('{"condition": null}\n{"condition": " A cat. "}\n{"condition": ""}\n')
+    assert read_conditions(path) == ["A cat."]
+    assert "1 conditions" in capsys.readouterr().err

@@ -55,3 +55,35 @@ def test_runs_are_compared_by_their_best_so_far(tmp_path, capsys, fails):
     (folders[1] / "metrics.jsonl").write_text("")
     assert "no validation" in fails(main, "--compare", *folders, "--output", output)
     assert output.read_bytes() == before
+
+
+def test_lines_wait_for_a_disk_that_is_full(tmp_path, monkeypatch, capsys):
+    log = MetricsLog(tmp_path)
+    log.write(1, {"loss": 1.0})
+    real = open
+
+    class Full:
+        def __init__(self, *args, **options):
+            self.file = real(*args, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            return self.file.write(data[:7])  # as a disk with some bytes left does
+    monkeypatch.setattr("builtins.open", Full)
+    log.write(2, {"loss": 0.5})
+    log.write(3, {"loss": 0.25})
+    assert capsys.readouterr().err.count("No space left") == 1  # said once
+    monkeypatch.undo()
+    assert log.path.read_text() == '{"step": 1, "loss": 1.0}\n'  # no half of a line
+    log.close()
+    assert "lacks its last 2 lines" in capsys.readouterr().err
+    log.write(4, {"loss": 0.1})
+    assert [line["step"] for line in log.lines()] == [1, 2, 3, 4]
