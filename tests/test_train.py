@@ -158,6 +158,13 @@ def test_learning_rate_rises_and_falls(settings):
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[52] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 47 / 95)) / 2)
     assert rates[100] == pytest.approx(0.1)
+    assert trainer.learning_rate(130) == pytest.approx(0.1)  # it does not rise again
+    # no step is left for the decay, or one
+    for warmup, last in ((8, 1.0), (7, 0.1)):
+        short = Trainer(TrainConfig(**{**settings, "lr": 1.0}, warmup_steps=warmup,
+                                    min_lr_ratio=0.1))
+        assert short.learning_rate(warmup - 1) == 1 and short.learning_rate(8) == (
+            pytest.approx(last))
     assert train.Trainer(TrainConfig(**{**settings, "checkpoint_dir": settings["checkpoint_dir"]},
                                      optimizer="adamw")).peak_lr == 0.001
 
