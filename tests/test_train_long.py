@@ -86,13 +86,13 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter(argv, capsys):
 
 
 def test_more_minutes_go_on_with_a_finished_run(argv, monkeypatch, capsys, fails):
-    monkeypatch.setattr(train_long.LongRun, "time_steps", lambda self, steps: (False, 0.5))
+    monkeypatch.setattr(train_long.LongRun, "time_steps", lambda self, steps: (False, 5.0))
     main(argv)
     folder = folder_of(argv)
-    minutes = ["--checkpoint_dir", str(folder), "--minutes", "0.1"]
+    minutes = ["--checkpoint_dir", str(folder), "--minutes", "1"]
     main(minutes)
     steps = load_checkpoint(folder / "final.pt")["step"]
-    # 86 % of 6 seconds are 10 steps of half a second, less what the 8 before took
+    # 86 % of a minute are 10 steps of five seconds, less what the 8 before took
     assert 8 < steps <= 8 + 10 and f"{steps} of {steps}" in capsys.readouterr().out
     main(minutes)  # the same command again changes nothing
     assert load_checkpoint(folder / "final.pt")["step"] == steps
