@@ -14,6 +14,7 @@ import diffusion as module
 from data_prep import BOS, EOS, MASK, PAD, pad_rows
 from diffusion import (
     SCHEDULES,
+    SCORES,
     DiscreteDiffusion,
     Nelbo,
     UnmaskStep,
@@ -725,3 +726,11 @@ def test_time_conditioned_models_are_told_the_share_hidden():
     rows = np.array([[BOS, MASK, MASK, 5, EOS], [BOS, MASK, MASK, MASK, EOS]])
     list(DiscreteDiffusion().unmask(Spy(), rows, Sampler(pace="linear", steps=3)))
     assert seen[0] == pytest.approx([2 / 3, 1]) and len(seen) == 3
+
+
+def test_scores_are_what_they_are_called():
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.25, 0.15]])
+    logits = p.log() + 2.0  # the norm must not matter
+    torch.testing.assert_close(SCORES["confidence"](logits), torch.tensor([0.5, 0.6]))
+    torch.testing.assert_close(SCORES["margin"](logits), torch.tensor([0.2, 0.35]))
+    torch.testing.assert_close(SCORES["entropy"](logits), (p * p.log()).sum(-1))

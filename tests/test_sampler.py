@@ -3,6 +3,7 @@ from cli import UserError
 import numpy as np
 import pytest
 
+import sampler as sampler_module
 from data_prep import BOS, EOS, MASK, PAD
 from sampler import (
     Sampler,
@@ -134,3 +135,20 @@ def test_lengths_follow_the_histogram():
     # lengths and noise come from streams of their own
     first = [np.random.default_rng([1, 5, row]).random() for row in range(3)]
     assert not np.isin(first, [step_noise(5, row, 0, 8) for row in range(3)]).any()
+
+
+def test_no_two_uses_of_randomness_share_a_stream():
+    import diffusion
+    import quality
+    numbers = [value for module in (sampler_module, diffusion, quality)
+               for name, value in vars(module).items() if name.endswith("_STREAM")]
+    assert len(numbers) == 8 and len(set(numbers)) == 8
+
+
+def test_presets_and_costs_are_those_of_the_tables():
+    assert {name: (values["steps"], values["order"], values["temperature"], values["top_p"])
+            for name, values in sampler_module.PRESETS.items()} == {
+        "fast": (16, "random", 1.0, 0.9), "balanced": (32, "random", 1.0, 0.9),
+        "best": (64, "random", 1.0, 0.9)}
+    assert [Sampler(guidance=guidance).evaluations_per_step for guidance in (0, 0.5, 1, 2)] == [
+        1, 2, 1, 2]

@@ -200,6 +200,14 @@ def test_gradients_are_clipped_before_they_are_used_and_forgotten_after(settings
         assert all(p.grad is None for p in trainer.model.parameters())
 
 
+def test_a_step_after_a_validation_drops_out_again(settings):
+    trainer = Trainer(TrainConfig(**settings, ema_decay=0, dropout=0.5))
+    trainer.validate()
+    assert trainer.average is trainer.model and not trainer.model.training
+    trainer.train_step()
+    assert trainer.model.training
+
+
 def test_a_step_counts_what_it_did(settings):
     trainer = Trainer(TrainConfig(**settings))
     batches, counted, following = [], [], trainer.loader.next
@@ -354,6 +362,22 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(settings, fails, 
     assert all(torch.isfinite(value).all() for value in good["weights"].values())
     main(["--resume", "--checkpoint_dir", settings["checkpoint_dir"]])
     assert load_checkpoint(Path(settings["checkpoint_dir"]) / "final.pt")["step"] == 8
+
+
+@pytest.mark.parametrize("broken", ["gradient", "loss"])
+def test_one_of_loss_and_gradient_not_finite_changes_no_weight(settings, monkeypatch, broken):
+    trainer = Trainer(TrainConfig(**settings))
+    trainer.train_step()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    if broken == "gradient":
+        trainer.model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
+    else:
+        real = train.DiscreteDiffusion.loss
+        monkeypatch.setattr(train.DiscreteDiffusion, "loss",
+                            lambda *args: real(*args) + torch.tensor(math.inf))
+    with pytest.raises(Stopped, match="not finite at step 1"):
+        trainer.train_step()
+    assert trainer.step == 1 and same(before, trainer.model.state_dict())
 
 
 def test_broken_weights_never_replace_a_good_file(settings, fails, monkeypatch):
