@@ -35,9 +35,9 @@ EXPLAINED = Path(__file__).with_name("mutants.json")
 IN_PROCESS = "not as_typed and not stories_finish"
 # Of the tests of training, those of its steps, and one start of two processes.
 STEPS = ("accumulation or schedule or clipped or counts_what or reads_its or learns or "
-         "learning_rate or average or non_finite or bit_identical or overflow or "
-         "promises or broken_weights or test_optimizers or other_recipes or same_bits or muons or "
-         "its_share or seeded")
+         "learning_rate or average or finite or bit_identical or overflow or broken_weights or "
+         "promises or test_optimizers or other_recipes or same_bits or muons or its_share or "
+         "seeded or drops_out")
 TARGETS = {
     "diffusion.py": ((), ["tests/test_diffusion.py", "tests/test_autoregressive.py",
                           "tests/test_conditional.py"]),
