@@ -8,6 +8,7 @@ while the large packages are read is one line as well.
 import argparse
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
@@ -396,6 +397,15 @@ def lock_file(file: IO) -> None:
     else:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, read in pieces (hashlib.file_digest is not in Python 3.10)."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def require(condition: object, message: str) -> None:

@@ -21,7 +21,7 @@ nearly equal length, of which only the first has [BOS] and only the last [EOS].
 prep_conditional_data.py adds train_condition_00000.bin ..., the condition of every row.
 """
 
-from cli import UserError, atomic_file, flag, parse, require, run
+from cli import UserError, atomic_file, flag, parse, require, run, sha256_of
 
 import atexit
 import dataclasses
@@ -50,7 +50,6 @@ from folders import make_folder
 from sources import (
     check_source,
     describe_source,
-    file_digest,
     local_files,
     missing_separator,
     read_stories,
@@ -749,7 +748,7 @@ def verify(data_dir: str) -> None:
         for shard in summary["shards"]:
             for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
                 path = Path(data_dir) / (shard["name"] + suffix)
-                require(file_digest(path) == shard[key], f"{path} is damaged (checksum): prepare "
+                require(sha256_of(path) == shard[key], f"{path} is damaged (checksum): prepare "
                         "the data again or copy the folder again")
     print(f"{data_dir}: every checksum is right")
 

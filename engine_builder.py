@@ -2,7 +2,7 @@
 NVIDIA's compiler as a check of the graphs. A library of export_jetson.py, also on the Jetson.
 """
 
-from cli import UserError, atomic_file, require
+from cli import UserError, atomic_file, require, sha256_of
 
 import json
 import time
@@ -16,7 +16,6 @@ from engine_runtime import (
     engine_key,
     engine_note,
     read_bundle,
-    sha256_of,
     tensorrt,
 )
 

@@ -8,10 +8,9 @@ with its own TensorRT, and never imports torch. A session takes named NumPy arra
 and gives named ones.
 """
 
-from cli import UserError, require
+from cli import UserError, require, sha256_of
 
 import ctypes
-import hashlib
 import json
 import math
 import re
@@ -169,14 +168,6 @@ def wrong_entries(contents: dict) -> list[str]:
         **{key: is_count(contents[key], 2**20) for key in ("batch", "length", "likeliest")},
         **{key: isinstance(contents[key], bool) for key in ("dynamic", "guided")}}
     return [key for key, fine in right.items() if not fine]
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_checked(path: Path, sha256: str) -> bytes:

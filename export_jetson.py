@@ -17,7 +17,7 @@ that very graph: of the test split where the data has one, else of the validatio
 its scales from training rows. The small model takes about 3 minutes on 2 CPU cores.
 """
 
-from cli import atomic_file, flag, parse, require, run
+from cli import atomic_file, flag, parse, require, run, sha256_of
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine_builder import DYNAMIC_AXES, build_engine, check_rtx
-from engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, OnnxSession, sha256_of
+from engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, OnnxSession
 from sampler import PRESETS
 
 if TYPE_CHECKING:  # the Jetson, which builds engines with this script, has neither

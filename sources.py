@@ -5,7 +5,7 @@ any size is read with the same small memory. A story that is null (in JSON or pa
 None, for whoever reads to count.
 """
 
-from cli import UserError, require
+from cli import UserError, require, sha256_of
 
 import hashlib
 import json
@@ -200,19 +200,10 @@ def describe_files(files: list[tuple[str, str]]) -> dict[str, Any]:
         path = Path(name)
         found: dict[str, Any] = {"bytes": None, "sha256": None}
         if path.is_file():
-            found = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+            found = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         sources.append({"flag": flag, "name": path.name, **found})
     return {"source": ", ".join(entry["name"] for entry in sources),
             "licence": "that of the local files", "sources": sources}
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file, read in pieces (hashlib.file_digest is not in Python 3.10)."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def other_source(meta: dict, described: dict[str, Any]) -> str | None:

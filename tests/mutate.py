@@ -34,7 +34,7 @@ EXPLAINED = Path(__file__).with_name("mutants.json")
 # notice: those that are the quickest to do so first.
 IN_PROCESS = "not as_typed and not stories_finish"
 # Of the tests of training, those of its steps, and one start of two processes.
-STEPS = ("accumulation or schedule or clipped or counts_what or reads_its or learns or "
+STEPS = ("accumulation or schedule or clipped or counts or reads_its or learns or "
          "learning_rate or average or finite or bit_identical or overflow or broken_weights or "
          "promises or test_optimizers or other_recipes or same_bits or muons or its_share or "
          "seeded or drops_out")

@@ -222,6 +222,25 @@ def test_a_step_counts_what_it_did(settings):
         for count, batch in zip(tokens, batches, strict=True)]
 
 
+def test_a_step_counts_the_condition_too(settings, checkpoint, pairs_dir):
+    del settings["model_config"]  # a later stage goes on with the model that it is given
+    trainer = Trainer(TrainConfig(**settings | dict(
+        data_dir=str(pairs_dir), batch_tokens=1024, stage=2, decoder_checkpoint=str(checkpoint))))
+    told, following = [], trainer.loader.next
+
+    def batch():
+        told.append(following())
+        return told[-1]
+    trainer.loader.next = batch
+    counted = []
+    trainer.speed.count = lambda tokens, flops: counted.append(flops)
+    trainer.train_step()
+    corrupted = told[0].corrupted
+    assert counted == [train_flops(trainer.model, *corrupted.tokens.shape, told[0].predicted,
+                                   corrupted.condition.shape[1])]
+    assert corrupted.condition.shape[1] > 1
+
+
 def test_average_follows_the_weights(settings):
     trainer = Trainer(TrainConfig(**settings, ema_decay=0.5))
     before = trainer.average.embedding.weight.clone()
