@@ -337,30 +337,29 @@ def check_writable(folder: str | Path, flag_name: str) -> None:
                         f"with {flag_name}") from error
 
 
-def _locked(path: Path, folder: str | Path, flag_name: str) -> IO:
+def _locked(path: Path, folder: str | Path, flag_name: str, again: bool = True) -> IO:
     """The lock's file, open and locked."""
-    for last in (False, True):
-        try:
-            file = open(path, "a+", encoding="ascii")
-        except OSError as error:
-            raise UserError(f"cannot write into {folder} ({error.strerror}): choose another folder "
-                            f"with {flag_name}") from error
-        try:
-            lock_file(file)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-            holder = "?"  # it has just ended and removed the file: once more
-        except BlockingIOError:
-            file.seek(0)
-            holder, last = file.read().strip() or "?", True
-        except OSError as error:  # a file system without locks
-            print(f"{folder} cannot be locked ({error.strerror}): take care that no other process "
-                  "writes there", file=sys.stderr)
+    try:
+        file = open(path, "a+", encoding="ascii")
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}): choose another folder "
+                        f"with {flag_name}") from error
+    try:
+        lock_file(file)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-        file.close()
-        require(not last, f"process {holder} is at work in {folder}: wait for it, or choose "
-                          f"another folder with {flag_name}")
-    raise AssertionError("unreachable")
+        holder = "?"  # it has just ended and removed the file: once more
+    except BlockingIOError:
+        file.seek(0)
+        holder, again = file.read().strip() or "?", False
+    except OSError as error:  # a file system without locks
+        print(f"{folder} cannot be locked ({error.strerror}): take care that no other process "
+              "writes there", file=sys.stderr)
+        return file
+    file.close()
+    require(again, f"process {holder} is at work in {folder}: wait for it, or choose another "
+                   f"folder with {flag_name}")
+    return _locked(path, folder, flag_name, again=False)
 
 
 @contextmanager
