@@ -32,7 +32,6 @@ condition.
 
 from cli import UserError, check_writable, flag, parse, preset, print_json, require, run
 
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -44,18 +43,27 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_prep import BOS, EOS, MASK, decode
-from sampler import PRESETS, Choice, Limits, Sampler, Step, condition_row, draw_length, unmask_rows
-from sources import read_json_lines
-from viewer import TRACE_FORMATS, Trace
+from corpus.files import read_json_lines
+from corpus.tokens import MASK, decode
+from sampling.loop import Choice, Step, unmask_rows
+from sampling.rows import (
+    GAP,
+    LIKE_A_GAP,
+    Start,
+    Vocabulary,
+    condition_row,
+    draw_length,
+    infill_parts,
+    infill_row,
+    lay_out,
+    start_of,
+    text_with_gaps,
+)
+from sampling.sampler import PRESETS, Sampler
+from sampling.viewer import TRACE_FORMATS, Trace
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-GAP = re.compile(r"\[MASK(?::([^\]]*))?\]")
-LIKE_A_GAP = re.compile(r"\[\s{0,9}mask(?:\s{0,9}[:=-]\s{0,9}[^\]\s]{0,9}|\s{1,9}[^\]\s]{0,9})?"
-                        r"\s{0,9}\]", re.IGNORECASE)
-
 
 @dataclass(frozen=True)
 class GenerateConfig(Sampler):
@@ -170,123 +178,6 @@ def condition_rows(texts: list[str], tokenizer: "Tokenizer", max_len: int) -> np
     return np.stack(rows)
 
 
-# ---- rows to fill --------------------------------------------------------------------------------
-
-class Vocabulary:
-    """The tokens by their bytes, to complete words that a text cuts."""
-
-    def __init__(self, tokenizer: "Tokenizer"):
-        # in the byte-level alphabet, a character for each byte; the special tokens are no text
-        self.texts = [tokenizer.id_to_token(i) if i > EOS else ""
-                      for i in range(tokenizer.get_vocab_size())]
-        self.longest = max(map(len, self.texts))
-        self.space = self.texts[tokenizer.encode(" ").ids[0]]
-
-    def where(self, test: Callable[[str, str], bool], text: str) -> np.ndarray:
-        """(V,) bool: test(token, text). With str.endswith: the tokens that end with the text."""
-        return np.array([test(token, text) for token in self.texts])
-
-    def edge(self, ids: list[int], end: bool) -> tuple[int, np.ndarray]:
-        """How many ids at the end, or the beginning, are the longest piece that one token can hold,
-        and the tokens (V,) bool that begin, or end, with that piece."""
-        for count in range(min(len(ids), self.longest), 0, -1):
-            piece = "".join(self.texts[i] for i in (ids[-count:] if end else ids[:count]))
-            allowed = self.where(str.startswith if end else str.endswith, piece)
-            if allowed.any():  # at the latest with one id
-                break
-        return count, allowed
-
-    def take_back(self, ids: list[int], left: bool, right: bool) -> list[int | np.ndarray]:
-        """`ids` with what stands beside hidden tokens on the left, on the right replaced by the
-        tokens (V,) bool that may stand there.
-
-        The longest piece, for that is how the vocabulary would have cut the whole word: the end of
-        "She was hap" is " ha" and "p", and " happy" is one token.
-        """
-        before: list[int | np.ndarray] = []
-        behind: list[int | np.ndarray] = []
-        if left and right:  # a piece of one word, with both its ends hidden
-            allowed = self.where(str.__contains__, "".join(self.texts[i] for i in ids))
-            if allowed.any():
-                return [allowed]
-        if left:
-            count, allowed = self.edge(ids[:-1] if right else ids, end=False)
-            before, ids = [allowed], ids[count:]
-        if right:
-            count, allowed = self.edge(ids, end=True)
-            behind, ids = [allowed], ids[:-count]
-        return [*before, *ids, *behind]
-
-
-def lay_out(parts: list[str | int], tokenizer: "Tokenizer", vocabulary: Vocabulary | None,
-            ) -> list[int | np.ndarray]:
-    """Texts and numbers of hidden tokens in turn -> what stands at each place of a row.
-
-    That is a token's id, [MASK], or with a vocabulary the tokens (V,) bool that may be drawn there.
-    """
-    places: list = []
-    over = False  # the word before the hidden part is
-    for k, part in enumerate(parts):
-        if isinstance(part, int):
-            hidden: list = [MASK] * part
-            if over and vocabulary:
-                hidden[0] = vocabulary.where(str.startswith, vocabulary.space)
-            places += hidden
-            continue
-        left, right = k > 0, k + 1 < len(parts)  # hidden tokens beside it
-        # In this vocabulary a word carries the space before it: the first hidden token brings it.
-        over = right and part.endswith(" ")
-        text = part[:-1] if over else part
-        # Other white space is a token of its own before a word, also behind more of it.
-        alone = len(text) - (right and not over and text[-1:].isspace())
-        ids = tokenizer.encode(text[:alone]).ids + tokenizer.encode(text[alone:]).ids
-        left = left and not text[:1].isspace()
-        right = right and not over and not text[-1:].isspace()
-        places += vocabulary.take_back(ids, left, right) if vocabulary and ids else ids
-    return places
-
-
-def infill_parts(text: str, max_len: int) -> list[str | int]:
-    """The text before, between and behind the gaps, and n for every `[MASK:n]`, in turn."""
-    parts: list[str | int] = []
-    end = 0
-    for gap in GAP.finditer(text):
-        size = gap[1] if gap[1] is not None else "1"
-        require(re.fullmatch(r"[0-9]{1,9}", size) and int(size) > 0,
-                f"--infill: {gap[0]} does not say how many tokens to hide; write [MASK:n] with n "
-                "of 1 or more")
-        require(int(size) <= max_len, f"--infill: {gap[0]} is longer than the model's rows "
-                                      f"({max_len} tokens)")
-        parts += [text[end:gap.start()], int(size)]
-        end = gap.end()
-    require(parts, "--infill has no gap: write [MASK:n] where n tokens are to be filled in")
-    return [*parts, text[end:]]
-
-
-def infill_row(text: str, tokenizer: "Tokenizer", max_len: int) -> np.ndarray:
-    """[BOS] text with n times [MASK] for every `[MASK:n]`, [EOS]; no edge healed."""
-    row = np.array([BOS, *lay_out(infill_parts(text, max_len), tokenizer, None), EOS], np.int64)
-    require(len(row) <= max_len, f"--infill: the text and its gaps make {len(row)} tokens, this "
-                                 f"model's rows have {max_len}; shorten it")
-    return row
-
-
-class Start(NamedTuple):
-    """A row to fill."""
-
-    row: np.ndarray  # (length,) int64 with [MASK] where something is to be drawn
-    limits: Limits  # of it, the places at which only some tokens are allowed, and which
-    shown: np.ndarray  # int64, the text as it was given and [MASK]: what was taken back is there
-
-
-def start_of(places: list[int | np.ndarray], shown: list[int]) -> Start:
-    """Both without [BOS] and [EOS]."""
-    row = [MASK if isinstance(place, np.ndarray) else place for place in places]
-    return Start(np.array([BOS, *row, EOS], np.int64),
-                 [(i, place) for i, place in enumerate(places, 1) if isinstance(place, np.ndarray)],
-                 np.array([BOS, *shown, EOS], np.int64))
-
-
 def given_text(config: GenerateConfig) -> str:
     """--infill or --prompt. As in training there is no white space around a story, but what follows
     a condition begins with some."""
@@ -341,15 +232,6 @@ def warn_of_cuts(config: GenerateConfig, tokenizer: "Tokenizer", max_len: int) -
             print(f"warning: --{name}: {cut!r} is cut inside a word, which an exported step does "
                   "not complete; give whole words, or use --checkpoint", file=sys.stderr)
             return
-
-
-def text_with_gaps(tokenizer: "Tokenizer", row: np.ndarray) -> str:
-    """The text of a row on one line, with ` _` for every hidden token."""
-    pieces, start = [], 0
-    for i in [*np.flatnonzero(row == MASK), len(row)]:
-        pieces.append(decode(tokenizer, row[start:i]))
-        start = i + 1
-    return " ".join(" _".join(pieces).split())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -421,14 +303,14 @@ class Source(NamedTuple):
 
 
 def open_torch(config: GenerateConfig, told: bool) -> Source:
-    from diffusion import numpy_choice, numpy_step
-    from model import (
+    from kinds.checkpoints import (
         find_checkpoint,
         load_checkpoint,
         model_from_checkpoint,
-        pick_device,
         tokenizer_from_checkpoint,
     )
+    from network.hardware import pick_device
+    from sampling.step import numpy_choice, numpy_step
     path = find_checkpoint(config.checkpoint,
                            "conditional" if told else ("diffusion", "conditional"))
     device = pick_device(config.device)
@@ -445,7 +327,7 @@ def open_torch(config: GenerateConfig, told: bool) -> Source:
 
 def open_exported(config: GenerateConfig, told: bool) -> Source:
     """No torch is imported on this way."""
-    from engine_runtime import Bundle
+    from jetson.engine_runtime import Bundle
     path = config.onnx or config.engine
     suffix = ".onnx" if config.onnx else ".engine"
     require(Path(path).suffix == suffix, f"--{suffix[1:]} {path}: name a file that ends in "

@@ -15,43 +15,31 @@ train_00000.bin (every row of a long text has the same).
 """
 
 from cli import UserError, flag, parse, require, run
+from cli.folders import make_folder
 
 import dataclasses
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
-from data_prep import (
-    EOS,
-    SPLITS,
+from corpus.files import read_json_lines
+from corpus.rows import SPLITS, TokenRows, load_meta, read_tokenizer_file
+from corpus.sentences import first_sentence
+from corpus.shards import (
     TEST_FRACTION,
     SplitWriter,
-    TokenRows,
     check_row_length,
     check_test_fraction,
-    decode,
     finish_folder,
-    load_meta,
-    load_tokenizer,
-    read_tokenizer_file,
     settle_splits,
-    split_row,
-    tokenize_batches,
     unchanged,
 )
-from folders import make_folder
-from sources import (
-    check_source,
-    describe_files,
-    describe_source,
-    read_json_lines,
-    read_stories,
-    side_of,
-)
+from corpus.sources import check_source, describe_files, describe_source, read_stories, side_of
+from corpus.tokens import EOS, decode, load_tokenizer, split_row
+from corpus.vocabulary import tokenize_batches
 
 
 @dataclass
@@ -101,65 +89,6 @@ class PairConfig:
                                                              "a validation split; leave it out")
         require("test_fraction" not in given or self.pairs or self.source,
                 "--test_fraction: the stories of --data_dir keep their splits; leave it out")
-
-
-# ---- sentences -----------------------------------------------------------------------------------
-
-# What may end a sentence: its marks with the quotes and brackets that close behind them.
-_END = re.compile(r"""[.!?\u2026]+["'\u201d\u2019)\]]*""")
-_ABBREVIATION = re.compile(
-    r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Sr|Jr|Prof|Capt|Sgt|vs|etc|e\.g|i\.e|[ap]\.m)|\b[A-HJ-Z])\.$")
-_LONGEST = 8  # characters of an abbreviation, and the one before it
-_BLANK_LINE = re.compile(r"\n\s*\n")
-_NEXT = re.compile(r"\s+(\S)")
-_SPEECH = ("said", "says", "asked", "asks", "cried", "shouted", "yelled", "replied", "whispered",
-           "answered", "called", "exclaimed", "thought", "sang", "screamed", "added", "begged",
-           "agreed", "roared")
-# `"Stop!" the old man said`: a speaker of up to three words and how it was said
-_SPEAKER = re.compile(rf"\s+(?:[\w'\u2019]+\s+){{1,3}}?(?:{'|'.join(_SPEECH)})\b")
-
-
-def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Where the sentences of a text begin and end, without the white space around them.
-
-    A mark ends no sentence inside quotes that are still open, before a small letter or a speaker
-    ("Stop!" said Tom.), in an abbreviation, an initial or a number. A blank line always does, also
-    where somebody forgot to close the quotes. Single quotes do not count as open: most of them are
-    apostrophes. The time is that of reading the text once, whatever is in it.
-    """
-    start = 0
-    for stop in chain((blank.start() for blank in _BLANK_LINE.finditer(text)), [len(text)]):
-        for end in chain(_sentence_ends(text, start, stop), [stop]):
-            inside = text[start:end]
-            if inside.strip():
-                yield start + len(inside) - len(inside.lstrip()), start + len(inside.rstrip())
-            start = end
-
-
-def _sentence_ends(text: str, start: int, stop: int) -> Iterator[int]:
-    seen = start  # up to here the quotes of this sentence are counted
-    straight = opened = closed = 0
-    for mark in _END.finditer(text, start, stop):
-        end = mark.end()
-        straight += text.count('"', seen, end)
-        opened += text.count("\u201c", seen, end)
-        closed += text.count("\u201d", seen, end)
-        seen = end
-        if not text[end:min(end + 1, stop)].isspace() or straight % 2 or opened > closed:
-            continue
-        follows = _NEXT.match(text, end, stop)
-        if (follows and follows[1].islower()
-                or _ABBREVIATION.search(text, max(start, end - _LONGEST), end)
-                or mark[0][-1] in "\"\u201d'\u2019" and _SPEAKER.match(text, end, stop)):
-            continue
-        yield end
-        start, straight, opened, closed = end, 0, 0, 0
-
-
-def first_sentence(text: str) -> tuple[str, str]:
-    """A story's first sentence and everything behind it, both as they are: together the story."""
-    _, end = next(sentence_spans(text), (0, len(text)))
-    return text[:end], text[end:]
 
 
 # ---- pairs ---------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 from data_prep import DataConfig
-from sampler import Sampler
-from train_config import TrainConfig
+from sampling.sampler import Sampler
+from training.config import TrainConfig
 
 STAGES = ("data", "train", "evaluate", "curves", "samples", "report")
 

@@ -27,17 +27,20 @@ import time
 from pathlib import Path
 
 import data_prep
-import evaluate
-from autoregressive import tell_stories
-from data_prep import content_hashes, decode, load_meta
-from metrics import MetricsLog, machine
-from model import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
-from parallel import Processes, start_processes
-from sources import check_source, describe_source, other_source
-from throughput import EnergyMeter
-from train import COMPILE_FROM, Trainer, check_same_data, refuse_changes
-from train_config import TrainConfig
+from corpus.rows import content_hashes, load_meta
+from corpus.sources import check_source, describe_source, other_source
+from corpus.tokens import decode
+from kinds.autoregressive import tell_stories
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
+from measuring import common, likelihood
+from network.hardware import machine
+from train import refuse_changes
 from train_config_long import PRESETS, STAGES, LongConfig
+from training.config import TrainConfig
+from training.log import MetricsLog
+from training.processes import Processes, start_processes
+from training.speed import EnergyMeter
+from training.trainer import COMPILE_FROM, Trainer, check_same_data
 
 TIMED_STEPS = 8
 # Of --minutes: what validations while training and what the stages after it take, seen on 2 cores.
@@ -277,11 +280,11 @@ class LongRun:
 
     def do_evaluate(self) -> None:
         config, path = self.config, self.folder / "best.pt"
-        settings = evaluate.EvaluateConfig(
+        settings = common.EvaluateConfig(
             checkpoint=str(path), data_dir=config.data_dir, draws=config.draws,
             max_rows=config.evaluate_rows or None, num_samples=config.compared_stories,
             seed=config.seed, device=config.device, precision=config.precision)
-        evaluate.write(settings, path, load_checkpoint(path, kind=None),
+        likelihood.write(settings, path, load_checkpoint(path, kind=None),
                        self.folder / "evaluation.json")
 
     def do_curves(self) -> None:

@@ -14,15 +14,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import export_jetson
-import model as model_module
+import model
 import prep_conditional_data
 import train
-import train_config
-from data_prep import BOS, EOS, MASK, DataConfig, prepare
-from layers import GATE_SPEED, take
+from corpus.tokens import BOS, EOS, MASK
+from data_prep import DataConfig, prepare
+from kinds import checkpoints
+from model import ConditionalTransformer
+from network import layers
+from network.attention import GATE_SPEED, take
+from training import config, trainer
 
 ROOT = Path(__file__).parent.parent
-SMALL = model_module.ModelConfig(width=32, heads=2, layers=2)
+SMALL = layers.ModelConfig(width=32, heads=2, layers=2)
 
 
 @pytest.fixture(autouse=True)
@@ -52,18 +56,18 @@ def long_data_dir(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def small_tiny(monkeypatch):
     """The size "tiny" is a toy in all tests of this process; real sizes have their own tests."""
-    monkeypatch.setitem(model_module.MODEL_CONFIGS, "tiny", SMALL)
+    monkeypatch.setitem(model.MODEL_CONFIGS, "tiny", SMALL)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(long_data_dir, tmp_path_factory) -> Path:
     """best.pt of a toy model after some steps on `long_data_dir`."""
     folder = tmp_path_factory.mktemp("shared") / "checkpoints"
-    sizes = {**model_module.MODEL_CONFIGS, "tiny": SMALL}
+    sizes = {**model.MODEL_CONFIGS, "tiny": SMALL}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, "MODEL_CONFIGS", sizes)
-        patch.setattr(train_config, "MODEL_CONFIGS", sizes)
-        train.Trainer(train.TrainConfig(
+        patch.setattr(model, "MODEL_CONFIGS", sizes)
+        patch.setattr(config, "MODEL_CONFIGS", sizes)
+        trainer.Trainer(config.TrainConfig(
             data_dir=str(long_data_dir), checkpoint_dir=str(folder), model_config="tiny",
             max_steps=12, batch_tokens=1024, precision="fp32", device="cpu", valid_every=6,
             valid_rows=8, num_samples=0)).run()
@@ -80,19 +84,19 @@ def pairs_dir(long_data_dir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def conditional_checkpoint(checkpoint, pairs_dir, tmp_path_factory):
     """That of a toy model whose cross-attention counts."""
-    source = model_module.load_checkpoint(checkpoint)
+    source = checkpoints.load_checkpoint(checkpoint)
     torch.manual_seed(5)
-    plain = model_module.model_from_checkpoint(source)
-    model = model_module.ConditionalTransformer(plain.config, dataclasses.replace(
+    plain = checkpoints.model_from_checkpoint(source)
+    network = ConditionalTransformer(plain.config, dataclasses.replace(
         plain.config, max_len=32, layers=1))
-    model.load_decoder(plain.state_dict())
-    model.start_encoder()
-    for block in model.blocks:
+    network.load_decoder(plain.state_dict())
+    network.start_encoder()
+    for block in network.blocks:
         torch.nn.init.normal_(block.cross.out.weight, std=0.3)
         torch.nn.init.constant_(block.cross.gate, 1 / GATE_SPEED)
     path = tmp_path_factory.mktemp("shared") / "conditional.pt"
-    model_module.save_checkpoint(
-        path, model, source["tokenizer"], source["length_histogram"], ema=None, step=1,
+    checkpoints.save_checkpoint(
+        path, network, source["tokenizer"], source["length_histogram"], ema=None, step=1,
         train_config=source["train_config"] | {"data_dir": str(pairs_dir)})
     return path
 
@@ -101,15 +105,15 @@ def conditional_checkpoint(checkpoint, pairs_dir, tmp_path_factory):
 def sharp_checkpoint(checkpoint, tmp_path_factory):
     """A toy model that is surer of some tokens than of others: rounding must not decide anything.
     """
-    source = model_module.load_checkpoint(checkpoint)
-    model = model_module.model_from_checkpoint(source)
+    source = checkpoints.load_checkpoint(checkpoint)
+    model = checkpoints.model_from_checkpoint(source)
     torch.manual_seed(9)
     torch.nn.init.normal_(model.embedding.weight, std=0.35)
     for name, weight in model.named_parameters():
         if name.endswith(("out.weight", "down.weight")):
             torch.nn.init.normal_(weight, std=0.2)
     path = tmp_path_factory.mktemp("shared") / "sharp.pt"
-    model_module.save_checkpoint(
+    checkpoints.save_checkpoint(
         path, model, source["tokenizer"], source["length_histogram"], ema=None, step=1,
         train_config=source["train_config"], licence="none")
     return path

@@ -7,10 +7,13 @@ import torch
 from conftest import SMALL
 
 import train
-from autoregressive import Autoregressive, tell_stories, write_stories
-from data_prep import BOS, EOS, PAD, TokenRows, bucket_batches
-from model import DiffusionTransformer, ModelConfig, load_checkpoint
-from sampler import Sampler
+from corpus.rows import TokenRows, bucket_batches
+from corpus.tokens import BOS, EOS, PAD
+from kinds.autoregressive import Autoregressive, tell_stories, write_stories
+from kinds.checkpoints import load_checkpoint
+from model import DiffusionTransformer
+from network.layers import ModelConfig
+from sampling.sampler import Sampler
 
 
 @pytest.fixture

@@ -7,19 +7,18 @@ import pytest
 import torch
 from conftest import ROOT, chi_squared_p
 
-import benchmark
-from benchmark import (
-    SampleBenchmark,
+import model
+from benchmark import main
+from corpus.tokens import BOS, EOS, MASK
+from measuring import paired
+from measuring.sampling_speed import SampleBenchmark, sensible_sampling, textbook_sampling
+from measuring.training_speed import (
     Textbook,
     TrainBenchmark,
     compiled_textbook_step,
-    main,
     own_step,
-    sensible_sampling,
-    textbook_sampling,
     textbook_step,
 )
-from data_prep import BOS, EOS, MASK
 from model import MODEL_CONFIGS
 
 SMALL = ["--model_config", "tiny", "--batch", "2", "--seq_len", "16", "--vocab_size", "50",
@@ -63,13 +62,13 @@ class Timed(TrainBenchmark):
 
 
 def test_the_headline_is_against_the_strongest_baseline(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "peak_flops", lambda *_, **__: 1e12)
-    result = benchmark.run_benchmark(Timed(arms=["slow", "quick", "own"], device="cpu", repeats=3,
+    monkeypatch.setattr(paired, "peak_flops", lambda *_, **__: 1e12)
+    result = paired.run_benchmark(Timed(arms=["slow", "quick", "own"], device="cpu", repeats=3,
                                            precision="fp32", memory=False))
     assert result["strongest_baseline"] == "quick"
     speedups = {arm: row["speedup_over_strongest"] for arm, row in result["arms"].items()}
     assert speedups["quick"] == 1 and speedups["slow"] < 0.6 and 1.2 < speedups["own"] < 2.5
-    benchmark.report(result)
+    paired.report(result)
     text = capsys.readouterr().out
     assert (f"strongest baseline here, quick: slow {speedups['slow']:.2f}, own "
             f"{speedups['own']:.2f}\n") in text
@@ -180,7 +179,7 @@ def test_the_sensible_sampler_draws_from_the_same_distribution(table_model):
 
 @pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
 def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path, fails, monkeypatch):
-    monkeypatch.setattr(benchmark, "run_benchmark", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(paired, "run_benchmark", lambda *_: pytest.fail("the work began"))
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     before = sorted(tmp_path.iterdir())
@@ -192,7 +191,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path, fails,
 def test_the_textbook_model_is_of_the_same_size():
     with torch.device("meta"):
         book = Textbook(TrainBenchmark(model_config="small"))
-        own = benchmark.create_model("small")
+        own = model.create_model("small")
     counts = [sum(p.numel() for p in model.parameters()) for model in (book, own)]
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
 

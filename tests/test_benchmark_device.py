@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
-import benchmark_device
-from benchmark_device import Board, main, percentile_95
+from measuring import device
+from measuring.device import Board, main, percentile_95
 
 
 @pytest.fixture
@@ -67,14 +67,14 @@ def test_power_and_memory_of_a_jetson(measured, tmp_path, monkeypatch):
 
 
 def test_without_onnx_runtime_nothing_else_is_hidden(bundle, tmp_path, monkeypatch, capsys, fails):
-    monkeypatch.setattr(benchmark_device, "find_spec", lambda name: None)
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
     assert "nothing to time" in fails(main, "device", "--bundle", bundle, "--output",
                                       tmp_path / "x.json")
     shutil.copytree(bundle, tmp_path / "copy")
     for name in ("step_fp16.engine", "encoder.engine"):
         (tmp_path / "copy" / name).write_bytes(b"")
-    config = benchmark_device.DeviceBenchmark(bundle=str(tmp_path / "copy"))
-    assert list(benchmark_device.arms_of(config)) == ["tensorrt fp16"]
+    config = device.DeviceBenchmark(bundle=str(tmp_path / "copy"))
+    assert list(device.arms_of(config)) == ["tensorrt fp16"]
     assert "its arms are not measured" in capsys.readouterr().out
 
 
@@ -101,7 +101,7 @@ def test_mistakes(words, message, bundle, fails, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
 def test_outputs_that_cannot_be_written_are_found_before_the_work(bundle, tmp_path, fails,
                                                                   monkeypatch):
-    monkeypatch.setattr(benchmark_device, "measure", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(device, "measure", lambda *_: pytest.fail("the work began"))
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     (tmp_path / "x.png").mkdir()

@@ -14,21 +14,21 @@ from test_train import STATE, argv, same
 
 import evaluate
 import generate
-import model as model_module
 import prep_conditional_data
 import train
-from data_prep import BOS, EOS, MASK, PAD
-from diffusion import Corrupted, DiscreteDiffusion, numpy_step, weighted_loss
-from model import (
-    ConditionalTransformer,
-    create_conditional_model,
-    create_model,
-    is_of_condition,
-    load_checkpoint,
-)
-from optimizers import make_optimizers
-from sampler import ORDERS, PACES, REMASKS, Kept, Sampler, condition_row, fill
-from train import TrainConfig, Trainer
+from corpus.tokens import BOS, EOS, MASK, PAD
+from diffusion import DiscreteDiffusion
+from kinds.checkpoints import load_checkpoint
+from kinds.likelihood import Corrupted, weighted_loss
+from model import ConditionalTransformer, create_conditional_model, create_model, is_of_condition
+from network import attention, layers
+from sampling.loop import Kept, fill
+from sampling.rows import condition_row
+from sampling.sampler import ORDERS, PACES, REMASKS, Sampler
+from sampling.step import numpy_step
+from training.config import TrainConfig
+from training.optimizers import make_optimizers
+from training.trainer import Trainer
 
 CONDITIONS = np.stack([condition_row(ids, 16) for ids in (
     [10], [11, 12, 13], list(range(20, 34)), [5, 6, 7, 8])])
@@ -92,7 +92,7 @@ def test_the_condition_is_first_read_as_if_it_stood_before_the_text():
     own, cross = model.blocks[0].attention, model.blocks[0].cross
 
     def read(layer, row):
-        x = model_module.rms_norm(model_module.rms_norm(model.embed(torch.tensor([row]))))
+        x = layers.rms_norm(layers.rms_norm(model.embed(torch.tensor([row]))))
         where = model.cos[:len(row)], model.sin[:len(row)]
         return layer.queries(x, *where), *layer.keys_values(x, *where)
     joined, keys, values = read(own, [BOS, *told, *text, EOS])
@@ -210,7 +210,7 @@ def test_guidance_1_is_the_conditional_and_0_the_unconditional_model(sampler):
                                              rows_to_fill(), settings, seed=2)]
     plain = [row.tolist() for row in fill(numpy_step(model, sampler), rows_to_fill(), sampler, 2)]
     assert told(0.0) == plain
-    given = model_module.ConditionalTransformer.hidden
+    given = model.ConditionalTransformer.hidden
     always = model.encode(torch.from_numpy(CONDITIONS))
 
     class Given(torch.nn.Module):
@@ -237,7 +237,7 @@ def test_guidance_sharpens_the_distribution_as_its_formula_says():
             self.plain = TableModel(seed=1)
 
         def encode(self, condition):
-            return model_module.Context(*(torch.zeros(1, len(condition), 1, 1, 1),) * 2,
+            return attention.Context(*(torch.zeros(1, len(condition), 1, 1, 1),) * 2,
                                         torch.zeros(len(condition), 1, 1, 1))
 
         def hidden(self, tokens, t=None, context=None, at=None):

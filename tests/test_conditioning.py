@@ -6,15 +6,15 @@ import pytest
 import torch
 from test_conditional import small_conditional
 
-import conditioning
-import quality
-from autoregressive import Autoregressive
-from conditioning import Pairs, bounds, gain, names_and_nouns, taken_up
-from data_prep import BOS, EOS, TokenRows, decode
+from corpus.rows import TokenRows
+from corpus.sample_stories import sample_stories
+from corpus.tokens import BOS, EOS, decode
 from diffusion import DiscreteDiffusion
 from evaluate import main
-from model import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
-from sample_stories import sample_stories
+from kinds.autoregressive import Autoregressive
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
+from measuring import conditions, quality
+from measuring.conditions import Pairs, bounds, gain, names_and_nouns, taken_up
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def test_take_up_is_the_share_of_the_wanted_words():
 def test_training_words_of_conditions_do_not_run_into_the_texts(pairs_dir, checkpoint, monkeypatch):
     tokenizer = tokenizer_from_checkpoint(load_checkpoint(checkpoint))
     told = []
-    monkeypatch.setattr(conditioning, "names_and_nouns", lambda texts: told.extend(texts))
+    monkeypatch.setattr(conditions, "names_and_nouns", lambda texts: told.extend(texts))
     rows = TokenRows(pairs_dir, "train")
-    conditioning.training_words(rows, tokenizer, limit=5)
+    conditions.training_words(rows, tokenizer, limit=5)
     assert told == [decode(tokenizer, rows.conditions()[i]) + "\n" + decode(tokenizer, rows[i])
                     for i in range(5)]
 
@@ -87,7 +87,7 @@ def test_the_twin_is_scored_exactly_behind_a_prompt(pairs, twin):
     """Its nats are those of the whole row less those of the prompt."""
     model = model_from_checkpoint(load_checkpoint(twin, kind="autoregressive"))
     pairs = pairs.some(range(3))
-    bound = conditioning.prompted_bound(model, pairs, 1, 0, exact=True)
+    bound = conditions.prompted_bound(model, pairs, 1, 0, exact=True)
     for i, (row, start) in enumerate(zip(pairs.prompted, pairs.starts, strict=True)):
         whole, prompt = (float(Autoregressive().nelbo(model, [part[None]]).nats[0])
                          for part in (row, row[:start]))
@@ -99,8 +99,8 @@ def test_the_twin_is_scored_exactly_without_a_condition(pairs, twin):
     """-log p of the text alone, its [EOS] counted as in the arms behind a prompt."""
     model = model_from_checkpoint(load_checkpoint(twin, kind="autoregressive"))
     pairs = pairs.some(range(3))
-    bound = conditioning.text_bound(Autoregressive(), model, pairs, 1, 0)
-    behind = conditioning.prompted_bound(model, pairs, 1, 0, exact=True)
+    bound = conditions.text_bound(Autoregressive(), model, pairs, 1, 0)
+    behind = conditions.prompted_bound(model, pairs, 1, 0, exact=True)
     for i, text in enumerate(pairs.texts):
         tokens = torch.from_numpy(text)[None]
         log_p = model(torch.nn.functional.pad(tokens[:, :-1], (1, 0))).detach().log_softmax(-1)[0]
@@ -115,8 +115,8 @@ def test_perplexity_behind_a_condition_counts_the_end(pairs, twin, checkpoint):
     model = model_from_checkpoint(load_checkpoint(twin, kind="autoregressive"))
     tokenizer = tokenizer_from_checkpoint(load_checkpoint(checkpoint))
     pairs = pairs.some(range(3))
-    nats, tokens = conditioning.prompted_bound(model, pairs, 1, 0, exact=True).row_nats()
-    figures = conditioning.figures(pairs.texts, pairs, tokenizer, set(), model)
+    nats, tokens = conditions.prompted_bound(model, pairs, 1, 0, exact=True).row_nats()
+    figures = conditions.figures(pairs.texts, pairs, tokenizer, set(), model)
     assert figures["generative_perplexity"] == pytest.approx(
         math.exp(nats.sum() / (tokens + 1).sum()), rel=1e-4)
 
@@ -132,7 +132,7 @@ def test_the_prompted_arm_hides_the_text_alone(pairs):
         def scores(self, states, targets):
             return torch.ones(len(targets)), torch.zeros(len(targets))
     pairs = pairs.some([0, 1])
-    bound = conditioning.prompted_bound(Spy(), pairs, draws=3, seed=0)
+    bound = conditions.prompted_bound(Spy(), pairs, draws=3, seed=0)
     assert bound.nats_per_token == pytest.approx(1.0)
     for tokens, _ in hidden:
         for row in tokens.numpy():
@@ -166,13 +166,13 @@ def test_the_evaluation_of_a_conditional_model(conditional_checkpoint, checkpoin
     own, other = (result["likelihood"][name]["nats_per_token"]
                   for name in ("its own condition", "another story's"))
     assert result["likelihood"]["another story's"]["gain"] == pytest.approx(other - own)
-    for name, true in conditioning.OWN.items():
+    for name, true in conditions.OWN.items():
         arm, base = result["likelihood"][name], result["likelihood"][true]
         assert arm["gain"] == pytest.approx(arm["nats_per_token"] - base["nats_per_token"])
     # each reader with its own, another's and no condition, and both gains, in file and table
     assert list(result["readers"]) == ["cross-attention", "plain prompt", "prompt to the twin"]
     for reader, figures in result["readers"].items():
-        own, another, none = (result["likelihood"][arm] for arm in conditioning.READERS[reader])
+        own, another, none = (result["likelihood"][arm] for arm in conditions.READERS[reader])
         for name, arm in (("own", own), ("another", another), ("none", none)):
             assert figures[name] == arm["nats_per_token"]
             if name != "own":

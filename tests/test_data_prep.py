@@ -1,5 +1,5 @@
 import cli
-from cli import UserError
+from cli import UserError, folders
 
 import errno
 import json
@@ -20,28 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_prep
-import sources
-from data_prep import (
-    BOS,
-    EOS,
-    PAD,
-    BatchStream,
-    DataConfig,
-    TokenRows,
-    bucket_batches,
-    decode,
-    length_nats,
-    load_meta,
-    load_tokenizer,
-    main,
-    padding_share,
-    prepare,
-    read_tokenizer_file,
-    split_row,
-    token_bytes,
-    train_tokenizer,
-)
-from sample_stories import sample_stories
+from corpus import files, rows, shards, sources, tokens, vocabulary
+from corpus.rows import TokenRows, bucket_batches, load_meta, padding_share, read_tokenizer_file
+from corpus.sample_stories import sample_stories
+from corpus.tokens import BOS, EOS, PAD, decode, length_nats, load_tokenizer, split_row, token_bytes
+from corpus.vocabulary import train_tokenizer
+from data_prep import DataConfig, main, prepare
+from training.loader import BatchStream
 
 HOSTILE = [
     "Tom said [MASK] and [EOS], then [PAD] [BOS].", "naïve café — “quotes” 日本語 🙂🏽 e\u0301",
@@ -95,9 +80,9 @@ def test_every_story_decodes_to_its_source(tmp_path, suffix):
 def test_the_last_separator_may_be_missing_or_share_a_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one<|endoftext|>two\n<|endoftext|>\nthree\n")
-    assert [t.strip() for t in sources.read_txt(path)] == ["one", "two", "three"]
+    assert [t.strip() for t in files.read_txt(path)] == ["one", "two", "three"]
     path.write_text("one\n", encoding="utf-8-sig")  # a byte order mark is no text
-    assert list(sources.read_txt(path)) == ["one\n"]
+    assert list(files.read_txt(path)) == ["one\n"]
 
 
 def test_split_is_by_text_and_max_stories_holds(tmp_path):
@@ -176,7 +161,7 @@ def test_too_few_held_out_stories_have_no_test_split(tmp_path, fails, capsys):
 
 def test_content_hashes_know_the_rows_and_nothing_else(tmp_path):
     def hashes(name, **settings):
-        return data_prep.content_hashes(prepare(DataConfig(
+        return rows.content_hashes(prepare(DataConfig(
             source=["sample"], data_dir=str(tmp_path / name), seq_len=64,
             **{"vocab_size": 300, "max_stories": 200, **settings})))
     first = hashes("a")
@@ -201,7 +186,7 @@ def test_long_stories_become_rows_of_nearly_equal_length():
 
 
 def test_shards_are_cut_and_read_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_prep, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 1000)
     meta = prepare(DataConfig(source=["sample"], data_dir=str(tmp_path / "data"), max_stories=100,
                               vocab_size=300, seq_len=64))
     assert len(meta["splits"]["train"]["shards"]) > 3
@@ -289,7 +274,7 @@ def test_the_vocabulary_of_ordinary_text_is_that_of_the_plain_algorithm():
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = decoders.ByteLevel()
     plain.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=500, special_tokens=data_prep.SPECIAL_TOKENS, show_progress=False,
+        vocab_size=500, special_tokens=tokens.SPECIAL_TOKENS, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     assert train_tokenizer(texts, 500).to_str() == plain.to_str()
 
@@ -299,8 +284,8 @@ def test_the_vocabulary_of_ordinary_text_is_that_of_the_plain_algorithm():
 def test_only_long_words_are_cut(parts, longest):
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_prep, "LONGEST_WORD", longest)
-        pieces = list(data_prep.cut_long_words(text))
+        patch.setattr(vocabulary, "LONGEST_WORD", longest)
+        pieces = list(vocabulary.cut_long_words(text))
     assert "".join(pieces) == text
     runs = re.findall(r"\S+|\s+", text)
     if all(len(run) < longest for run in runs):
@@ -313,7 +298,7 @@ def test_only_long_words_are_cut(parts, longest):
 def test_one_very_long_word(text):
     started = time.process_time()
     tokenizer = train_tokenizer([text], 1000)
-    ids = [i for *_, ids in data_prep.tokenize_batches([("train", text)], tokenizer) for i in ids]
+    ids = [i for *_, ids in vocabulary.tokenize_batches([("train", text)], tokenizer) for i in ids]
     assert decode(tokenizer, ids) == text
     assert time.process_time() - started < 10  # uncut, the first took minutes
 
@@ -344,11 +329,11 @@ def test_ctrl_c_is_heard_inside_the_tokenizer(what, tmp_path):
     code = ("import sys, cli, data_prep\nfrom tokenizers import Tokenizer\n"
             "data_prep.LONGEST_WORD = 10**9\n"
             f"if {what == 'tokenizing'}:\n"
-            "    real = data_prep.train_tokenizer\n"
-            "    data_prep.train_tokenizer = lambda texts, size: real(['ab'], size)\n"
+            "    real = vocabulary.train_tokenizer\n"
+            "    vocabulary.train_tokenizer = lambda texts, size: real(['ab'], size)\n"
             "    data_prep.without_null_and_empty = lambda *_: iter(\n"
             "        [('train', 'ab' * 200_000_000)])\n"
-            "class Told(data_prep.Background):\n"
+            "class Told(vocabulary.Background):\n"
             "    def result(self):\n"
             "        print('busy', flush=True)\n"
             "        return super().result()\n"
@@ -507,7 +492,7 @@ def test_a_failed_replacement_keeps_the_old_folder(error, tmp_path, monkeypatch)
             return rename(self, target)
         monkeypatch.setattr(Path, "rename", failing)
         try:
-            data_prep.make_folder(str(data), "--data_dir", True, write_new)
+            folders.make_folder(str(data), "--data_dir", True, write_new)
         except type(error):
             assert contents(data) == OLD
             assert os.listdir(data.parent) == ["data"]
@@ -537,7 +522,7 @@ for owner, names in ((Path, ("rename", "unlink", "rmdir", "mkdir", "write_text")
                      (os, ("replace", "fsync", "rmdir", "unlink"))):
     for name in names:
         setattr(owner, name, step(getattr(owner, name)))
-data_prep.make_folder(sys.argv[2], "--data_dir", True, write)
+folders.make_folder(sys.argv[2], "--data_dir", True, write)
 """
 
 
@@ -563,7 +548,7 @@ def test_a_kill_at_any_step_leaves_a_whole_folder_or_none(there, tmp_path, capsy
             if path.is_file() and path.name != ".lock")}
         assert "meta.json" not in killed or killed in (OLD, NEW)  # readers ask for it
         try:  # the next run, which is not asked to replace anything
-            data_prep.make_folder(str(data), "--data_dir", False, write_new)
+            folders.make_folder(str(data), "--data_dir", False, write_new)
         except UserError as error:
             assert "already there" in str(error)
             # from where the replacement is decided on, the next run completes it
@@ -580,12 +565,12 @@ def test_a_strangers_folder_of_that_name_is_kept(tmp_path):
     for name in ("data.partial", "data.old.partial", "data.partial-abcdefgh", "data.partial-mine"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.txt").touch()
-    data_prep.make_folder(str(tmp_path / "data"), "--data_dir", False, write_new)
+    folders.make_folder(str(tmp_path / "data"), "--data_dir", False, write_new)
     inside = tmp_path / "data" / "partial-abcdefgh"
     inside.mkdir()
     (inside / "thesis.txt").touch()
     with pytest.raises(UserError, match="already there"):
-        data_prep.make_folder(str(tmp_path / "data"), "--data_dir", False, write_new)
+        folders.make_folder(str(tmp_path / "data"), "--data_dir", False, write_new)
     assert len(list(tmp_path.rglob("thesis.txt"))) == 5
 
 
@@ -596,16 +581,16 @@ def test_a_run_that_still_writes_is_left_alone(tmp_path):
 
         def write(folder, data=data):
             with pytest.raises(UserError, match=f"process {os.getpid()} is (writing|at work)"):
-                data_prep.make_folder(str(data), "--data_dir", True, write_new)
+                folders.make_folder(str(data), "--data_dir", True, write_new)
             return write_new(folder)
-        data_prep.make_folder(str(data), "--data_dir", there, write)
+        folders.make_folder(str(data), "--data_dir", there, write)
         assert contents(data) == NEW and os.listdir(tmp_path) == ["data"]
 
     def beaten(folder):
         old_folder(tmp_path / "other")
         return write_new(folder)
     with pytest.raises(UserError, match="another process has made"):
-        data_prep.make_folder(str(tmp_path / "other"), "--data_dir", False, beaten)
+        folders.make_folder(str(tmp_path / "other"), "--data_dir", False, beaten)
     assert contents(tmp_path / "other") == OLD
 
 
@@ -653,7 +638,7 @@ def test_a_folder_that_cannot_be_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", busy)
     (tmp_path / "data").mkdir()
     for overwrite in (False, True):
-        data_prep.make_folder(str(tmp_path / "data"), "--data_dir", overwrite, write_new)
+        folders.make_folder(str(tmp_path / "data"), "--data_dir", overwrite, write_new)
         assert contents(tmp_path / "data") == NEW
 
 
@@ -689,7 +674,7 @@ def test_links_as_the_folder(tmp_path, fails):
     assert os.listdir(tmp_path) == ["link"]
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "data").mkdir()
-    data_prep.make_folder(str(tmp_path / "link"), "--data_dir", False, write_new)
+    folders.make_folder(str(tmp_path / "link"), "--data_dir", False, write_new)
     assert contents(tmp_path / "elsewhere" / "data") == contents(tmp_path / "link") == NEW
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "link"]
     (tmp_path / "circle").symlink_to("circle")
@@ -733,7 +718,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, fails):
     def full(self):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(data_prep.SplitWriter, "flush", full)
+    monkeypatch.setattr(shards.SplitWriter, "flush", full)
     error = fails(main, "--source", "sample", "--max_stories", "60", "--vocab_size", "300",
                   "--data_dir", tmp_path / "data")
     assert "No space left" in error and os.listdir(tmp_path) == []
@@ -827,9 +812,9 @@ def test_batches_hold_every_row_once_within_the_budget():
         batches = bucket_batches(lengths, 4096, rng.permutation(5000), merge)
         assert sorted(np.concatenate(batches).tolist()) == list(range(5000))
         for batch in batches:
-            assert len(batch) * data_prep.round_up(int(lengths[batch].max())) <= 4096
+            assert len(batch) * tokens.round_up(int(lengths[batch].max())) <= 4096
     # without merging, a row's padding depends on its own length alone
-    assert all(len(set(data_prep.round_up(lengths[batch]))) == 1 for batch in batches)
+    assert all(len(set(tokens.round_up(lengths[batch]))) == 1 for batch in batches)
     # a budget below the row length still gives one row a batch
     assert all(len(batch) == 1 for batch in bucket_batches(lengths, 1))
 
@@ -871,7 +856,7 @@ def test_ranks_share_each_global_batch(data_dir):
 def test_length_code_is_a_probability(data_dir):
     meta = load_meta(data_dir)
     total = 0.0
-    for kind in data_prep.ROW_KINDS:
+    for kind in tokens.ROW_KINDS:
         for length in range(1, meta["seq_len"] + 1):
             row = np.full(length + (length == 1 and kind == "story"), 10)
             if kind in ("story", "start"):
@@ -879,14 +864,14 @@ def test_length_code_is_a_probability(data_dir):
             if kind in ("story", "end"):
                 row[-1] = EOS
             if len(row) == length:
-                assert data_prep.row_kind(row) == kind
+                assert tokens.row_kind(row) == kind
                 total += np.exp(-length_nats(meta, [row]))
     assert total <= 1 and total == pytest.approx(1, abs=1e-3)
 
 
 def test_all_of_a_row_kind_is_known(data_dir):
     rows = TokenRows(data_dir)
-    kinds = {data_prep.row_kind(rows[i]) for i in range(len(rows))}
+    kinds = {tokens.row_kind(rows[i]) for i in range(len(rows))}
     assert {"start", "end"} <= kinds
     histogram = load_meta(data_dir)["length_histogram"]
     assert sum(sum(lengths.values()) for lengths in histogram.values()) == len(rows)
@@ -895,7 +880,7 @@ def test_all_of_a_row_kind_is_known(data_dir):
 def test_a_source_that_grows_while_it_is_read(tmp_path, monkeypatch, fails):
     source = tmp_path / "grow.txt"
     source.write_text("".join(f"Story {i}.\n<|endoftext|>\n" for i in range(60)))
-    finish = data_prep.settle_splits
+    finish = shards.settle_splits
 
     def append(*args):
         with open(source, "a") as file:
@@ -911,7 +896,7 @@ def test_two_processes_do_not_replace_one_folder_together(tmp_path):
 
     def write(folder):
         with pytest.raises(UserError, match=f"process {os.getpid()} "):
-            data_prep.make_folder(str(tmp_path / "data"), "--data_dir", True, write_new)
+            folders.make_folder(str(tmp_path / "data"), "--data_dir", True, write_new)
         return write_new(folder)
-    data_prep.make_folder(str(tmp_path / "data"), "--data_dir", True, write)
+    folders.make_folder(str(tmp_path / "data"), "--data_dir", True, write)
     assert contents(tmp_path / "data") == NEW

@@ -10,13 +10,16 @@ import torch
 from conftest import TableModel, all_rows, chi_squared_p
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import diffusion as module
-from data_prep import BOS, EOS, MASK, PAD, pad_rows
-from diffusion import (
-    SCHEDULES,
+import diffusion
+from corpus.tokens import BOS, EOS, MASK, PAD, pad_rows
+from diffusion import SCHEDULES, DiscreteDiffusion
+from kinds.likelihood import Nelbo
+from sampling import step
+from sampling.loop import unmask, unmask_rows
+from sampling.paces import plan
+from sampling.sampler import ADAPTIVE_PACES, ORDERS, PACES, REMASKS, Sampler
+from sampling.step import (
     SCORES,
-    DiscreteDiffusion,
-    Nelbo,
     UnmaskStep,
     draw,
     draw_exactly,
@@ -24,7 +27,6 @@ from diffusion import (
     numpy_choice,
     numpy_step,
 )
-from sampler import ADAPTIVE_PACES, ORDERS, PACES, REMASKS, Sampler, plan, unmask, unmask_rows
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -153,7 +155,7 @@ def test_masked_ce_is_the_plain_mean(table_model):
     assert first == diffusion.loss(table_model, rows)
 
 
-@pytest.mark.parametrize("objective", module.OBJECTIVES)
+@pytest.mark.parametrize("objective", diffusion.OBJECTIVES)
 def test_parts_of_a_batch_add_up(table_model, objective):
     rows = torch.from_numpy(table_batch()[0])
     diffusion = DiscreteDiffusion("cosine", objective)
@@ -496,7 +498,7 @@ def test_the_step_needs_no_fp64_on_the_device(network, monkeypatch):
         result = draw_exactly(logits, uniform)
         inside.clear()
         return result
-    monkeypatch.setattr(module, "draw_exactly", exact)
+    monkeypatch.setattr(step, "draw_exactly", exact)
 
     class NoDoubles(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):

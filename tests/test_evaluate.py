@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-import evaluate
-from data_prep import load_meta
-from diffusion import INVERSE_RATIOS
+from corpus.rows import load_meta
 from evaluate import main
-from model import load_checkpoint
+from kinds.checkpoints import load_checkpoint
+from kinds.likelihood import INVERSE_RATIOS
+from measuring import common
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_foreign_data(checkpoint, data_dir, tmp_path, fails):
 @pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
 def test_outputs_that_cannot_be_written_are_found_before_the_work(
         checkpoint, long_data_dir, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_model", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(common, "open_model", lambda *_: pytest.fail("the work began"))
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for name in ("x_pareto.png", "folder"):

@@ -15,20 +15,21 @@ from conftest import ROOT, python
 
 import export_jetson
 import generate
-from device_step import DeviceStep
-from diffusion import numpy_step
-from engine_runtime import Bundle, OnnxSession
-from export_jetson import SCRIPTS, main, operators, step_inputs, to_onnx
-from int8 import LEVELS, balance, best_scale, block_products, quantize
-from model import (
-    MODEL_CONFIGS,
-    ConditionalTransformer,
-    DiffusionTransformer,
-    ModelConfig,
-    load_checkpoint,
-    model_from_checkpoint,
-)
-from sampler import ORDERS, PRESETS, REMASKS, Sampler, blank_story, condition_row, unmask_rows
+from export_jetson import main
+from jetson import bundle as bundle_module
+from jetson import graphs, report
+from jetson.bundle import SCRIPTS
+from jetson.engine_runtime import Bundle, OnnxSession
+from jetson.graphs import operators, step_inputs, to_onnx
+from jetson.int8 import LEVELS, balance, best_scale, block_products, quantize
+from jetson.step_graph import DeviceStep
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint
+from model import MODEL_CONFIGS, ConditionalTransformer, DiffusionTransformer
+from network.layers import ModelConfig
+from sampling.loop import unmask_rows
+from sampling.rows import blank_story, condition_row
+from sampling.sampler import ORDERS, PRESETS, REMASKS, Sampler
+from sampling.step import numpy_step
 
 ROWS = [blank_story(20), blank_story(40), blank_story(37)]
 
@@ -143,10 +144,10 @@ def test_reports_are_of_the_very_graphs(bundle):
     assert 0 < reports["fp16"]["max_logit_difference"] < 0.05
     assert reports["int8"]["nelbo"] == pytest.approx(reports["fp32"]["nelbo"], rel=0.02)
     assert reports["int8"]["max_logit_difference"] > reports["fp16"]["max_logit_difference"]
-    for precision, report in reports.items():
+    for precision, line in reports.items():
         graph = onnx.load(bundle / f"step_{precision}.onnx")
         assert [output.name for output in graph.graph.output] == ["new_tokens", "confidence"]
-        assert operators(graph) == report["operators"]
+        assert operators(graph) == line["operators"]
         quantised = sum(node.op_type == "QuantizeLinear" for node in graph.graph.node)
         assert quantised == (12 if precision == "int8" else 0)  # two layers of six products
         kinds = {x.data_type for x in graph.graph.initializer if len(x.dims) == 2}
@@ -173,7 +174,7 @@ def test_int8_is_not_calibrated_on_what_it_is_judged_on(pairs_dir, conditional_c
                    "val": splits["train"], "val_condition": splits["train_condition"]}
         (data / "meta.json").write_text(json.dumps(meta))
     used = {}
-    real_step, real_compare = export_jetson.step_graph, export_jetson.compare
+    real_step, real_compare = graphs.step_graph, report.compare
 
     def step_graph(config, checkpoint, precision, length, calibration, condition_len):
         used["calibrated"] = calibration
@@ -182,8 +183,8 @@ def test_int8_is_not_calibrated_on_what_it_is_judged_on(pairs_dir, conditional_c
     def compare(session, reference, noisy, condition_len):
         used["judged"] = noisy
         return real_compare(session, reference, noisy, condition_len)
-    monkeypatch.setattr(export_jetson, "step_graph", step_graph)
-    monkeypatch.setattr(export_jetson, "compare", compare)
+    monkeypatch.setattr(bundle_module, "step_graph", step_graph)
+    monkeypatch.setattr(bundle_module, "compare", compare)
     main(["--checkpoint", str(conditional_checkpoint), "--data_dir", str(data), "--out_dir",
           str(tmp_path / "bundle"), "--report_rows", "9999", "--calibration_rows", "4",
           "--precisions", "int8"])

@@ -19,34 +19,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import engine_runtime
-import sources
-from data_prep import (
-    BOS,
-    EOS,
-    MASK,
-    DataConfig,
-    TokenRows,
-    decode,
-    length_nats,
-    load_meta,
-    load_tokenizer,
-    prepare,
-    read_tokenizer_file,
-    sha256,
-    verify,
-)
-from engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, Bundle, read_bundle
-from generate import GAP, infill_row
-from model import (
-    DiffusionTransformer,
-    ModelConfig,
+from corpus import files
+from corpus.rows import TokenRows, load_meta, read_tokenizer_file
+from corpus.tokens import BOS, EOS, MASK, decode, length_nats, load_tokenizer, sha256
+from data_prep import DataConfig, prepare, verify
+from jetson import engine_runtime
+from jetson.engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, Bundle, read_bundle
+from kinds.checkpoints import (
     load_checkpoint,
     model_from_checkpoint,
     save_checkpoint,
     tokenizer_from_checkpoint,
 )
-from sampler import Sampler, draw_length
+from model import DiffusionTransformer
+from network.layers import ModelConfig
+from sampling.rows import GAP, draw_length, infill_row
+from sampling.sampler import Sampler
 
 fuzz = settings(max_examples=1000, derandomize=True, deadline=None, database=None,
                 suppress_health_check=list(HealthCheck))
@@ -71,7 +59,7 @@ def little_memory():
 def folder(tmp_path_factory) -> Path:
     """A data folder of 40 stories of a few words, and what is built on it."""
     folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "s.txt").write_text(sources.SEPARATOR.join(
+    (folder / "s.txt").write_text(files.SEPARATOR.join(
         f"story {i} is " + "so " * (i % 9) + "short" for i in range(40)))
     prepare(DataConfig(source=[str(folder / "s.txt")], data_dir=str(folder / "data"),
                        vocab_size=270, seq_len=16, valid_fraction=0.2))
@@ -429,13 +417,13 @@ def stripped(stories: list[str]) -> list[str]:
 @given(stories=STORIES, block=st.integers(1, 60), last=st.booleans())
 def test_stories_of_a_text_file_come_back(tmp_path, monkeypatch, stories, block, last):
     """However the file is cut into blocks for reading."""
-    stories = [story for story in stories if sources.SEPARATOR not in story]
-    text = sources.SEPARATOR.join(stories) + sources.SEPARATOR * last
-    stories = text.split(sources.SEPARATOR)  # two that touch may make one more
+    stories = [story for story in stories if files.SEPARATOR not in story]
+    text = files.SEPARATOR.join(stories) + files.SEPARATOR * last
+    stories = text.split(files.SEPARATOR)  # two that touch may make one more
     path = tmp_path / "s.txt"
     path.write_bytes(text.encode())
-    monkeypatch.setattr(sources, "CHUNK", block)
-    assert stripped(sources.read_files([path])) == stripped(
+    monkeypatch.setattr(files, "CHUNK", block)
+    assert stripped(files.read_files([path])) == stripped(
         [story.removeprefix("\ufeff") if i == 0 else story for i, story in enumerate(stories)])
 
 
@@ -447,7 +435,7 @@ def test_stories_of_a_jsonl_file_come_back(tmp_path, stories, ascii, end, last):
     lines = [json.dumps({"text": story, "n": i}, ensure_ascii=ascii)
              for i, story in enumerate(stories)]
     path.write_bytes((end.join(lines) + end * last).encode())
-    assert list(sources.read_files([path])) == stories
+    assert list(files.read_files([path])) == stories
 
 
 @fuzz
@@ -458,7 +446,7 @@ def test_any_jsonl_line_is_refused_with_its_number_or_is_a_story(tmp_path, lines
     path = tmp_path / "s.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:
-        for story in sources.read_files([path]):
+        for story in files.read_files([path]):
             assert story is None or story.encode() is not None
     except UserError as error:
         assert str(path) in str(error) and ("line " in str(error) or "UTF-8" in str(error))

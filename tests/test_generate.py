@@ -10,11 +10,14 @@ import pytest
 import torch
 from conftest import ROOT, python
 
-from data_prep import BOS, EOS, MASK, decode, round_up
+from corpus.tokens import BOS, EOS, MASK, decode, round_up
 from diffusion import DiscreteDiffusion
-from generate import GAP, Vocabulary, infill_row, lay_out, main, read_conditions, text_with_gaps
-from model import DiffusionTransformer, ModelConfig, load_checkpoint, tokenizer_from_checkpoint
-from sampler import PRESETS, Sampler
+from generate import main, read_conditions
+from kinds.checkpoints import load_checkpoint, tokenizer_from_checkpoint
+from model import DiffusionTransformer
+from network.layers import ModelConfig
+from sampling.rows import GAP, Vocabulary, infill_row, lay_out, text_with_gaps
+from sampling.sampler import PRESETS, Sampler
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from head_loss import CPU_CHUNK, head_loss, head_scores
+from network.head_loss import CPU_CHUNK, head_loss, head_scores
 
 WIDTH, WORDS = 24, 70
 

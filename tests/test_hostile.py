@@ -27,8 +27,8 @@ from conftest import ROOT
 
 import benchmark
 import train
-from model import load_checkpoint
-from sources import SEPARATOR
+from corpus.files import SEPARATOR
+from kinds.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"),
                                 reason="needs /proc, signals and limits as Linux has them")

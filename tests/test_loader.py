@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from data_prep import BatchStream, TokenRows
+from corpus.rows import TokenRows
 from diffusion import DiscreteDiffusion
-from loader import BatchLoader, step_seed
+from training.loader import BatchLoader, BatchStream, step_seed
 
 
 def test_batches_are_those_of_the_stream_and_depend_on_seed_and_step_alone(data_dir):

@@ -1,6 +1,7 @@
 import pytest
 
-from metrics import MetricsLog, best_so_far, main
+from measuring.curves import best_so_far, main
+from training.log import MetricsLog
 
 
 def test_lines_are_appended_and_taken_back(tmp_path):

@@ -8,28 +8,24 @@ import time
 import pytest
 import torch
 
-import layers
-import model as model_module
-from data_prep import BOS, EOS, MASK, PAD, load_meta, train_tokenizer
-from layers import rms_norm
-from model import (
-    HIDDEN,
-    PRECISIONS,
-    ConditionalTransformer,
-    DiffusionTransformer,
-    ModelConfig,
+import model
+from corpus.rows import load_meta
+from corpus.tokens import BOS, EOS, MASK, PAD
+from corpus.vocabulary import train_tokenizer
+from kinds.checkpoints import (
     check_tokenizer,
-    create_model,
-    device_of,
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
-    pick_device,
-    pick_precision,
-    precision_reason,
     save_checkpoint,
     tokenizer_from_checkpoint,
 )
+from model import ConditionalTransformer, DiffusionTransformer, create_model
+from network import attention as attention_module
+from network import hardware, layers
+from network.attention import HIDDEN
+from network.hardware import device_of, pick_device, pick_precision, precision_reason
+from network.layers import PRECISIONS, ModelConfig, rms_norm
 
 CONFIG = ModelConfig(width=64, heads=2, layers=2, vocab_size=50, max_len=32)
 
@@ -49,12 +45,12 @@ def random_tokens(rows=3, length=16) -> torch.Tensor:
 
 
 def test_sizes(monkeypatch):
-    monkeypatch.setitem(model_module.MODEL_CONFIGS, "tiny", ModelConfig(width=256, heads=4,
+    monkeypatch.setitem(model.MODEL_CONFIGS, "tiny", ModelConfig(width=256, heads=4,
                                                                         layers=4))
     with torch.device("meta"):
         counts = {name: create_model(name).count_parameters()
-                  for name in model_module.MODEL_CONFIGS}
-    for name, config in model_module.MODEL_CONFIGS.items():
+                  for name in model.MODEL_CONFIGS}
+    for name, config in model.MODEL_CONFIGS.items():
         assert config.width // config.heads == 64
         blocks = config.layers * (12 * config.width ** 2 + 2 * config.width)
         assert counts[name] == (blocks + 8192 * config.width, blocks)
@@ -183,7 +179,7 @@ def test_precision_changes_the_computation_not_the_weights():
     exact = model.hidden(tokens)
     for precision in ("bf16", "fp16"):
         hidden = model.set_precision(precision).hidden(tokens)
-        assert hidden.dtype == model_module.PRECISIONS[precision]
+        assert hidden.dtype == layers.PRECISIONS[precision]
         # hidden states have an RMS of 1; three digits are left in bf16
         assert (hidden.float() - exact).abs().mean() < 0.03
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -198,7 +194,7 @@ def test_devices_and_precisions_are_found(monkeypatch):
     assert pick_precision(torch.device("cpu"), "fp16") == "fp16"
     capabilities = {"avx512_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(model_module, "block_seconds", lambda: {"fp32": 0.038, "bf16": 0.021})
+    monkeypatch.setattr(hardware, "block_seconds", lambda: {"fp32": 0.038, "bf16": 0.021})
     assert pick_precision(torch.device("cpu")) == "bf16"
     capabilities.clear()
     assert pick_precision(torch.device("cpu")) == "fp32"
@@ -216,15 +212,15 @@ def test_a_cpu_that_claims_bf16_is_timed_in_both_and_the_faster_is_taken(slower,
                                                                         monkeypatch):
     """Whatever the flags say, and also where only the attention is what is slow."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    attend, calls = layers.attention, []
+    attend, calls = attention_module.attention, []
 
     def attention(q, *args, **kwargs):
         calls.append(q.dtype)
         if q.dtype == PRECISIONS[slower]:
             time.sleep(0.4)
         return attend(q, *args, **kwargs)
-    monkeypatch.setattr(layers, "attention", attention)
-    model_module.block_seconds.cache_clear()
+    monkeypatch.setattr(attention_module, "attention", attention)
+    hardware.block_seconds.cache_clear()
     cpu, before = torch.device("cpu"), torch.get_rng_state()
     try:
         with torch.no_grad():
@@ -233,7 +229,7 @@ def test_a_cpu_that_claims_bf16_is_timed_in_both_and_the_faster_is_taken(slower,
         reason = precision_reason(cpu)
         assert pick_precision(cpu) == faster and len(calls) == timed  # once in a process
     finally:
-        model_module.block_seconds.cache_clear()
+        hardware.block_seconds.cache_clear()
     assert set(calls) == {torch.float32, torch.bfloat16}
     bf16, fp32 = map(int, re.fullmatch(
         r"a block takes (\d+) ms in bf16, (\d+) ms in FP32", reason).groups())
@@ -339,8 +335,8 @@ def test_the_newest_best_checkpoint_is_the_default(tmp_path, monkeypatch):
         path.parent.mkdir()
         path.touch()
         os.utime(path, (1000 - age, 1000 - age))
-    assert find_checkpoint(None) == model_module.Path("b/best.pt")
-    assert find_checkpoint("x/y.pt") == model_module.Path("x/y.pt")
+    assert find_checkpoint(None) == model.Path("b/best.pt")
+    assert find_checkpoint("x/y.pt") == model.Path("x/y.pt")
 
 
 def test_the_newest_checkpoint_of_the_wanted_kind_is_the_default(tmp_path, monkeypatch, capsys):
@@ -361,13 +357,13 @@ def test_the_newest_checkpoint_of_the_wanted_kind_is_the_default(tmp_path, monke
         os.utime(path, (1000 + age, 1000 + age))
     for kind, name in (("autoregressive", "twin"), ("diffusion", "plain"), ("conditional", "told"),
                        (("diffusion", "conditional"), "told")):
-        assert find_checkpoint(None, kind) == model_module.Path(name, "best.pt")
+        assert find_checkpoint(None, kind) == model.Path(name, "best.pt")
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and said.startswith(f"using {name}/best.pt; newer")
         assert "torn/best.pt (not to be read)" in said and "eldest" not in said
         assert ("twin/best.pt (autoregressive model)" in said) == (name != "twin")
     assert not list(tmp_path.glob("*/exploded"))
-    assert find_checkpoint(None) == model_module.Path("list/best.pt")
+    assert find_checkpoint(None) == model.Path("list/best.pt")
     for name in ("told", "twin"):
         os.utime(tmp_path / name / "best.pt", (2000, 2000))
         assert find_checkpoint(None, ("conditional", "autoregressive")).parent.name == name

@@ -3,7 +3,7 @@ import torch
 from conftest import SMALL
 
 from model import DiffusionTransformer
-from optimizers import Muon, make_optimizers, orthogonalise
+from training.optimizers import Muon, make_optimizers, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 24, 96), (2, 96, 24)])

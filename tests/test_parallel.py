@@ -19,9 +19,9 @@ import torch.distributed as dist
 import two_processes
 from conftest import ROOT, python
 
-import optimizers
-from model import load_checkpoint
-from parallel import Processes, joined
+from kinds.checkpoints import load_checkpoint
+from training import optimizers
+from training.processes import Processes, joined
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs gloo on Windows")
 # Sums over two processes are rounded in another order, in FP32, and the steps carry that on.

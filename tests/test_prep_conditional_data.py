@@ -6,20 +6,13 @@ import time
 import numpy as np
 import pytest
 
-import sources
-from data_prep import (
-    BOS,
-    EOS,
-    TokenRows,
-    decode,
-    load_meta,
-    load_tokenizer,
-    read_tokenizer_file,
-    row_kind,
-)
+from corpus import sources
+from corpus.rows import TokenRows, load_meta, read_tokenizer_file
+from corpus.sample_stories import sample_stories
+from corpus.sentences import first_sentence, sentence_spans
+from corpus.tokens import BOS, EOS, decode, load_tokenizer, row_kind
 from data_prep import main as data_main
-from prep_conditional_data import first_sentence, main, sentence_spans, stories_of
-from sample_stories import sample_stories
+from prep_conditional_data import main, stories_of
 
 
 @pytest.fixture

@@ -6,28 +6,19 @@ import pytest
 import torch
 from conftest import TableModel
 
-import quality
-import train
-from data_prep import BOS, EOS, MASK, TokenRows, decode, load_tokenizer
-from diffusion import ratio_error
+from corpus.rows import TokenRows
+from corpus.tokens import BOS, EOS, MASK, decode, load_tokenizer
 from evaluate import main
-from model import ModelConfig
-from quality import (
-    COLUMNS,
-    SAMPLERS,
-    Judge,
-    diversity,
-    ends_properly,
-    entropy,
-    gap_nats,
-    hide_middle,
-    middle_sentence,
-    settings,
-    table,
-    train_overlap,
-    words,
-)
-from sampler import ADAPTIVE_PACES, Sampler
+from kinds.likelihood import ratio_error
+from measuring import overlap, quality
+from measuring.common import SAMPLERS
+from measuring.infilling import gap_nats, hide_middle, middle_sentence
+from measuring.overlap import train_overlap
+from measuring.quality import Judge, diversity, ends_properly, entropy, words
+from measuring.samplers import COLUMNS, settings, table
+from network.layers import ModelConfig
+from sampling.sampler import ADAPTIVE_PACES, Sampler
+from training import config, trainer
 
 
 def test_diversity_of_known_texts():
@@ -80,7 +71,7 @@ def test_the_judge_counts_the_end_too():
 @pytest.fixture(scope="module")
 def twin(long_data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("twin")
-    train.Trainer(train.TrainConfig(
+    trainer.Trainer(config.TrainConfig(
         data_dir=str(long_data_dir), checkpoint_dir=str(folder), model_config="micro", max_steps=3,
         batch_tokens=1024, precision="fp32", device="cpu", valid_every=3, valid_rows=4,
         num_samples=0, objective="autoregressive")).run()
@@ -109,7 +100,7 @@ class Rows(list):
 def test_the_share_in_the_training_text_is_exact(chunk, monkeypatch):
     """Against a set of tuples: few different tokens, so that many n-grams stand in several places,
     and rows without [BOS] and [EOS], whose n-grams must not run on into the next row."""
-    monkeypatch.setattr(quality, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(overlap, "CHUNK_TOKENS", chunk)
     rng = np.random.default_rng(0)
     train = Rows(rng.integers(4, 6, size=rng.integers(3, 30)).astype(np.uint16) for _ in range(6))
     groups = [[rng.integers(4, 6, size=size).tolist() for size in (20, 11, 2)] for _ in range(3)]

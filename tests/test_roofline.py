@@ -4,8 +4,8 @@ import json
 import pytest
 
 from benchmark import main
+from measuring.roofline import DEVICES, floor_of, memory_of
 from model import MODEL_CONFIGS
-from roofline import DEVICES, floor_of, memory_of
 
 
 def test_the_floor_is_that_of_the_larger_of_two(capsys):

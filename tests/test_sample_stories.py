@@ -2,9 +2,9 @@ from itertools import islice
 
 import pytest
 
-import sample_stories as module
-from data_prep import sha256
-from sample_stories import sample_stories
+from corpus import sample_stories as module
+from corpus.sample_stories import sample_stories
+from corpus.tokens import sha256
 
 
 def test_deterministic_distinct_and_a_prefix_of_a_longer_run():

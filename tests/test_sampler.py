@@ -3,19 +3,13 @@ from cli import UserError
 import numpy as np
 import pytest
 
-import sampler as sampler_module
-from data_prep import BOS, EOS, MASK, PAD
-from sampler import (
-    Sampler,
-    blank_story,
-    draw_length,
-    fill,
-    hitting_plan,
-    plan,
-    step_noise,
-    unmask,
-    unmask_rows,
-)
+from corpus.tokens import BOS, EOS, MASK, PAD
+from sampling import noise, sampler
+from sampling.loop import fill, unmask, unmask_rows
+from sampling.noise import step_noise
+from sampling.paces import hitting_plan, plan
+from sampling.rows import blank_story, draw_length
+from sampling.sampler import Sampler
 
 
 @pytest.mark.parametrize("changes", [
@@ -138,16 +132,13 @@ def test_lengths_follow_the_histogram():
 
 
 def test_no_two_uses_of_randomness_share_a_stream():
-    import diffusion
-    import quality
-    numbers = [value for module in (sampler_module, diffusion, quality)
-               for name, value in vars(module).items() if name.endswith("_STREAM")]
+    numbers = [value for name, value in vars(noise).items() if name.endswith("_STREAM")]
     assert len(numbers) == 8 and len(set(numbers)) == 8
 
 
 def test_presets_and_costs_are_those_of_the_tables():
     assert {name: (values["steps"], values["order"], values["temperature"], values["top_p"])
-            for name, values in sampler_module.PRESETS.items()} == {
+            for name, values in sampler.PRESETS.items()} == {
         "fast": (16, "random", 1.0, 0.9), "balanced": (32, "random", 1.0, 0.9),
         "best": (64, "random", 1.0, 0.9)}
     assert [Sampler(guidance=guidance).evaluations_per_step for guidance in (0, 0.5, 1, 2)] == [

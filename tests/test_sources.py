@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sources
+from corpus import files, sources
+from corpus.sources import describe_source, other_source
 from data_prep import DataConfig, prepare
-from sources import describe_source, other_source
 
-SEPARATOR = sources.SEPARATOR
+SEPARATOR = files.SEPARATOR
 
 
 def pieces(path, monkeypatch, chunk: int) -> list[str]:
-    monkeypatch.setattr(sources, "CHUNK", chunk)
-    return list(sources.read_txt(path))
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    return list(files.read_txt(path))
 
 
 # ---- reading in pieces ---------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def test_a_separator_stands_across_the_real_edge(tmp_path):
     path = tmp_path / "a.txt"
     for offset in range(2**20 - len(SEPARATOR) - 1, 2**20 + 1):
         path.write_text("x" * offset + SEPARATOR + "the second story")
-        first, second = sources.read_txt(path)
+        first, second = files.read_txt(path)
         assert (len(first), second) == (offset, "the second story")
 
 
@@ -57,7 +57,7 @@ def test_sixty_thousand_stories_on_one_line(tmp_path):
     path = tmp_path / "a.txt"
     stories = [f"story {i}, {'x' * (i % 97)}" for i in range(60_000)]
     path.write_text(SEPARATOR.join(stories))
-    assert list(sources.read_txt(path)) == stories
+    assert list(files.read_txt(path)) == stories
 
 
 def test_a_line_longer_than_memory_should_hold(tmp_path):
@@ -66,7 +66,7 @@ def test_a_line_longer_than_memory_should_hold(tmp_path):
         for _ in range(300):
             file.write("x" * 100_000 + SEPARATOR)
     tracemalloc.start()
-    assert sum(len(story) for story in sources.read_txt(path)) == 30_000_000
+    assert sum(len(story) for story in files.read_txt(path)) == 30_000_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12e6
@@ -74,7 +74,7 @@ def test_a_line_longer_than_memory_should_hold(tmp_path):
 
 @pytest.mark.parametrize("chunk", [7, 100, 2**20])
 def test_the_longest_story_does_not_depend_on_the_pieces(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(sources, "LONGEST_STORY", 1000)
+    monkeypatch.setattr(files, "LONGEST_STORY", 1000)
     path = tmp_path / "a.txt"
     path.write_text("one" + SEPARATOR + "x" * 1000 + SEPARATOR + "x" * 1000)
     assert [len(story) for story in pieces(path, monkeypatch, chunk)] == [3, 1000, 1000]
@@ -88,26 +88,26 @@ def test_long_lines_of_json(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     texts = ["a", "x" * (2**20 + 5), "é" * 3_000_000, "b"]
     path.write_text("\r\n".join(json.dumps({"text": text}) for text in texts))
-    assert list(sources.read_jsonl(path)) == texts
-    monkeypatch.setattr(sources, "LONGEST_LINE", 1000)
+    assert list(files.read_jsonl(path)) == texts
+    monkeypatch.setattr(files, "LONGEST_LINE", 1000)
     with pytest.raises(UserError, match="line 2: more than 1,000 characters"):
-        list(sources.read_jsonl(path))
+        list(files.read_jsonl(path))
     for length in (999, 1000, 1001):  # with its end, that of the last line may be missing
         line = json.dumps({"text": "x" * (length - 12)})
         for text in (line, line[:-1] + "}\n"):
             path.write_text(text)
             if len(text) <= 1000:
-                assert len(list(sources.read_jsonl(path))) == 1
+                assert len(list(files.read_jsonl(path))) == 1
             else:
                 with pytest.raises(UserError, match="more than"):
-                    list(sources.read_jsonl(path))
+                    list(files.read_jsonl(path))
 
 
 def test_json_too_deep_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' + "[" * 200_000 + "\n")
     with pytest.raises(UserError, match="line 2: expected"):
-        list(sources.read_jsonl(path))
+        list(files.read_jsonl(path))
 
 
 # ---- contents ------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ the real bindings of 10.3 and 11.4), keeps "device memory" on the host and runs 
 Runtime, so that buffers, copies, capture and replay can be followed to the stories.
 """
 
+from cli import sha256_of
+
 import ctypes
 import enum
 import json
@@ -17,11 +19,11 @@ import pytest
 from conftest import ROOT
 from test_export_jetson import ROWS, stories
 
-import engine_builder
 import generate
-from engine_runtime import Bundle, cuda_runtime, sha256_of
 from export_jetson import main
-from sampler import Sampler
+from jetson import engine_builder
+from jetson.engine_runtime import Bundle, cuda_runtime
+from sampling.sampler import Sampler
 
 API = json.loads((ROOT / "tests" / "tensorrt_api.json").read_text())
 

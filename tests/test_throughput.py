@@ -10,17 +10,12 @@ from conftest import SMALL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import throughput
-from diffusion import Corrupted
-from model import DiffusionTransformer, ModelConfig, create_conditional_model
-from throughput import (
-    EnergyMeter,
-    Speedometer,
-    compile_blocks,
-    peak_flops,
-    peak_memory,
-    train_flops,
-)
+from kinds.likelihood import Corrupted
+from model import DiffusionTransformer, create_conditional_model
+from network.layers import ModelConfig
+from training import speed as speed_module
+from training.compiling import compile_blocks
+from training.speed import EnergyMeter, Speedometer, peak_flops, peak_memory, train_flops
 
 CPU = torch.device("cpu")
 
@@ -64,7 +59,7 @@ def test_a_causal_mask_halves_the_attention():
 
 def test_speed_is_that_since_the_last_reading(monkeypatch):
     clock = iter([0.0, 2.0, 2.0, 7.0, 8.0, 8.0])
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: next(clock))
     speed = Speedometer(peak=1000.0)  # at 0
     speed.count(30, 400)
     speed.count(10, 600)
@@ -101,7 +96,7 @@ def batch(rows: int, length: int) -> Corrupted:
 
 
 def gradients(model, inputs) -> list:
-    from diffusion import weighted_loss
+    from kinds.likelihood import weighted_loss
     model.zero_grad()
     loss = weighted_loss(model, inputs)
     loss.backward()
@@ -192,8 +187,8 @@ def test_energy_is_none_where_the_machine_does_not_tell(tmp_path, monkeypatch):
     monkeypatch.setattr(EnergyMeter, "RAPL", tmp_path)
     with EnergyMeter(CPU) as energy:
         assert energy.joules() is None
-    monkeypatch.setattr(throughput.subprocess, "run", lambda *args, **kwargs: (_ for _ in ()).throw(
-        OSError))
+    monkeypatch.setattr(speed_module.subprocess, "run", lambda *args, **kwargs: (
+        _ for _ in ()).throw(OSError))
     with EnergyMeter(torch.device("cuda", 0)) as energy:
         assert energy.joules() is None
 

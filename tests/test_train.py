@@ -22,13 +22,18 @@ from conftest import ROOT, python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data_prep
-import metrics
-import model as model_module
+import diffusion
 import train
-from model import load_checkpoint
-from parallel import Processes
-from throughput import train_flops
-from train import TrainConfig, Trainer, main
+from corpus import rows, tokens
+from kinds.checkpoints import load_checkpoint
+from network import hardware
+from train import main
+from training import log
+from training import trainer as trainer_module
+from training.config import TrainConfig
+from training.processes import Processes
+from training.speed import train_flops
+from training.trainer import Trainer
 
 
 @pytest.fixture
@@ -165,7 +170,7 @@ def test_learning_rate_rises_and_falls(settings):
                                     min_lr_ratio=0.1))
         assert short.learning_rate(warmup - 1) == 1 and short.learning_rate(8) == (
             pytest.approx(last))
-    assert train.Trainer(TrainConfig(**{**settings, "checkpoint_dir": settings["checkpoint_dir"]},
+    assert trainer.Trainer(TrainConfig(**{**settings, "checkpoint_dir": settings["checkpoint_dir"]},
                                      optimizer="adamw")).peak_lr == 0.001
 
 
@@ -215,7 +220,7 @@ def test_a_step_counts_what_it_did(settings):
     trainer.speed.count = lambda tokens, flops: counted.append((tokens, flops))
     for _ in range(2):
         trainer.train_step()
-    tokens = [int((batch.corrupted.tokens != data_prep.PAD).sum()) for batch in batches]
+    tokens = [int((batch.corrupted.tokens != tokens.PAD).sum()) for batch in batches]
     assert trainer.step == 2 and trainer.tokens_seen == sum(tokens)
     assert counted == [(count, train_flops(
         trainer.model, *batch.corrupted.tokens.shape, int(batch.corrupted.masked.sum())))
@@ -287,12 +292,12 @@ def test_resume_is_bit_identical(settings, tmp_path, capsys):
 
 def test_the_precision_that_was_measured_is_said_and_kept(settings, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr(model_module, "block_seconds", lambda: {"fp32": 0.038, "bf16": 0.0211})
+    monkeypatch.setattr(hardware, "block_seconds", lambda: {"fp32": 0.038, "bf16": 0.0211})
     main(argv(settings, precision="auto"))
     assert ("bf16 on cpu (a block takes 21 ms in bf16, 38 ms in FP32)" in
             capsys.readouterr().out.splitlines()[0])
     # timed again the other one may win: the run stays what it is
-    monkeypatch.setattr(model_module, "block_seconds", lambda: {"fp32": 0.02, "bf16": 0.0211})
+    monkeypatch.setattr(hardware, "block_seconds", lambda: {"fp32": 0.02, "bf16": 0.0211})
     main(["--resume", "--checkpoint_dir", settings["checkpoint_dir"], "--max_steps", "10"])
     assert "bf16 on cpu;" in capsys.readouterr().out
     # with other processes it is rank 0's that counts
@@ -367,13 +372,13 @@ def test_only_last_pt_can_be_resumed(settings, fails):
 # ---- what can go wrong ---------------------------------------------------------------------------
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(settings, fails, monkeypatch):
-    real = train.DiscreteDiffusion.loss
+    real = diffusion.DiscreteDiffusion.loss
     calls = []
 
     def loss(self, model, batch):
         calls.append(1)
         return real(self, model, batch) * (math.nan if len(calls) == 6 else 1)
-    monkeypatch.setattr(train.DiscreteDiffusion, "loss", loss)
+    monkeypatch.setattr(diffusion.DiscreteDiffusion, "loss", loss)
     error = fails(main, *argv(settings, save_every=2), status=1)
     assert "not finite at step 5" in error and "last.pt" in error
     good = load_checkpoint(Path(settings["checkpoint_dir"]) / "last.pt")
@@ -391,8 +396,8 @@ def test_one_of_loss_and_gradient_not_finite_changes_no_weight(settings, monkeyp
     if broken == "gradient":
         trainer.model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
     else:
-        real = train.DiscreteDiffusion.loss
-        monkeypatch.setattr(train.DiscreteDiffusion, "loss",
+        real = diffusion.DiscreteDiffusion.loss
+        monkeypatch.setattr(diffusion.DiscreteDiffusion, "loss",
                             lambda *args: real(*args) + torch.tensor(math.inf))
     with pytest.raises(Stopped, match="not finite at step 1"):
         trainer.train_step()
@@ -639,7 +644,7 @@ def test_missing_data_is_prepared_from_its_source(settings, tmp_path, monkeypatc
     changes = dict(data_dir=str(tmp_path / "new"), data_source=[str(corpus)], max_steps=2)
     main(argv(settings, **changes))
     assert "preparing it from" in capsys.readouterr().out
-    assert data_prep.load_meta(tmp_path / "new")["source"] == "own.txt"
+    assert rows.load_meta(tmp_path / "new")["source"] == "own.txt"
     # by default that source is the hub, which may be out of reach
     import datasets
 
@@ -709,7 +714,8 @@ def test_quick_uses_its_own_folder_and_may_be_repeated(tmp_path, monkeypatch, ca
 def test_compile_is_asked_for_or_decided_by_the_length_of_the_run(settings, monkeypatch, capsys,
                                                                   fails):
     asked, reason = [], None
-    monkeypatch.setattr(train, "compile_blocks", lambda model, *args: asked.append(model) or reason)
+    monkeypatch.setattr(trainer_module, "compile_blocks", lambda model, *args: asked.append(
+        model) or reason)
     trainer = Trainer(TrainConfig(**settings, compile=True))
     assert asked == [trainer.model] and trainer.compiled
     assert not Trainer(TrainConfig(**settings)).compiled
@@ -745,7 +751,7 @@ def test_wandb_gets_the_metrics(settings, monkeypatch, online, capsys):
         if not online:
             raise OSError
         return types.SimpleNamespace(close=lambda: None)
-    monkeypatch.setattr(metrics.socket, "create_connection", connect)
+    monkeypatch.setattr(log.socket, "create_connection", connect)
     main(argv(settings, wandb=True))
     assert modes == ["online" if online else "offline"] and finished == [True]
     assert {step for step, metrics in logged if "valid_nelbo" in metrics} == {4, 8}
@@ -756,7 +762,7 @@ def test_wandb_without_a_login_is_one_line(settings, monkeypatch, fails):
     def init(**kwargs):
         raise RuntimeError("api_key not configured")
     wandb_here(monkeypatch, init)
-    monkeypatch.setattr(metrics, "reachable", lambda url: True)
+    monkeypatch.setattr(log, "reachable", lambda url: True)
     assert "wandb login" in fails(main, *argv(settings, wandb=True))
 
 
@@ -766,7 +772,7 @@ def test_the_users_wishes_for_wandb_count(monkeypatch, tmp_path, capsys):
     def connect(address, timeout):
         looked.append(address)
         raise OSError
-    monkeypatch.setattr(metrics.socket, "create_connection", connect)
+    monkeypatch.setattr(log.socket, "create_connection", connect)
 
     def start(**setup):
         asked.clear()
@@ -777,28 +783,28 @@ def test_the_users_wishes_for_wandb_count(monkeypatch, tmp_path, capsys):
     for mode in ("online", "offline", "disabled", "shared"):
         start()
         monkeypatch.setenv("WANDB_MODE", mode)
-        assert metrics.start_wandb({}, tmp_path) == "run"
+        assert log.start_wandb({}, tmp_path) == "run"
         assert asked[0]["mode"] is None and not looked
     start(mode="disabled")  # of wandb's own settings file
-    metrics.start_wandb({}, tmp_path)
+    log.start_wandb({}, tmp_path)
     assert asked[0]["mode"] == "disabled" and not looked
     # told not to send: not even the package is asked
     for value in ("true", "1"):
         start()
         monkeypatch.setenv("WANDB_DISABLED", value)
-        assert metrics.start_wandb({}, tmp_path) is None and not asked and not looked
+        assert log.start_wandb({}, tmp_path) is None and not asked and not looked
     assert "WANDB_DISABLED" in capsys.readouterr().out
     # a server of one's own, and what a proxy reaches
     start(url="http://localhost:8080")
-    metrics.start_wandb({}, tmp_path)
+    log.start_wandb({}, tmp_path)
     assert looked == [("localhost", 8080)] and asked[0]["mode"] == "offline"
     start()
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
-    metrics.start_wandb({}, tmp_path)
+    log.start_wandb({}, tmp_path)
     assert asked[0]["mode"] == "online" and not looked
     start()
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    metrics.start_wandb({}, tmp_path)
+    log.start_wandb({}, tmp_path)
     assert asked[0]["project"] == "mine"
 
 

@@ -11,9 +11,10 @@ import pytest
 from conftest import ROOT, python
 
 import train_long
-from model import load_checkpoint
+from kinds.checkpoints import load_checkpoint
 from train_config_long import PRESETS, STAGES, LongConfig
 from train_long import main
+from training import processes
 
 OUTPUTS = {"data", "last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.png",
            "evaluation.json", "samples.md", "report.md", "settings.json"}
@@ -185,7 +186,7 @@ def test_energy_is_told_for_a_whole_run_only():
 def test_other_processes_leave_after_training(tmp_path, monkeypatch):
     """They would wait for the evaluation, which may take longer than a collective call may."""
     run = train_long.LongRun(LongConfig(checkpoint_dir=str(tmp_path / "run")), set(),
-                             train_long.Processes(rank=1))
+                             processes.Processes(rank=1))
     monkeypatch.setattr(train_long.LongRun, "do_train", lambda self: done.append("train"))
     done: list[str] = []
     run.run()
@@ -239,7 +240,7 @@ def test_a_run_too_short_to_be_compiled_is_timed_as_it_will_run(tmp_path, monkey
 
     def steps(**settings) -> int:
         config = LongConfig(checkpoint_dir=str(tmp_path / "x"), **settings)
-        return train_long.LongRun(config, set(settings), train_long.Processes()).steps_that_fit()
+        return train_long.LongRun(config, set(settings), processes.Processes()).steps_that_fit()
 
     assert steps(minutes=10.0) == pytest.approx(5160, abs=20)  # 14 % is for the other stages
     assert steps(minutes=1.0) == pytest.approx(258, abs=5)
@@ -260,7 +261,7 @@ def test_presets_are_sound(tmp_path):
     assert set(PRESETS) == {"laptop", "gpu16gb", "full"}
     run = train_long.LongRun(LongConfig(preset="gpu16gb", checkpoint_dir=str(tmp_path / "x"),
                                         max_steps=7), {"preset", "max_steps"},
-                             train_long.Processes())
+                             processes.Processes())
     assert run.config.model_config == "medium" and run.config.max_steps == 7  # flags win
     assert run.config.data_dir == str(tmp_path / "x" / "data")
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from conftest import made_up_data
 
-from data_prep import BOS, EOS, MASK, load_tokenizer
+from corpus.tokens import BOS, EOS, MASK, load_tokenizer
 from generate import main
-from sampler import State
-from viewer import Trace, break_lines
+from sampling.loop import State
+from sampling.viewer import Trace, break_lines
 
 
 @pytest.fixture(scope="module")

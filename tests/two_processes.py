@@ -16,10 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from loader import step_seed  # noqa: E402
-from optimizers import Muon, whole  # noqa: E402
-from parallel import Processes, start_processes  # noqa: E402
-from train import TrainConfig, Trainer  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
+from training.loader import step_seed  # noqa: E402
+from training.optimizers import Muon, whole  # noqa: E402
+from training.processes import Processes, start_processes  # noqa: E402
+from training.trainer import Trainer  # noqa: E402
 
 CASES = {
     "bf16": dict(precision="bf16"),

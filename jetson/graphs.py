@@ -1,0 +1,142 @@
+"""TODO"""
+
+import copy
+import io
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from jetson.engine_builder import DYNAMIC_AXES
+from jetson.report import NoisyRows, calibration_inputs
+from jetson.settings import ExportConfig
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+OPSET, NEWEST_IR = 20, 10  # what TensorRT 10 reads; opset 23 has operators that it lacks
+# Those that it takes: onnx-tensorrt, docs/operators.md of its release for TensorRT 10.1
+TENSORRT_OPERATORS = frozenset("""
+Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast
+CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum
+DeformConv DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten
+Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater
+GreaterOrEqual GridSample GroupNormalization GRU HardSigmoid HardSwish Hardmax Identity If
+ImageScaler InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
+LogSoftmax Loop LRN LSTM LpNormalization LpPool MatMul Max MaxPool Mean MeanVarianceNormalization
+Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or Pad ParametricSoftplus Pow PRelu
+QuantizeLinear RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range Reciprocal
+ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
+Relu Reshape Resize ReverseSequence RNN RoiAlign Round ScaledTanh Scan Scatter ScatterElements
+ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth
+Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample
+Where Xor""".split())
+
+
+# ---- graphs --------------------------------------------------------------------------------------
+
+def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"]:
+    """Inputs of the shapes that the graph will have."""
+    import torch
+
+    from corpus.tokens import BOS, EOS, MASK
+    tokens = torch.full((batch, length), MASK, dtype=torch.int32)
+    tokens[:, 0], tokens[:, -1] = BOS, EOS
+    inputs = dict(tokens=tokens, count=torch.full((batch,), 4, dtype=torch.int32),
+                  noise=torch.rand(batch, 2, length), options=torch.tensor([1.0, 1, 64, 0, 2, 1]))
+    if model.kind == "conditional":
+        config, told = model.config, model.encoder.config.max_len
+        shape = (config.layers, batch, config.heads, told, config.width // config.heads)
+        inputs |= dict(keys=torch.zeros(shape), values=torch.zeros(shape),
+                       bias=torch.zeros(batch, 1, 1, told))
+    return inputs
+
+
+def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], outputs: list[str],
+            most: tuple[int, int] | None = None) -> "onnx.ModelProto":
+    """The module as a graph of these shapes, checked to be one that TensorRT reads.
+
+    With `most`, the largest batch and length, these two stay open.
+    """
+    import logging
+    import warnings
+
+    import onnx
+    import torch
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    shapes = None
+    if most:
+        dims = (torch.export.Dim("batch", max=max(2, most[0])),
+                16 * torch.export.Dim("sixteens", max=most[1] // 16))
+        axes = [{axis: dims[which] for axis, which in DYNAMIC_AXES[name].items()}
+                for name in inputs]
+        # behind the fourth all are one argument, *context
+        shapes = (*axes[:4], tuple(axes[4:])) if axes[4:] else tuple(axes)
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(module.eval(), tuple(inputs.values()), dynamo=True,
+                                    opset_version=OPSET, external_data=False,
+                                    dynamic_shapes=shapes,
+                                    input_names=list(inputs), output_names=outputs)
+    graph = program.model_proto
+    onnx.checker.check_model(graph)
+    versions = {entry.domain: entry.version for entry in graph.opset_import}
+    if versions.get("") != OPSET or graph.ir_version > NEWEST_IR:
+        raise RuntimeError(f"the exporter gave opset {versions} and IR {graph.ir_version}")
+    return graph
+
+
+def operators(graph: "onnx.ModelProto") -> list[str]:
+    found = sorted({node.op_type for node in graph.graph.node})
+    missing = [name for name in found if name not in TENSORRT_OPERATORS]
+    if missing:
+        raise RuntimeError(f"TensorRT 10 has no {', '.join(missing)}")
+    return found
+
+
+def without_logits(graph: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The same nodes; the logits stay inside."""
+    shipped = type(graph)()
+    shipped.CopyFrom(graph)
+    kept = [output for output in shipped.graph.output if output.name != "logits"]
+    del shipped.graph.output[:]
+    shipped.graph.output.extend(kept)
+    return shipped
+
+
+def encoder_graph(model: Any) -> "onnx.ModelProto":
+    import torch
+
+    class Encode(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, condition):
+            return tuple(part.float() for part in self.model.encode(condition.long()))
+    condition = torch.full((1, model.encoder.config.max_len), 5, dtype=torch.int32)
+    return to_onnx(Encode(), dict(condition=condition), ["keys", "values", "bias"])
+
+
+def step_graph(config: ExportConfig, checkpoint: dict, precision: str, length: int,
+               calibration: NoisyRows | None, condition_len: int | None) -> "onnx.ModelProto":
+    """The unmasking step in that precision, which tells its logits too."""
+    import onnx
+
+    from jetson.int8 import activation_scales, balance, quantize
+    from jetson.step_graph import DeviceStep
+    from kinds.checkpoints import model_from_checkpoint
+    model = model_from_checkpoint(checkpoint)
+    if precision == "int8":
+        balance(model, calibration_inputs(model, calibration, condition_len))
+        even = copy.deepcopy(model).for_inference()
+    model.set_precision("fp32" if precision == "fp32" else "fp16").for_inference()
+    step = DeviceStep(model, config.guided)
+    step.tell_logits = True
+    most = (config.batch, length) if config.dynamic else None
+    inputs = step_inputs(model, max(2, config.batch) if most else config.batch, length)
+    graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"], most)
+    if precision == "int8":
+        quantize(graph, even, activation_scales(even, calibration_inputs(
+            even, calibration, condition_len)))
+        onnx.checker.check_model(graph)
+    return graph

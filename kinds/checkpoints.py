@@ -1,0 +1,195 @@
+"""TODO"""
+
+from cli import UserError, atomic_file, require
+
+import dataclasses
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corpus.rows import TokenRows
+from corpus.tokens import is_length_histogram, load_tokenizer, sha256
+from model import ConditionalTransformer, DiffusionTransformer
+from network.layers import ModelConfig
+
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 2
+CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
+                   "length_histogram")
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+def save_checkpoint(path: str | Path, model: DiffusionTransformer, tokenizer: str,
+                    length_histogram: dict, **state: Any) -> None:
+    """Writes a `.pt` checkpoint, whole or not at all.
+
+    It carries the tokenizer (text of tokenizer.json) and the length histogram, so that generation
+    needs this one file. `state` is whatever the writer needs to continue (`ema`, `optimizer`,
+    `step`, `cursor`, ...): plain containers, numbers, strings and tensors only; `weights` in it
+    replaces the model's state dict where that one is spread over several processes.
+    """
+    contents = {
+        "format": CHECKPOINT_FORMAT, "format_version": CHECKPOINT_VERSION,
+        "kind": model.kind, "model_config": dataclasses.asdict(model.config),
+        "encoder_config": (dataclasses.asdict(model.encoder.config)
+                           if model.kind == "conditional" else None), "tokenizer": tokenizer,
+        "tokenizer_sha256": sha256(tokenizer.encode()), "length_histogram": length_histogram,
+        **({} if "weights" in state else {"weights": model.state_dict()}), **state}
+    with atomic_file(path) as file:
+        torch.save(contents, file)
+
+
+def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diffusion") -> dict:
+    """Reads a checkpoint without running code from it (`weights_only`).
+
+    Raises UserError if the file is missing, damaged, foreign, of another format version, or not of
+    this `kind` ("diffusion", "conditional", "autoregressive" or several; None takes all).
+    """
+    path = Path(path)
+    require(not path.is_dir(), f"{path} is a folder; name a .pt file in it")
+    require(path.is_file(), f"no checkpoint {path}: train one first, `python train.py`")
+    contents, cause = None, None
+    if zipfile.is_zipfile(path):  # as torch.save writes; anything else is refused unopened
+        try:
+            with zipfile.ZipFile(path) as archive:
+                # torch looks at no checksum, and would unpack what is larger than the file.
+                if archive.testzip() is None and not any(
+                        entry.compress_type for entry in archive.infolist()):
+                    contents = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            cause = error
+    if contents is None:
+        raise UserError(f"{path} is not a checkpoint of this program, or is damaged; name a .pt "
+                        "file that train.py wrote") from cause
+    require(isinstance(contents, dict) and contents.get("format") == CHECKPOINT_FORMAT,
+            f"{path} is a torch file but not a checkpoint of this program; name a .pt file that "
+            "train.py wrote")
+    version = contents.get("format_version")
+    require(version == CHECKPOINT_VERSION, f"{path} has checkpoint format version {version}, this "
+            f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
+    missing = [key for key in CHECKPOINT_KEYS if key not in contents]
+    require(not missing, f"{path} lacks {', '.join(missing)}: it was not written by train.py")
+    kinds = (kind,) if isinstance(kind, str) else kind
+    require(kinds is None or contents["kind"] in kinds, f"{path}: {contents['kind']} model; "
+            f"what is needed here is of the kind: {' or '.join(kinds or ())} model")
+    wrong = wrong_entries(contents)
+    require(not wrong, f"{path} was changed after train.py wrote it ({', '.join(wrong)}): name "
+                       "another .pt file")
+    return contents
+
+
+def wrong_entries(contents: dict) -> list[str]:
+    """The names of a checkpoint's entries that are not of the form that is written here."""
+    text, average = contents["tokenizer"], contents.get("ema")
+    right = {
+        "kind": contents["kind"] in ("diffusion", "conditional", "autoregressive"),
+        "model_config": isinstance(contents["model_config"], dict),
+        "tokenizer": isinstance(text, str) and
+        sha256(text.encode(errors="replace")) == contents["tokenizer_sha256"],
+        "length_histogram": is_length_histogram(contents["length_histogram"]),
+        "train_config": isinstance(contents.get("train_config", {}), dict),
+        "weights": are_tensors(contents["weights"]),
+        "ema": average is None or are_tensors(average)}
+    return [key for key, fine in right.items() if not fine]
+
+
+def are_tensors(weights: Any) -> bool:
+    return isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
+
+
+def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None) -> Path:
+    """The checkpoint of that name, or the newest best.pt of this `kind` (as in load_checkpoint) in
+    a folder beside the scripts' output; newer ones that had to be passed over are named on stderr.
+    """
+    if name is not None:
+        return Path(name)
+    found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    require(found, "no */best.pt here: train a model first (`python train.py --quick`) or name "
+                   "one with --checkpoint")
+    passed = []
+    for path in found:
+        if kind is None:
+            return path
+        has = kind_of(path)
+        if has is not None and has in ((kind,) if isinstance(kind, str) else kind):
+            if passed:
+                print(f"using {path}; newer, but not what is needed here: {', '.join(passed)}",
+                      file=sys.stderr)
+            return path
+        passed.append(f"{path} ({f'{has} model' if has else 'not to be read'})")
+    raise UserError(f"no */best.pt here is of the kind that is needed: "
+                    f"{kind if isinstance(kind, str) else ' or '.join(kind)} model; found "
+                    f"{', '.join(passed)}: train one first or name one with --checkpoint")
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of model in a checkpoint, whose weights stay on the disk; None if it cannot be read.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        ours = isinstance(contents, dict) and (contents["format"], contents["format_version"]) == (
+            CHECKPOINT_FORMAT, CHECKPOINT_VERSION)
+        return contents["kind"] if ours else None
+    except Exception:  # a damaged pickle can raise nearly anything
+        return None
+
+
+def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTransformer:
+    """The network of a checkpoint, with its averaged (EMA) weights where there are any."""
+    average = checkpoint.get("ema") if use_ema else None
+    weights = checkpoint["weights"] if average is None else average
+    try:
+        config = ModelConfig(**checkpoint["model_config"])
+        check_size(config, weights)
+        if checkpoint["kind"] == "conditional":
+            encoder = ModelConfig(**checkpoint["encoder_config"])
+            check_size(encoder, weights, "encoder.")
+            model = ConditionalTransformer(config, encoder)
+        else:
+            model = DiffusionTransformer(config)
+        model.load_state_dict(weights)
+    except (TypeError, RuntimeError, KeyError, ArithmeticError) as error:
+        raise UserError("the checkpoint's weights do not fit its model settings: it was changed "
+                        "after train.py wrote it") from error
+    return model.eval()
+
+
+def check_size(config: ModelConfig, weights: dict[str, Tensor], part: str = "") -> None:
+    """Raises TypeError or RuntimeError, before memory is taken, for settings that do not belong to
+    the weights.
+    """
+    for field in dataclasses.fields(config):
+        kind = type(getattr(config, field.name))
+        if kind is not field.type and (kind, field.type) != (int, float):
+            raise TypeError(f"{field.name} is not of {field.type}")
+    blocks = {name.removeprefix(part).split(".")[1] for name in weights
+              if name.startswith(f"{part}blocks.")}
+    hidden = weights[f"{part}blocks.0.up.weight"].shape[0]
+    if (len(blocks) != config.layers or hidden != config.mlp_ratio * config.width
+            or weights[f"{part}embedding.weight"].shape != (config.vocab_size, config.width)
+            or not 1 <= config.max_len <= 2**20):
+        raise RuntimeError("the weights are of another size")
+
+
+def tokenizer_from_checkpoint(checkpoint: dict):
+    return load_tokenizer(checkpoint["tokenizer"])
+
+
+def check_conditions(path: str | Path, encoder: ModelConfig, told: TokenRows) -> None:
+    """Refuses conditions that are longer than what the encoder of a checkpoint reads."""
+    longest = int(told.lengths.max())
+    require(longest <= encoder.max_len, f"{told.data_dir} has conditions of up to {longest} "
+            f"tokens, {path} reads at most {encoder.max_len}: prepare them with --condition_len "
+            f"{encoder.max_len}")
+
+
+def check_tokenizer(path: str | Path, checkpoint: dict, data_dir: str | Path, meta: dict) -> None:
+    """Refuses to mix a checkpoint with data that another tokenizer made."""
+    require(checkpoint["tokenizer_sha256"] == meta["tokenizer_sha256"],
+            f"{path} was trained with another tokenizer than that of {data_dir}: name the data "
+            "folder that it was trained on")

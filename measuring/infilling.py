@@ -1,0 +1,143 @@
+"""TODO"""
+
+from cli import atomic_file, require
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from corpus.tokens import MASK, decode, maskable
+from kinds.autoregressive import before_each, fill_from_the_left
+from kinds.likelihood import Corrupted, measure_nats, ratio_error, row_sums
+from measuring.common import EvaluateConfig, choose_stories, open_beside, open_model
+from network.hardware import device_of
+from sampling.loop import fill
+from sampling.noise import GAP_STREAM
+from sampling.sampler import Sampler
+from sampling.step import numpy_step
+
+# ---- infilling -----------------------------------------------------------------------------------
+
+# What stands between two marks: simpler than the sentences of prep_conditional_data.py, and what
+# the figures for infilling in docs/results.md were measured with.
+SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"'\u201d\u2019]*\s*|[^.!?]+$")
+
+
+def middle_sentence(text: str) -> tuple[int, int] | None:
+    """Where the middle sentence of a text begins and ends, without the white space around it; None
+    for a text of fewer than three sentences."""
+    spans = [match.span() for match in SENTENCE.finditer(text) if match[0].strip()]
+    if len(spans) < 3:
+        return None
+    start, end = spans[len(spans) // 2]
+    inside = text[start:end]
+    return start + len(inside) - len(inside.lstrip()), start + len(inside.rstrip())
+
+
+def hide_middle(row: np.ndarray, tokenizer) -> np.ndarray | None:
+    """The row of a whole story with the tokens of its middle sentence hidden; None if it has none.
+
+    A token belongs to the sentence in which it ends, for a word brings the space before it.
+    """
+    pieces = [tokenizer.decode([int(i)]) for i in row[1:-1]]
+    text = "".join(pieces)
+    span = middle_sentence(text)
+    if span is None or text != decode(tokenizer, row[1:-1]):  # a letter cut in two by its bytes
+        return None
+    ends = np.cumsum([len(piece) for piece in pieces])
+    gap = (span[0] < ends) & (ends <= span[1])
+    hidden = row.copy()
+    hidden[1:-1][gap] = MASK
+    return hidden if gap.any() else None
+
+
+def gap_nats(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray], draws: int,
+             seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nats and tokens of each gap, (N,) both: the any-order bound given both sides, with the number
+    of hidden tokens stratified over the draws, or for the twin the exact -log p given the left."""
+    device, nats = device_of(model), []
+    for number, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
+        places = np.flatnonzero(gap == MASK)
+
+        def hide(clean: torch.Tensor, _, number=number, places=places):
+            for draw in range(draws):
+                rng = np.random.default_rng([GAP_STREAM, seed, number, draw])
+                k = int((draw + rng.random()) / draws * len(places)) + 1
+                masked = torch.zeros_like(clean, dtype=torch.bool)
+                masked[0, rng.permutation(places)[:k]] = True
+                yield Corrupted(clean, clean.masked_fill(masked, MASK), masked, masked.float(),
+                                masked.sum(1) / maskable(clean).sum(1)), torch.tensor([k])
+
+        if model.config.causal:
+            clean = torch.from_numpy(row)[None]
+            hidden = torch.from_numpy(gap == MASK)[None]
+            seen = Corrupted(clean, before_each(clean), hidden, hidden.float(), torch.ones(1))
+            with torch.no_grad():
+                nats.append(row_sums(model, seen, device)[0][0])
+        else:
+            bound = measure_nats(model, [row[None]], hide)
+            nats.append(len(places) * (bound.nats / bound.k).mean())
+    return np.array(nats), np.array([(gap == MASK).sum() for gap in gaps])
+
+
+def infilling(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray],
+              sampler: Sampler, tokenizer, draws: int, seed: int) -> dict:
+    """Exact match (share), BLEU (0 to 100) and nats/token of the filled gaps against the real, with
+    their standard error over the stories, and the nats of each story."""
+    from sacrebleu.metrics import BLEU
+    if model.config.causal:
+        filled = [fill_from_the_left(model, gap[None], sampler, seed + i, may_end=False)[0]
+                  for i, gap in enumerate(gaps)]
+    else:
+        filled = fill(numpy_step(model, sampler), gaps, sampler, seed)
+    made, real = ([decode(tokenizer, row[gap == MASK]).strip()
+                   for row, gap in zip(group, gaps, strict=True)] for group in (filled, rows))
+    nats, tokens = gap_nats(model, rows, gaps, draws, seed)
+    return {"exact_match": float(np.mean([a == b for a, b in zip(made, real, strict=True)])),
+            "bleu": BLEU().corpus_score(made, [real]).score,
+            "nats_per_token": float(nats.sum() / tokens.sum()),
+            "standard_error": ratio_error(nats, tokens), "story_nats": nats.tolist(),
+            "examples": [{"left": decode(tokenizer, row[:np.argmax(gap == MASK)]), "made": a,
+                          "real": b} for row, gap, a, b in zip(rows, gaps, made, real, strict=True)
+                         ][:10]}
+
+
+def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
+    """The middle sentence of real stories, filled in by this model and by the twin."""
+    model, rows, tokenizer = open_model(config, path, checkpoint)
+    twin = open_beside(config, config.twin, "autoregressive", model, rows)
+    stories = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
+    pairs = [(row, gap) for row in stories
+             if (gap := hide_middle(row, tokenizer)) is not None]
+    require(pairs, f"{rows.data_dir}: no story of three sentences or more to hide one of")
+    arms = {"this model": model} | ({"left to right": twin} if twin else {})
+    result = {"checkpoint": str(path), "twin": config.twin, "stories": len(pairs),
+              "split": rows.split,
+              "config": dataclasses.asdict(config),
+              "arms": {name: infilling(arm, *map(list, zip(*pairs, strict=True)), config,
+                                               tokenizer, config.draws, config.seed)
+                       for name, arm in arms.items()}}
+    tokens = [int((gap == MASK).sum()) for _, gap in pairs]
+    result["story_tokens"] = tokens
+    if twin:
+        mine, other = (np.array(arm["story_nats"]) for arm in result["arms"].values())
+        result["difference"] = {  # story by story: a long one costs both much
+            "nats_per_token": float((mine - other).sum() / sum(tokens)),
+            "standard_error": ratio_error(mine - other, np.array(tokens))}
+    with atomic_file(target, "w") as file:
+        json.dump(result, file, indent=1)
+    print(f"the middle sentence of {len(pairs)} stories of {rows.split}, {sum(tokens)} tokens, "
+          f"temperature {config.temperature:g}, {config.steps} steps, seed {config.seed}\n\n"
+          f"{'':15s}{'exact match':>12s}{'BLEU':>8s}{'nats/token':>12s}")
+    for name, arm in result["arms"].items():
+        print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}"
+              f"{arm['nats_per_token']:12.3f} ± {arm['standard_error']:.3f}")
+    if twin:
+        print("\nthis model (a bound) less left to right (exact), story by story: "
+              f"{result['difference']['nats_per_token']:+.3f} ± "
+              f"{result['difference']['standard_error']:.3f} nats/token")
+    print(f"\nwrote {target}")

@@ -1,0 +1,101 @@
+"""How good stories are, and what each sampler gives for its cost. A library of evaluate.py.
+
+In `evaluate.py --sampling` every sampler makes as many stories as there are real ones beside them,
+of the same lengths. Quality is told by the autoregressive twin as a judge (generative perplexity),
+and beside it always by the diversity: perplexity also falls when stories become alike or repeat
+themselves, which entropy, distinct-n and self-BLEU show, and when they repeat the training text,
+which the judge has learned too: how much of them stands there is told by `train_overlap`. The
+figures of the real stories are the mark to reach.
+"""
+
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import torch
+
+from corpus.rows import bucket_batches
+from corpus.tokens import EOS, decode, pad_rows
+from kinds.autoregressive import Autoregressive
+from kinds.likelihood import measure_nats
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:'\w+)?", text.lower())
+
+
+def diversity(texts: list[str], token_rows: list[list[int]]) -> dict:
+    """distinct-n and self-BLEU over words, unigram entropy over tokens.
+
+    distinct-n is the share of different n-grams among all n-grams of all texts (arXiv 1510.03055);
+    self-BLEU the mean BLEU of each text against all others (arXiv 1802.01886), 0 to 100, lower is
+    more diverse; unigram entropy the mean over texts of the entropy of their tokens, in nats.
+    """
+    from sacrebleu.metrics import BLEU
+    result = {}
+    for n in (1, 2, 3):
+        grams = [gram for text in texts for gram in zip(*(words(text)[i:] for i in range(n)),
+                                                        strict=False)]
+        result[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
+    bleu = BLEU(effective_order=True)
+    result["self_bleu"] = float(np.mean([
+        bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score
+        for i, text in enumerate(texts)]))
+    result["unigram_entropy"] = float(np.mean([entropy(row) for row in token_rows]))
+    result["tokens_per_story"] = float(np.mean([len(row) for row in token_rows]))
+    return result
+
+
+def text_ids(rows: list[np.ndarray]) -> list[list[int]]:
+    return [[int(i) for i in row if i > EOS] for row in rows]
+
+
+def entropy(ids: list[int]) -> float:
+    share = np.array(list(Counter(ids).values())) / max(1, len(ids))
+    return float(-(share * np.log(share)).sum())
+
+
+# What every "generative_perplexity" here is
+PERPLEXITY = "exp(the judge's nats per token of text and [EOS])"
+
+
+class Judge:
+    """The autoregressive twin, which tells how likely a story is.
+
+    It was trained on the same stories as the models that it judges, so it likes what they have in
+    common with the training text.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def perplexity(self, rows: list[np.ndarray], starts: list[int] | None = None) -> float:
+        """`PERPLEXITY` over all of these rows; the first `starts[i]` tokens of row i are given, by
+        default [BOS] alone."""
+        starts = np.ones(len(rows), np.int64) if starts is None else np.asarray(starts)
+        batches = bucket_batches(np.array([len(row) for row in rows]), 8192, merge=False)
+
+        def hide(clean: torch.Tensor, part: np.ndarray):
+            seen = Autoregressive().corrupt_batch(clean)
+            seen.masked &= torch.arange(clean.shape[1]) >= torch.from_numpy(starts[part])[:, None]
+            yield seen, seen.masked.sum(1)
+
+        bound = measure_nats(self.model, (pad_rows([rows[i] for i in part]) for part in batches),
+                             hide, numbers=batches)
+        return math.exp(bound.nats.sum() / bound.k.sum())
+
+
+# ---- samplers ------------------------------------------------------------------------------------
+
+def ends_properly(text: str) -> bool:
+    """Whether a story ends with the end of a sentence."""
+    return text.rstrip().rstrip("\"'\u201d\u2019").endswith((".", "!", "?"))
+
+
+def figures(rows: list[np.ndarray], tokenizer, judge: Judge | None) -> dict:
+    ids = text_ids(rows)
+    texts = [decode(tokenizer, row) for row in ids]
+    return {"generative_perplexity": judge.perplexity(rows) if judge else None,
+            **diversity(texts, ids),
+            "end_properly": float(np.mean([ends_properly(text) for text in texts]))}

@@ -1,0 +1,157 @@
+"""TODO"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from network.layers import Linear, ModelConfig, rms_norm
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """(D/H/2,) radians a position, from 1 down to nearly 1 / rope_base (arXiv 2104.09864)."""
+    half = config.width // config.heads // 2
+    return config.rope_base ** (-torch.arange(half).float() / half)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: turns the pairs (x_i, x_{i + d/2}) of (B, H, L, d) by their angles."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tensor | None = None,
+              ) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for q (B, H, L, d), k and v (B, H, S, d), and a bias that
+    can be broadcast to (B, H, L, S)."""
+    half_graph = q.dtype == torch.float16 and torch.compiler.is_exporting()
+    if not causal and (q.device.type == "cpu" and q.dtype == torch.bfloat16 or half_graph):
+        # The CPU's fused kernel leaves its bf16 units idle: plain products with an FP32 softmax
+        # took 33 ms against 58 (16 x 6 heads x 256, forward and backward, 2 cores of a Zen 4).
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, L, S)
+        if bias is not None:
+            scores = scores + bias
+        if half_graph:  # which must itself say that its softmax is in FP32
+            return torch.softmax(scores.float(), dim=-1).to(q.dtype) @ v
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+
+
+def neighbour_biases(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Biases of queries and keys, (H, 1, D/H) each, with which each head looks at one neighbour.
+
+    Rotary positions turn the pair with frequency f of the query at i by f i and of the key at j by
+    f j. A constant key a and a query a turned by f o add a^2 sum_f cos(f (j - i - o)) to the
+    score, which is largest at j = i + o. The slow frequencies would only widen that peak.
+    """
+    half = config.width // config.heads // 2
+    frequency = rope_frequencies(config)
+    size = config.neighbour_init * (frequency > 0.1)  # (D/H/2,)
+    heads = torch.arange(config.heads)
+    # -1, 1, -2, 2, ...; a causal head can only look back: -1, -2, ...
+    offset = -1 - heads if config.causal else (heads // 2 + 1) * (2 * (heads % 2) - 1)
+    angle = offset[:, None] * frequency  # (H, D/H/2)
+    query = torch.cat([size * angle.cos(), size * angle.sin()], dim=-1)
+    key = torch.cat([size, torch.zeros(half)]).expand_as(query)
+    return query[:, None], key[:, None].clone()
+
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """x[b, positions[b]]: (B, L, D), (B, C) -> (B, C, D)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def rotation_at(cos: Tensor, sin: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rotary angles of the positions `at` (B, C): (B, 1, C, D/H/2) each; None is all."""
+    return (cos, sin) if at is None else (cos[at][:, None], sin[at][:, None])
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, L, D) -> (B, H, L, D/H)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+# AdamW moves a parameter by about the learning rate, whatever its gradient: a gate alone would need
+# hundreds of steps to open.
+GATE_SPEED = 10
+
+
+class Heads(nn.Module):
+    """What self-attention and cross-attention have in common; E is the width of what is read."""
+
+    def __init__(self, config: ModelConfig, read_width: int):
+        super().__init__()
+        self.heads, self.qk_norm = config.heads, config.qk_norm
+        # Three matrices, not one: Muon orthogonalises each map on its own.
+        self.query = Linear(config.width, config.width)
+        self.key, self.value = (Linear(read_width, config.width) for _ in range(2))
+        self.out = Linear(config.width, config.width, std=0.0)  # adds nothing at first
+        self.query_bias = self.key_bias = None
+        if config.neighbour_init:  # zero unless the heads are to look at neighbours
+            shape = (config.heads, 1, config.width // config.heads)
+            self.query_bias, self.key_bias = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, L, D) -> (B, H, L, D/H), turned to their positions."""
+        return self._turned(self.query(x), self.query_bias, cos, sin)
+
+    def keys_values(self, read: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, E) -> keys, turned to their positions, and values, (B, H, S, D/H) each."""
+        return (self._turned(self.key(read), self.key_bias, cos, sin),
+                split_heads(self.value(read), self.heads))
+
+    def _turned(self, x: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        x = split_heads(x, self.heads)
+        if bias is not None:
+            x = x + bias.to(x.dtype)
+        return rotate(rms_norm(x) if self.qk_norm else x, cos, sin)
+
+
+class Attention(Heads):
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, config.width)
+        self.causal = config.causal
+        if config.neighbour_init:
+            self.query_bias, self.key_bias = map(nn.Parameter, neighbour_biases(config))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None = None,
+                at: Tensor | None = None) -> Tensor:
+        asking = x if at is None else take(x, at)  # (B, C, D)
+        q = self.queries(asking, *rotation_at(cos, sin, at))
+        k, v = self.keys_values(x, cos, sin)
+        y = attention(q, k, v, self.causal, bias)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class CrossAttention(Heads):
+    """Queries from the story, keys and values from the encoder, whose width E may differ.
+
+    Every head has a gate, closed at first, so that nothing is added (arXiv 2204.14198, section 2.2,
+    here without tanh). The output projection behind it need not start at zero: it can have what
+    self-attention has learned.
+    """
+
+    def __init__(self, config: ModelConfig, read_width: int):
+        super().__init__(config, read_width)
+        nn.init.normal_(self.out.weight, std=config.width ** -0.5)
+        self.gate = nn.Parameter(torch.zeros(config.heads, 1, 1))  # in units of 1 / GATE_SPEED
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, bias: Tensor,
+                ) -> Tensor:
+        """(B, L, D), the angles of its positions, the condition's keys, values and bias ->
+        (B, L, D)."""
+        y = attention(self.queries(x, cos, sin), k, v, bias=bias)
+        y = y * (GATE_SPEED * self.gate.to(y.dtype))  # rounded first, as `for_inference` keeps it
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Context(NamedTuple):
+    """What the cross-attention of every block needs of a condition; computed once for a story."""
+
+    keys: Tensor  # (layers, B, H, S, D/H)
+    values: Tensor  # (layers, B, H, S, D/H); zeros in a row without a condition
+    bias: Tensor  # (B, 1, 1, S): 0, or HIDDEN where the condition is padded
+
+
+HIDDEN = -1e4  # a score that gets no weight in any precision, and is finite, as graphs need it

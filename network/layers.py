@@ -1,0 +1,58 @@
+"""What the networks are built from: their settings, attention, blocks. A library of model.py.
+
+Every block is pre-norm: attention, where there is a condition cross-attention, and an MLP, each
+added to what it reads. Nothing here knows of diffusion.
+"""
+
+from cli import require
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from corpus.tokens import EOS
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    width: int = 384  # D
+    heads: int = 6  # H; each is width / heads wide
+    layers: int = 6
+    vocab_size: int = 8192  # V
+    max_len: int = 256  # longest row, in tokens
+    mlp_ratio: int = 4  # hidden width of the MLP, in units of D
+    qk_norm: bool = True
+    neighbour_init: float = 4.0  # how strongly heads look at neighbours at first; 0: no biases
+    causal: bool = False  # the autoregressive twin
+    time_conditioning: str = "none"  # or "sinusoidal"
+    tied_head: bool = True  # one matrix for the embedding and the vocabulary head
+    dropout: float = 0.0  # after attention and MLP
+    rope_base: float = 10_000.0
+
+    def __post_init__(self):
+        require(self.width % self.heads == 0 and self.width // self.heads % 2 == 0,
+                f"width {self.width} cannot be split into {self.heads} heads of even width")
+        require(self.time_conditioning in ("none", "sinusoidal"),
+                f"time_conditioning {self.time_conditioning!r}: use none or sinusoidal")
+        require(self.vocab_size > EOS + 1, f"vocab_size {self.vocab_size} leaves no ordinary token")
+
+
+class Linear(nn.Linear):
+    """A linear map without bias whose FP32 weight is used in the precision of its input."""
+
+    def __init__(self, inputs: int, outputs: int, std: float | None = None):
+        super().__init__(inputs, outputs, bias=False)
+        nn.init.normal_(self.weight, std=inputs ** -0.5 if std is None else std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    # In FP32: the sum of squares overflows FP16 and loses bits in BF16.
+    return F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6).to(x.dtype)
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

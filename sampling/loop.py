@@ -1,0 +1,165 @@
+"""TODO"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from corpus.tokens import MASK, PAD, pad_rows, round_up
+from sampling.noise import LIMIT_STREAM, step_noise
+from sampling.paces import Pacing
+from sampling.sampler import Sampler
+
+# (tokens (B, L) int64, count (B,) int64, noise (B, 2, L) float64, numbers of the rows (B,) int64)
+#   -> (tokens (B, L) int64, confidence (B, L) float32)
+Step = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+# (tokens (B, L) int64, place in each row (B,) int64, tokens allowed there (B, V) bool, uniform (B,)
+#  float64, numbers of the rows (B,) int64) -> (token (B,) int64, its probability (B,) float32)
+Choice = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+                  tuple[np.ndarray, np.ndarray]]
+# Of one row: hidden places from left to right, and which tokens (V,) bool may stand at each
+Limits = Sequence[tuple[int, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class State:
+    """The batch after a step. Arrays are (B, L) but for the last, and the caller's to keep."""
+
+    step: int  # 0 is the start; at most K
+    nfe: int  # network evaluations so far
+    tokens: np.ndarray  # int64, hidden ones are [MASK]
+    uncovered: np.ndarray  # bool, what was hidden before this step and is not now
+    hidden_again: np.ndarray  # bool, what is hidden now and was not before
+    confidence: np.ndarray  # float32, probability of each drawn token when it was drawn, else 0
+    evaluated: np.ndarray  # bool (B,), rows that were given to the network
+
+
+def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
+           rows: Sequence[int] | None = None) -> Iterator[State]:
+    """Uncovers every [MASK] of `tokens` (B, L); all other tokens are known and never change.
+
+    Yields the state at the start and after every step. `rows` (default 0, 1, ...) number the rows
+    for the noise: the same (seed, row number) gives the same story in any batch. Only rows in which
+    something is to be uncovered are given to the network.
+    """
+    sampler.check()
+    tokens = np.array(tokens, dtype=np.int64)
+    size, width = tokens.shape
+    rows = np.arange(size) if rows is None else np.asarray(rows)
+    wanted = tokens == MASK
+    lengths = (tokens != PAD).sum(1)
+    pacing = Pacing(sampler, wanted.sum(1), seed, rows)
+    nothing = np.zeros((size, width), bool)
+    state = State(0, 0, tokens, nothing, nothing, np.zeros((size, width), np.float32),
+                  np.zeros(size, bool))
+    yield state
+    for k in range(sampler.steps):
+        masked = state.tokens == MASK
+        counts, again = pacing.counts(k, masked.sum(1))  # (B,) each
+        again = np.where(counts > 0, again, 0)  # a row that rests keeps what it has, in any batch
+        active = np.flatnonzero(counts)
+        if not len(active):  # nothing to evaluate
+            continue
+        noise = np.zeros((len(active), 2, width))
+        for line, i in zip(noise, active, strict=True):
+            line[:, :lengths[i]] = step_noise(seed, rows[i], k, lengths[i])
+        new, confidence = state.tokens.copy(), state.confidence.copy()
+        new[active], drawn = step(state.tokens[active], counts[active], noise, rows[active])
+        uncovered = masked & (new != MASK)
+        confidence[active] = np.where(uncovered[active], drawn, confidence[active])
+        # what was there before the step, or for the corrector also what came with it
+        there = wanted & (new != MASK) & (pacing.corrector | ~uncovered)
+        gone = pacing.choose(k, there, again, confidence)
+        new[gone], confidence[gone] = MASK, 0
+        state = State(k + 1, state.nfe + 1, new, uncovered & ~gone, gone & ~masked, confidence,
+                      counts > 0)
+        yield state
+
+
+def draw_limited(choice: Choice, tokens: np.ndarray, limits: Sequence[Limits], seed: int = 0,
+                 rows: Sequence[int] | None = None) -> Iterator[State]:
+    """Draws the places of `tokens` (B, L) at which only some tokens are allowed, before `unmask`.
+
+    `limits` are those of each row. Place by place from the left, each given what is visible and
+    those before it, with one network evaluation and one uniform that is a function of (seed, row
+    number, place) alone. With one place the finished row so has the model's own distribution, in an
+    order that begins there, given that the place holds one of its tokens: exactly (at temperature 1
+    and one token a step). With several, each place is so conditioned on those before it, and not on
+    what the later ones allow.
+
+    Yields the state after every place: step 0, for the loop itself has not begun.
+    """
+    tokens = np.array(tokens, dtype=np.int64)
+    rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
+    for k in range(max(map(len, limits), default=0)):
+        active = np.array([i for i, places in enumerate(limits) if len(places) > k])
+        places = np.array([limits[i][k][0] for i in active])
+        uniform = np.array([np.random.default_rng([LIMIT_STREAM, seed, row, place]).random()
+                            for row, place in zip(rows[active], places, strict=True)])
+        drawn, probability = choice(tokens[active], places, np.stack(
+            [limits[i][k][1] for i in active]), uniform, rows[active])
+        tokens = tokens.copy()
+        tokens[active, places] = drawn
+        uncovered, evaluated = np.zeros(tokens.shape, bool), np.zeros(len(tokens), bool)
+        confidence = np.zeros(tokens.shape, np.float32)
+        uncovered[active, places], confidence[active, places] = True, probability
+        evaluated[active] = True
+        yield State(0, k + 1, tokens, uncovered, np.zeros_like(uncovered), confidence, evaluated)
+
+
+class Kept:
+    """What `make` gives for a row, made once: before the row's first step.
+
+    Each alone, so that a story does not depend on its batch. Those of the last `SIZE` rows stay.
+    """
+
+    SIZE = 32
+
+    def __init__(self, make: Callable[[int], Any]):
+        self.make, self.known = make, {}
+
+    def of(self, rows: Sequence[int]) -> list[Any]:
+        for row in map(int, rows):
+            # put at the end: the first of the dictionary is the one that was not used for longest
+            self.known[row] = self.known.pop(row) if row in self.known else self.make(row)
+        values = [self.known[int(row)] for row in rows]
+        for row in list(self.known)[:-max(self.SIZE, len(rows))]:
+            del self.known[row]
+        return values
+
+
+def unmask_rows(step: Step, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
+                batch_size: int = 32, choice: Choice | None = None,
+                limits: Sequence[Limits] | None = None) -> Iterator[tuple[list[int], State]]:
+    """Fills rows of any lengths; yields (numbers of the rows, state) after every step.
+
+    With `choice`, the places of `limits` (an entry for each row) are drawn first: `draw_limited`.
+
+    Rows of the same padded width share a batch, so that a row is padded alike in any company; the
+    width of the first row comes first. The state of a batch with nothing left hidden is its last.
+    """
+    widths = [round_up(len(row)) for row in rows]
+    for width in dict.fromkeys(widths):
+        same = [i for i, w in enumerate(widths) if w == width]
+        for start in range(0, len(same), batch_size):
+            part = same[start:start + batch_size]
+            tokens = pad_rows([rows[i] for i in part])
+            if choice is not None and limits is not None:
+                for state in draw_limited(choice, tokens, [limits[i] for i in part], seed, part):
+                    tokens = state.tokens
+                    yield part, state
+            for state in unmask(step, tokens, sampler, seed, part):
+                yield part, state
+
+
+def fill(step: Step, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
+         batch_size: int = 32) -> list[np.ndarray]:
+    """The filled rows, in the order given, without padding. Shows a progress bar."""
+    filled = list(rows)
+    states = unmask_rows(step, rows, sampler, seed, batch_size)
+    for part, state in tqdm(states, desc="unmasking", unit=" steps", leave=False, disable=None):
+        for i, tokens in zip(part, state.tokens, strict=True):
+            filled[i] = tokens[:len(rows[i])]
+    return filled

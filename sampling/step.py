@@ -1,0 +1,234 @@
+"""TODO"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from corpus.tokens import MASK, maskable
+from network.attention import Context, take
+from network.hardware import device_of
+from sampling.loop import Choice, Kept, Step
+from sampling.sampler import ADAPTIVE_PACES, Sampler
+
+# ---- unmasking -----------------------------------------------------------------------------------
+
+class UnmaskStep(nn.Module):
+    """One unmasking step: network and token choice in one module. Logits never leave it.
+
+    Positions are chosen first, tokens drawn only there. A token is drawn by inverting the
+    distribution function in FP64 with one uniform number, which is exact; FP32 Gumbel noise with a
+    floor would lower the effective temperature (arXiv 2409.02908).
+
+    With a condition and `guidance` g a token is drawn from p(x | condition)^g p(x)^(1 - g), up to
+    its norm: classifier-free guidance (arXiv 2207.12598 eq. 6, with g = 1 + w). g = 1 is the
+    conditional model alone and g = 0 the unconditional one, both with one network evaluation.
+    """
+
+    def __init__(self, model: nn.Module, sampler: Sampler):
+        super().__init__()
+        self.model, self.sampler = model, sampler
+
+    def forward(self, tokens: Tensor, count: Tensor, temperature: Tensor, noise: Tensor,
+                most_hidden: int, most_count: int, context: Context | None = None,
+                ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            tokens: (B, L) int64, hidden ones are [MASK].
+            count: (B,) int64, how many to uncover in each row; an adaptive pace may take more.
+            temperature: () float32; 0 is greedy.
+            noise: (B, 2, L) uniforms in [0, 1): for the order, for the token.
+            most_hidden, most_count: at least the largest number hidden and of `count` in the batch.
+                Plain numbers, for they are shapes; a graph of fixed shape has both at L.
+            context: of the conditions of these rows, from the model's `encode`.
+        Returns: the new tokens (B, L), and confidence (B, L) float32: the probability, at
+            temperature 1, of each token drawn now, 0 elsewhere.
+        """
+        sampler = self.sampler
+        masked = tokens == MASK  # (B, L)
+        ratio = masked.sum(1) / maskable(tokens).sum(1).clamp(min=1)
+        adaptive = sampler.pace in ADAPTIVE_PACES
+        # 1. Score the hidden positions, the best first, and choose `count` of every row, or more
+        #    where the pace finds the network sure of them.
+        if sampler.order == "random" and not adaptive:
+            positions = best_first(noise[:, 0].masked_fill(~masked, -1), most_count)  # (B, C)
+            logits = self.logits(tokens, positions, ratio, context)  # (B, C, V)
+            sure = None
+        else:
+            candidates = best_first(masked.int(), most_hidden)  # (B, M)
+            every = self.logits(tokens, candidates, ratio, context)  # (B, M, V)
+            score = (noise[:, 0].gather(1, candidates) if sampler.order == "random"
+                     else SCORES[sampler.order](every))  # (B, M)
+            score = score.masked_fill(~masked.gather(1, candidates), -math.inf)
+            chosen = best_first(score, most_hidden if adaptive else most_count)  # (B, C)
+            positions, logits = candidates.gather(1, chosen), take(every, chosen)
+            sure = self.sure(logits) if adaptive else None
+        wanted = torch.arange(positions.shape[1], device=tokens.device) < count[:, None]  # (B, C)
+        if sure is not None:
+            wanted = (wanted | sure) & masked.gather(1, positions)
+            if not torch.compiler.is_exporting():  # a graph's shapes are fixed; else draw no more
+                places = torch.arange(wanted.shape[1], device=tokens.device)
+                needed = int((wanted.any(0) * places).max()) + 1
+                positions, logits, wanted = (x[:, :needed] for x in (positions, logits, wanted))
+        # 2. Draw their tokens and write them where the row still has some to uncover.
+        drawn = draw(logits, noise[:, 1].gather(1, positions), temperature, sampler.top_k,
+                     sampler.top_p)
+        probability = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]  # (B, C)
+        drawn = torch.where(wanted, drawn, tokens.gather(1, positions))
+        new = tokens.scatter(1, positions, drawn)
+        confidence = torch.zeros_like(tokens, dtype=torch.float32)
+        return new, confidence.scatter(1, positions, probability * wanted)
+
+    def logits(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
+               ) -> Tensor:
+        """FP32 logits (B, C, V) at positions (B, C): with the condition, without it, or for
+        guidance of both."""
+        guidance = self.sampler.guidance
+        contexts = ([None] if context is None or guidance == 0 else
+                    [context] if guidance == 1 else [context, None])
+        first, *second = (self.model.head(self.model.hidden(
+            tokens, ratio, context=told, at=positions)).float() for told in contexts)
+        # The head's FP16 stand-in for -inf must not survive a high temperature.
+        never = first <= -1e4
+        if second:
+            first = second[0] + guidance * (first - second[0])
+        return first.masked_fill(never, -math.inf)
+
+    def sure(self, logits: Tensor) -> Tensor:
+        """Which of the positions, the best first, an adaptive pace uncovers: (B, C) bool.
+
+        "entropy_bound" takes the longest beginning with sum H - max H <= gamma. H is the entropy of
+        a position: that bounds, in nats, by how much their joint distribution can differ from the
+        product of their own (EB-Sampler, arXiv 2505.24857).
+        """
+        if self.sampler.pace == "threshold":
+            return confidence_score(logits) >= self.sampler.threshold
+        entropy = -entropy_score(logits)
+        return entropy.cumsum(1) - entropy.cummax(1).values <= self.sampler.gamma
+
+
+def confidence_score(logits: Tensor) -> Tensor:
+    """The largest probability, (...) of (..., V)."""
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+def margin_score(logits: Tensor) -> Tensor:
+    """The largest probability less the second (arXiv 2502.06768)."""
+    best = logits.topk(2, dim=-1).values
+    return (best[..., 0] - logits.logsumexp(-1)).exp() - (best[..., 1] - logits.logsumexp(-1)).exp()
+
+
+def entropy_score(logits: Tensor) -> Tensor:
+    """Minus the entropy in nats."""
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
+
+
+SCORES = {"confidence": confidence_score, "margin": margin_score, "entropy": entropy_score}
+
+
+def best_first(score: Tensor, count: int) -> Tensor:
+    """(B, L) scores -> (B, count) positions of the highest; of equals the leftmost first."""
+    return torch.sort(score, dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: int = 0, top_p: float = 1.0,
+         ) -> Tensor:
+    """Draws a token for every (..., V) FP32 logits by one uniform (...) each: (...) int64."""
+    best = logits.amax(-1, keepdim=True)  # subtracted first: a tiny temperature must not overflow
+    scaled = keep_likeliest((logits - best) / temperature.clamp(min=1e-30), top_k, top_p)
+    # MPS has no FP64: these few numbers go to the CPU.
+    exact = torch.device("cpu") if logits.device.type == "mps" else logits.device
+    drawn = draw_exactly(scaled.to(exact), uniform.to(exact)).to(logits.device)
+    return torch.where(temperature > 0, drawn, logits.argmax(-1))
+
+
+def draw_exactly(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The first token at which the distribution function, in FP64, exceeds `uniform`."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)  # (..., V)
+    total = cumulative[..., -1:]
+    # Rounding may lift u * total up to the total, behind the last token.
+    target = torch.minimum(uniform[..., None].double() * total, torch.nextafter(total, total * 0))
+    return torch.searchsorted(cumulative, target, right=True)[..., 0]
+
+
+def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Sets all logits to -inf but the `top_k` largest, and of these the smallest set of the
+    likeliest tokens that reaches probability `top_p` (the token that crosses it is kept)."""
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability  # what the likelier tokens sum to
+        ordered = ordered.masked_fill(before >= top_p, -math.inf)
+        logits = torch.empty_like(logits).scatter(-1, index, ordered)
+    return logits
+
+
+def together(contexts: Sequence[Context]) -> Context:
+    """The contexts of single rows as that of a batch."""
+    keys, values, bias = zip(*contexts, strict=True)
+    return Context(torch.cat(keys, dim=1), torch.cat(values, dim=1), torch.cat(bias))
+
+
+def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None) -> Step:
+    """The torch step of this model and sampler, for the NumPy loop of sampler.py.
+
+    `conditions` (N, S) int64 belong to the rows with the numbers 0 to N - 1; one of [PAD] alone is
+    none.
+    """
+    sampler.check()
+    step = UnmaskStep(model, sampler)
+    device = device_of(model)
+    temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
+    # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.
+    precision = torch.float32 if device.type == "mps" else torch.float64
+    kept = None if conditions is None else Kept(lambda row: model.encode(
+        torch.from_numpy(conditions[row:row + 1]).to(device)))
+
+    @torch.no_grad()  # (FSDP does not know inference mode)
+    def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray):
+        most_hidden = int((tokens == MASK).sum(1).max())
+        context = None if kept is None or sampler.guidance == 0 else together(kept.of(rows))
+        new, confidence = step(
+            torch.from_numpy(tokens).to(device), torch.from_numpy(count).to(device), temperature,
+            torch.from_numpy(noise).to(precision).to(device), most_hidden, int(count.max()),
+            context)
+        return new.cpu().numpy(), confidence.cpu().numpy()
+
+    return run
+
+
+def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
+                 ) -> Choice:
+    """Draws one token of every row among those allowed at its place, for sampler.draw_limited.
+
+    From the distribution that `numpy_step` would draw from, restricted to the allowed tokens and
+    renormalised; temperature, top_k and top_p then apply to what is left. The probability is that
+    of the drawn token among the allowed ones, at temperature 1.
+    """
+    sampler.check()
+    step, device = UnmaskStep(model, sampler), device_of(model)
+    temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
+    precision = torch.float32 if device.type == "mps" else torch.float64
+    kept = None if conditions is None else Kept(lambda row: model.encode(
+        torch.from_numpy(conditions[row:row + 1]).to(device)))
+
+    @torch.no_grad()
+    def run(tokens: np.ndarray, place: np.ndarray, allowed: np.ndarray, uniform: np.ndarray,
+            rows: np.ndarray):
+        context = None if kept is None or sampler.guidance == 0 else together(kept.of(rows))
+        there = torch.from_numpy(tokens).to(device)
+        ratio = (there == MASK).sum(1) / maskable(there).sum(1)
+        logits = step.logits(there, torch.from_numpy(place).to(device)[:, None], ratio, context)
+        logits = logits[:, 0].masked_fill(~torch.from_numpy(allowed).to(device), -math.inf)
+        drawn = draw(logits, torch.from_numpy(uniform).to(precision).to(device), temperature,
+                     sampler.top_k, sampler.top_p)  # (B,)
+        probability = logits.softmax(-1).gather(-1, drawn[:, None])[:, 0]
+        return drawn.cpu().numpy(), probability.cpu().numpy()
+
+    return run

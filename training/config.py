@@ -1,0 +1,141 @@
+"""The settings of a training run. A library: `python train.py --help` shows all.
+
+Every field is a flag of the same name and lands in the checkpoint.
+"""
+
+from cli import UserError, flag, require
+
+import math
+from dataclasses import dataclass
+
+from diffusion import OBJECTIVES, SCHEDULES
+from model import MODEL_CONFIGS
+from network.layers import PRECISIONS
+from sampling.sampler import ORDERS, Sampler
+from training.optimizers import DEFAULT_LR, OPTIMIZERS
+
+STAGE_LR = {1: 1.0, 2: 1.0, 3: 2 / 3}  # share of the default: in stage 3 all has learned already
+# What a later stage takes over from the model that it starts from
+SIZES = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head")
+
+
+@dataclass
+class TrainConfig:
+    # data and output
+    data_dir: str = flag("data", "data folder of data_prep.py; prepared first if it is missing")
+    data_source: list[str] = flag(["tinystories"], "what to prepare it from: tinystories, sample "
+                                                   "or files")
+    checkpoint_dir: str = flag("checkpoints", "folder to write")
+    resume: bool = flag(False, "continue from last.pt of the checkpoint folder")
+    overwrite: bool = flag(False, "start again in a checkpoint folder that holds a run")
+    quick: bool = flag(False, "the tiny model on made-up stories, in quick_run/")
+    # model
+    model_config: str = flag("small", "size: " + ", ".join(MODEL_CONFIGS))
+    dropout: float = flag(0.0, "dropout after attention and MLP")
+    qk_norm: bool = flag(True, "normalise queries and keys")
+    neighbour_init: float = flag(4.0, "how strongly heads look at their neighbours at first; 0 is "
+                                      "the usual initialisation")
+    time_conditioning: str = flag("none", "input of the mask ratio", ("none", "sinusoidal"))
+    tied_head: bool = flag(True, "one matrix for embedding and vocabulary head")
+    # condition
+    stage: int = flag(1, "1 trains a model without a condition; 2 adds encoder and cross-attention "
+                         "to one and trains only these; 3 then trains everything",
+                      (1, 2, 3))
+    decoder_checkpoint: str | None = flag(None, "stage 2: the model to start from; stage 3: that "
+                                                "of stage 2")
+    encoder_config: str | None = flag(None, "stage 2: size of the encoder (default: that of the "
+                                            "model, and it starts with the model's weights)")
+    condition_dropout: float = flag(0.1, "stage 3: share of the rows that are trained without "
+                                         "their condition, for guidance (in stage 2 the model "
+                                         "without it cannot change)")
+    # diffusion
+    objective: str = flag("masked_ce", "training loss; autoregressive trains the causal twin",
+                          (*OBJECTIVES, "autoregressive"))
+    schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
+    # optimisation
+    max_steps: int = flag(10_000, "optimizer steps")
+    batch_tokens: int = flag(16_384, "tokens of a step, padding included, over all micro-batches")
+    grad_accum_steps: int = flag(1, "micro-batches of a step")
+    optimizer: str = flag("muon", "muon: the blocks' matrices by Muon, the rest by AdamW",
+                          OPTIMIZERS)
+    lr: float | None = flag(None, "peak learning rate (default: " + ", ".join(
+        f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + "; two thirds of it in stage 3)")
+    warmup_steps: int | None = flag(None, "steps of linear warm-up (default: 5 % of max_steps)")
+    min_lr_ratio: float = flag(0.0, "the cosine decay ends at this share of the peak")
+    weight_decay: float = flag(0.0, "decoupled weight decay of the blocks' matrices")
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off")
+    ema_decay: float = flag(0.99, "decay of the averaged weights; 0 turns averaging off")
+    seed: int = flag(0, "seed of everything random")
+    # machine
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    precision: str = flag("auto", "auto, fp32, bf16 or fp16", ("auto", *PRECISIONS))
+    compile: bool | None = flag(None, "torch.compile the blocks; needs a C++ compiler on a CPU "
+                                      "(default: in runs of 1,000 steps or more, where it works)")
+    fsdp: bool = flag(False, "under torchrun: spread weights and optimizer over the processes, for "
+                             "models that do not fit into one (default: every process has all)")
+    # reports
+    log_every: int = flag(10, "steps between lines of metrics.jsonl")
+    valid_every: int = flag(250, "steps between validations")
+    valid_rows: int = flag(512, "validation rows, evenly spread over the split")
+    save_every: int = flag(250, "steps between writes of last.pt")
+    num_samples: int = flag(2, "stories shown at every validation")
+    sample_steps: int = flag(64, "their unmasking steps")
+    sample_temperature: float = flag(0.8, "their temperature")
+    sample_order: str = flag("random", "their order", ORDERS)
+    wandb: bool = flag(False, "log to Weights & Biases too; offline where there is no network")
+
+    def check(self) -> None:
+        require(self.model_config in MODEL_CONFIGS, f"--model_config {self.model_config}: unknown "
+                f"size, choose from {', '.join(MODEL_CONFIGS)}")
+        for name in ("max_steps", "batch_tokens", "grad_accum_steps", "log_every", "valid_every",
+                     "valid_rows", "save_every"):
+            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("weight_decay", "grad_clip", "num_samples", "seed", "min_lr_ratio",
+                     "neighbour_init"):
+            require(0 <= getattr(self, name) < 2**63,
+                    f"--{name} {getattr(self, name)}: must be 0 or more")
+        require(self.warmup_steps is None or self.warmup_steps >= 0,
+                f"--warmup_steps {self.warmup_steps}: must be 0 or more")
+        require(self.encoder_config in (None, *MODEL_CONFIGS), f"--encoder_config "
+                f"{self.encoder_config}: unknown size, choose from {', '.join(MODEL_CONFIGS)}")
+        require(self.stage == 1 or self.objective != "autoregressive",
+                f"--stage {self.stage}: the autoregressive twin takes no condition")
+        require(self.stage == 1 or self.decoder_checkpoint or self.resume, f"--stage "
+                f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
+        for name in ("dropout", "ema_decay", "condition_dropout"):
+            require(0 <= getattr(self, name) < 1,
+                    f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
+        try:
+            self.sampler().check()
+        except UserError as error:  # whose flags have other names here
+            raise UserError(str(error).replace("--", "--sample_", 1)) from error
+        require(self.lr is None or 0 < self.lr < math.inf, f"--lr {self.lr}: must be positive")
+        require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+
+    def check_used(self, given: set[str]) -> None:
+        """Refuses flags that were given and would change nothing."""
+        for name, stages in (("decoder_checkpoint", (2, 3)), ("encoder_config", (2,)),
+                             ("condition_dropout", (3,))):
+            require(name not in given or self.stage in stages, f"--{name} belongs to --stage "
+                    f"{' or '.join(map(str, stages))}: leave it out of stage {self.stage}")
+        unused = sorted(given & {"schedule", "sample_order", "sample_steps"})
+        require(self.objective != "autoregressive" or not unused,
+                f"--{' --'.join(unused)}: the twin writes from left to right; leave it out")
+        unused = sorted(given & set(SIZES)) if self.stage > 1 else []
+        require(not unused, f"--{' --'.join(unused)}: stage {self.stage} goes on with the model of "
+                            f"{self.decoder_checkpoint}; leave it out")
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr or DEFAULT_LR[self.optimizer] * STAGE_LR[self.stage]
+
+    def sampler(self) -> Sampler:
+        return Sampler(steps=self.sample_steps, temperature=self.sample_temperature,
+                       order=self.sample_order)
+
+
+QUICK = dict(data_dir="quick_run/data", data_source=["sample"], checkpoint_dir="quick_run",
+             model_config="tiny", max_steps=500, batch_tokens=2048, lr=0.01, valid_every=250,
+             valid_rows=128, num_samples=3, sample_steps=256, sample_temperature=0.3,
+             sample_order="confidence")
+QUICK_DATA = dict(vocab_size=2048, seq_len=128)
