@@ -5,7 +5,7 @@ A library: nothing to run here.
     diffusion = DiscreteDiffusion(schedule="linear", objective="masked_ce")
     loss = diffusion.loss(model, tokens, generator)           # scalar, differentiable
     bound = diffusion.nelbo(model, batches)                   # bound.nats_per_token
-    for state in diffusion.unmask(model, tokens, Sampler()):  # the loop of sampler.py
+    for state in diffusion.unmask(model, tokens, Sampler()):  # the loop of sampling/
         ...
 
 Forward process: at time t in (0, 1] every maskable token of a row becomes [MASK] independently
@@ -16,19 +16,20 @@ from cli import require
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from corpus.tokens import MASK, length_nats, maskable
+from kinds.kind import Kind
 from kinds.likelihood import Conditions, Corrupted, Nelbo, measure_nats, weighted_loss
-from sampling.loop import State, unmask
-from sampling.noise import MASK_STREAM, SHIFT_STREAM
+from sampling.loop import Choice, State, Step, fill, unmask
+from sampling.noise import GAP_STREAM, MASK_STREAM, SHIFT_STREAM
+from sampling.rows import blank_story
 from sampling.sampler import Sampler
-from sampling.step import numpy_step
-
-# ---- schedules -----------------------------------------------------------------------------------
+from sampling.step import numpy_choice, numpy_step
 
 
 class CosineSchedule:
@@ -54,19 +55,25 @@ class LinearSchedule:
 
 
 SCHEDULES = {"cosine": CosineSchedule, "linear": LinearSchedule}
-OBJECTIVES = ("elbo", "masked_ce")
+OBJECTIVES = ("masked_ce", "elbo")
 
 
-class DiscreteDiffusion:
-    """Corruption, training loss, likelihood bound and sampling for one schedule and objective."""
+class DiscreteDiffusion(Kind):
+    """Masked diffusion: corruption, training loss, likelihood bound and sampling for one schedule
+    and objective."""
 
-    kind = "diffusion"
+    name = "diffusion"
+    objectives = OBJECTIVES
 
     def __init__(self, schedule: str = "linear", objective: str = "masked_ce"):
         require(schedule in SCHEDULES, f"schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
         require(objective in OBJECTIVES, f"objective {objective!r}: choose "
                                          f"{' or '.join(OBJECTIVES)}")
         self.schedule, self.objective = SCHEDULES[schedule](), objective
+
+    @classmethod
+    def of_run(cls, config: Any) -> "DiscreteDiffusion":
+        return cls(config.schedule, config.objective)
 
     def times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """(count,) float64 times in (0, 1], one in each of `count` equal intervals, shuffled.
@@ -127,7 +134,7 @@ class DiscreteDiffusion:
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,
               draws: int = 1, numbers: Iterable[np.ndarray] | None = None,
-              conditions: "Conditions | None" = None) -> "Nelbo":
+              conditions: Conditions | None = None) -> Nelbo:
         """The exact any-order bound, stratified over the number of hidden tokens.
 
         For a row of n tokens NELBO = n E_k[mean over the k hidden of -log p], k uniform on 1..n:
@@ -138,7 +145,7 @@ class DiscreteDiffusion:
             batches: (B, L) int64 each.
             numbers: the numbers of the rows of each batch, by default 0, 1, ... Masks depend on
                 (seed, number, draw) alone, so batching changes nothing.
-            conditions: gives the conditions (B, S) of the rows with these numbers.
+            conditions: gives the conditions of the rows with these numbers.
         """
         def hide(clean: Tensor, rows: np.ndarray) -> Iterator[tuple[Corrupted, Tensor]]:
             for draw in range(draws):
@@ -152,12 +159,55 @@ class DiscreteDiffusion:
         """What a text's code needs besides the tokens: the kind and length of every row."""
         return length_nats(meta, rows)
 
+    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray, draws: int, seed: int,
+                 number: int) -> float:
+        """The any-order bound given both sides, the number of hidden tokens stratified over the
+        draws."""
+        places = np.flatnonzero(gap == MASK)
+
+        def hide(clean: Tensor, _: np.ndarray) -> Iterator[tuple[Corrupted, Tensor]]:
+            for draw in range(draws):
+                rng = np.random.default_rng([GAP_STREAM, seed, number, draw])
+                k = int((draw + rng.random()) / draws * len(places)) + 1
+                masked = torch.zeros_like(clean, dtype=torch.bool)
+                masked[0, rng.permutation(places)[:k]] = True
+                yield Corrupted(clean, clean.masked_fill(masked, MASK), masked, masked.float(),
+                                masked.sum(1) / maskable(clean).sum(1)), torch.tensor([k])
+
+        bound = measure_nats(model, [row[None]], hide)
+        return float(len(places) * (bound.nats / bound.k).mean())
+
+    def protocol(self, draws: int) -> str:
+        return f"any-order NELBO, mask count stratified over 1..n, {draws} masks a row"
+
+    def write(self, model: nn.Module, lengths: Sequence[int], sampler: Sampler, seed: int = 0,
+              conditions: np.ndarray | None = None) -> list[np.ndarray]:
+        rows = [blank_story(length) for length in lengths]
+        return fill(numpy_step(model, sampler, conditions), rows, sampler, seed)
+
+    def fill(self, model: nn.Module, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
+             ) -> list[np.ndarray]:
+        return fill(numpy_step(model, sampler), rows, sampler, seed)
+
+    def step(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
+             ) -> Step:
+        return numpy_step(model, sampler, conditions)
+
+    def choice(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
+               ) -> Choice:
+        return numpy_choice(model, sampler, conditions)
+
+    def describe(self, sampler: Sampler, seed: int) -> str:
+        return (f"temperature {sampler.temperature:g}, {sampler.steps} steps, `{sampler.order}` "
+                f"order, seed {seed}")
+
     def unmask(self, model: nn.Module, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
                rows: Sequence[int] | None = None, conditions: np.ndarray | None = None,
                ) -> Iterator[State]:
-        """`sampler.unmask` with this model: fills every [MASK] of `tokens` (B, L), step by step.
+        """The loop of sampling/loop.py with this model: fills every [MASK] of `tokens` (B, L), step
+        by step.
 
-        `conditions` (N, S) belong to the rows with the numbers 0 to N - 1.
+        `conditions` (N, ...) belong to the rows with the numbers 0 to N - 1.
         """
         return unmask(numpy_step(model, sampler, conditions), tokens, sampler, seed, rows)
 

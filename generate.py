@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,6 +44,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from corpus.conditions import condition_rows
 from corpus.files import read_json_lines
 from corpus.tokens import MASK, decode
 from sampling.loop import Choice, Step, unmask_rows
@@ -51,7 +53,6 @@ from sampling.rows import (
     LIKE_A_GAP,
     Start,
     Vocabulary,
-    condition_row,
     draw_length,
     infill_parts,
     infill_row,
@@ -122,8 +123,8 @@ class GenerateConfig(Sampler):
 
     def check_used(self, given: set[str]) -> None:
         super().check_used(given)
-        told = self.condition is not None or self.conditions is not None
-        require(told or "guidance" not in given, "--guidance belongs to --condition and "
+        given_one = self.condition is not None or self.conditions is not None
+        require(given_one or "guidance" not in given, "--guidance belongs to --condition and "
                                                  "--conditions: add one, or leave it out")
         unused = sorted(given & {"device", "precision"}) if self.onnx or self.engine else []
         require(not unused, f"--{' --'.join(unused)}: an exported step has its own; leave it out")
@@ -165,25 +166,12 @@ def warn_of_text(config: GenerateConfig, conditions: list[str]) -> None:
         print("warning: " + "; ".join(notes), file=sys.stderr)
 
 
-def condition_rows(texts: list[str], tokenizer: "Tokenizer", max_len: int) -> np.ndarray:
-    """(N, max_len) token ids; says on stderr which conditions are too long and get cut."""
-    rows = []
-    for text in texts:
-        require(text.strip(), "the condition is empty: write a sentence, or leave out --condition")
-        ids = tokenizer.encode(text.strip()).ids
-        if len(ids) > max_len - 2:
-            print(f"a condition of {len(ids)} tokens is cut to the {max_len - 2} that this model "
-                  f"reads: {text[:40]!r} ...", file=sys.stderr)
-        rows.append(condition_row(ids, max_len))
-    return np.stack(rows)
-
-
 def given_text(config: GenerateConfig) -> str:
     """--infill or --prompt. As in training there is no white space around a story, but what follows
     a condition begins with some."""
-    told = config.condition is not None or config.conditions is not None
+    conditional = config.condition is not None or config.conditions is not None
     text = (config.prompt or "") if config.infill is None else config.infill.rstrip()
-    return text if told else text.lstrip()
+    return text if conditional else text.lstrip()
 
 
 def build_rows(config: GenerateConfig, tokenizer: "Tokenizer", histogram: dict, max_len: int,
@@ -255,8 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     source = open_exported(config, bool(texts)) if config.onnx or config.engine else open_torch(
         config, bool(texts))
     tokenizer = source.tokenizer
-    told = np.repeat(condition_rows(texts, tokenizer, source.condition_len),
-                     config.num_samples, axis=0) if texts else None
+    conditions = np.repeat(source.read_conditions(texts, tokenizer), config.num_samples,
+                           axis=0) if texts else None
     texts = [text for text in texts for _ in range(config.num_samples)]
     heal = config.heal and source.choice is not None
     starts = build_rows(config, tokenizer, source.histogram, source.max_len,
@@ -264,19 +252,20 @@ def main(argv: list[str] | None = None) -> None:
     warn_of_text(config, texts)
     if config.heal and not heal:
         warn_of_cuts(config, tokenizer, source.max_len)
-    step, choice = source.step(config, told), source.choice(config, told) if heal else None
+    step = source.step(config, conditions)
+    choice = source.choice(config, conditions) if heal else None
     started = time.perf_counter()
     trace = Trace(tokenizer, [start.row for start in starts]) if config.trace else None
 
-    def tell(i: int, row: np.ndarray, nfe: int) -> None:
-        told = {"condition": texts[i], "guidance": config.guidance} if texts else {}
+    def print_line(i: int, row: np.ndarray, nfe: int) -> None:
+        given = {"condition": texts[i], "guidance": config.guidance} if texts else {}
         with tqdm.external_write_mode():  # the bar makes room on a terminal
-            print_json({**told, "text": decode(tokenizer, row), "tokens": row.tolist(), "nfe": nfe,
+            print_json({**given, "text": decode(tokenizer, row), "tokens": row.tolist(), "nfe": nfe,
                         "seed": config.seed, "row": i, "checkpoint": source.name})
 
     filled, row_evaluations, evaluations = generate(
         step, choice, starts, config, tokenizer, trace,
-        config.evaluations_per_step if texts else 1, tell if config.json else None)
+        config.evaluations_per_step if texts else 1, print_line if config.json else None)
     seconds = time.perf_counter() - started
     if trace:
         Path(config.trace).parent.mkdir(parents=True, exist_ok=True)
@@ -291,41 +280,40 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Source(NamedTuple):
-    """What tells the stories: a checkpoint or an exported step."""
+    """What writes the stories: a checkpoint or an exported step."""
 
     name: str
     tokenizer: "Tokenizer"
     histogram: dict  # of lengths
     max_len: int
-    condition_len: int | None
+    read_conditions: Callable[[list[str], "Tokenizer"], np.ndarray]
     step: Callable[[Sampler, np.ndarray | None], Step]
     choice: Callable[[Sampler, np.ndarray | None], Choice] | None  # an exported step has none
 
 
-def open_torch(config: GenerateConfig, told: bool) -> Source:
+def open_torch(config: GenerateConfig, conditional: bool) -> Source:
     from kinds.checkpoints import (
         find_checkpoint,
         load_checkpoint,
         model_from_checkpoint,
         tokenizer_from_checkpoint,
     )
+    from kinds.registry import kind_of, kinds_that
     from network.hardware import pick_device
-    from sampling.step import numpy_choice, numpy_step
-    path = find_checkpoint(config.checkpoint,
-                           "conditional" if told else ("diffusion", "conditional"))
+    kinds = kinds_that(lambda kind: kind.unmasks and (kind.conditional or not conditional))
+    path = find_checkpoint(config.checkpoint, kinds)
     device = pick_device(config.device)
-    checkpoint = load_checkpoint(path, kind="conditional" if told else
-                                 ("diffusion", "conditional"))
+    checkpoint = load_checkpoint(path, kinds)
+    kind = kind_of(checkpoint)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(config.precision)
     model.for_inference()
     return Source(str(path), tokenizer_from_checkpoint(checkpoint),
                   checkpoint["length_histogram"], model.config.max_len,
-                  model.encoder.config.max_len if told else None,
-                  lambda sampler, conditions: numpy_step(model, sampler, conditions),
-                  lambda sampler, conditions: numpy_choice(model, sampler, conditions))
+                  model.encoder.read if conditional else None, partial(kind.step, model),
+                  partial(kind.choice, model))
 
 
-def open_exported(config: GenerateConfig, told: bool) -> Source:
+def open_exported(config: GenerateConfig, conditional: bool) -> Source:
     """No torch is imported on this way."""
     from jetson.engine_runtime import Bundle
     path = config.onnx or config.engine
@@ -333,26 +321,27 @@ def open_exported(config: GenerateConfig, told: bool) -> Source:
     require(Path(path).suffix == suffix, f"--{suffix[1:]} {path}: name a file that ends in "
                                          f"{suffix}")
     bundle = Bundle(path)
-    require(not told or bundle.kind == "conditional", f"{path}: {bundle.kind} model; what is "
+    require(not conditional or bundle.conditional, f"{path}: {bundle.kind} model; what is "
             "needed here is of the kind: conditional model")
-    bundle.check(config, told)
+    bundle.check(config, conditional)
     return Source(path, bundle.tokenizer, bundle.contents["length_histogram"], bundle.max_len,
-                  bundle.condition_len, bundle.step, None)
+                  partial(condition_rows, max_len=bundle.condition_len), bundle.step,
+                  None)
 
 
 def generate(step: Step, choice: Choice | None, starts: list[Start], config: GenerateConfig,
              tokenizer: "Tokenizer", trace: Trace | None = None, each: int = 1,
-             tell: Callable[[int, np.ndarray, int], None] | None = None,
+             done: Callable[[int, np.ndarray, int], None] | None = None,
              ) -> tuple[list[np.ndarray], list[int], int]:
     """Fills the rows; a step takes `each` network evaluations.
 
-    `tell` is given every row as soon as it is filled: its number, itself, its network evaluations.
+    `done` is given every row as soon as it is filled: its number, itself, its network evaluations.
 
     Returns: the filled rows, in order; how many network evaluations each of them took; and the
         network evaluations of all batches together.
     """
     filled, row_evaluations, evaluations = [start.row for start in starts], [0] * len(starts), 0
-    told: set[int] = set()
+    finished: set[int] = set()
     states = unmask_rows(step, filled.copy(), config, config.seed, config.batch_size, choice,
                          [start.limits for start in starts])
     hide_bar = True if config.show_steps else None  # None: hidden where there is no terminal
@@ -368,11 +357,11 @@ def generate(step: Step, choice: Choice | None, starts: list[Start], config: Gen
                 # on stderr beside --json, whose lines must stay parseable
                 print(f"[story {i + 1}, step {state.step}] {text_with_gaps(tokenizer, shown)}",
                       file=sys.stderr if config.json else sys.stdout)
-        if tell and not (state.tokens == MASK).any():  # the batch's last
+        if done and not (state.tokens == MASK).any():  # the batch's last
             for i in part:
-                if i not in told:  # where the edges were all, the loop has one state more
-                    told.add(i)
-                    tell(i, filled[i], row_evaluations[i])
+                if i not in finished:  # where the edges were all, the loop has one state more
+                    finished.add(i)
+                    done(i, filled[i], row_evaluations[i])
     return filled, row_evaluations, evaluations
 
 

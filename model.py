@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corpus.tokens import EOS, PAD
-from network.attention import HIDDEN, Context, CrossAttention, rope_frequencies
-from network.encoders import TextEncoder
+from corpus.tokens import EOS
+from network.attention import Context, CrossAttention, View, rope_frequencies
+from network.encoders import ConditionEncoder, TextEncoder, reading_bias
 from network.head_loss import head_loss, head_scores
 from network.layers import Linear, ModelConfig
 from network.transformer import Block, Transformer
@@ -76,37 +76,38 @@ class DiffusionTransformer(Transformer):
             self.time = nn.Sequential(Linear(config.width, config.width), nn.SiLU(),
                                       Linear(config.width, config.width, std=0.0))
         # In the twin the end of the story has to be predicted; in diffusion it is always visible.
-        never = torch.zeros(config.vocab_size)
-        never[:EOS if config.causal else EOS + 1] = -math.inf
-        self.register_buffer("never", never, persistent=False)  # added to the logits
+        impossible = torch.zeros(config.vocab_size)
+        impossible[:EOS if config.causal else EOS + 1] = -math.inf
+        self.register_buffer("impossible", impossible, persistent=False)  # added to the logits
 
     @property
     def kind(self) -> str:
         return "autoregressive" if self.config.causal else "diffusion"
 
     def hidden(self, tokens: Tensor, t: Tensor | None = None, context: Context | None = None,
-               bias: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+               at: Tensor | None = None, view: View | None = None) -> Tensor:
         """Final hidden states.
 
         Args:
             tokens: (B, L) token ids, L at most `max_len`; hidden ones are [MASK].
             t: (B,) diffusion times in (0, 1]; needed only with time conditioning.
             context: what `encode` of a conditional model gives; None is no condition.
-            bias: (B, 1, 1, L), added to the attention scores: hides positions in a graph whose
-                rows are longer than the story's.
-            at: (B, C) the positions that are wanted, without dropout; None is all.
+            at: (B, C) numbers of the tokens whose states are wanted, without dropout; None is all.
+            view: where the tokens stand and what they look at, made by `view`; None: at 0 to L - 1
+                of their rows, and everything (of a causal model what stands before each).
         Returns: (B, L, D) or (B, C, D), normalised, in the compute precision.
         """
         if context is not None and self.kind != "conditional":
             raise ValueError("this model has no cross-attention: it takes no context")
         if at is not None and self.config.causal:
             raise ValueError("a causal model gives all positions")
+        view = self.view(tokens.shape[1]) if view is None else view
         x = self.embed(tokens)  # (B, L, D)
         if self.time is not None:
             if t is None:
                 raise ValueError("this model is conditioned on time: pass t")
             x = x + self.time(self._time_features(t).to(x.dtype))[:, None]  # (B, 1, D)
-        return self.through_blocks(x, bias, context, at=at)
+        return self.through_blocks(x, view._replace(at=at), context)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) logits; ids that can never be predicted get -inf."""
@@ -122,10 +123,10 @@ class DiffusionTransformer(Transformer):
         return head_scores(hidden, self.vocabulary.weight, self._head_bias(hidden), targets)
 
     def _head_bias(self, hidden: Tensor) -> Tensor:
-        never = self.never
+        bias = self.impossible
         if hidden.dtype == torch.float16:  # an infinity there soon becomes NaN; e^-1e4 is 0 too
-            never = never.clamp(min=-1e4)
-        return never.to(hidden.dtype)
+            bias = bias.clamp(min=-1e4)
+        return bias.to(hidden.dtype)
 
     def forward(self, tokens: Tensor, t: Tensor | None = None, context: Context | None = None,
                 ) -> Tensor:
@@ -154,41 +155,34 @@ class ConditionalTransformer(DiffusionTransformer):
 
     kind = "conditional"
 
-    def __init__(self, config: ModelConfig, encoder_config: ModelConfig):
+    def __init__(self, config: ModelConfig, encoder: ConditionEncoder):
         require(not config.causal, "the causal twin takes no condition")
-        require(config.vocab_size == encoder_config.vocab_size, "encoder and denoiser must have "
-                "the same vocabulary")
+        encoder.check_decoder(config)
         super().__init__(config)
         for block in self.blocks:
-            block.cross = CrossAttention(config, encoder_config.width)
-        self.encoder = TextEncoder(encoder_config)
+            block.cross = CrossAttention(config, encoder.width)
+        self.encoder = encoder
 
     @property
     def all_blocks(self) -> list[Block]:
-        return [*self.blocks, *self.encoder.blocks]
+        return [*self.blocks, *self.encoder.all_blocks]
 
     def encode(self, condition: Tensor) -> Context:
-        """(B, S) token ids, [PAD] behind them -> what `hidden` takes as its context.
+        """A batch of conditions, as the encoder takes them -> what `hidden` takes as its context.
 
-        S is at most the encoder's `max_len`. A row of [PAD] alone has no condition.
+        Every block reads the encoder at its own depth, as it reads its own row.
         """
-        given = condition != PAD  # (B, S)
+        states, positions, given = self.encoder(condition)
         none = ~given.any(1)  # (B,)
-        bias = torch.zeros(condition.shape, dtype=self.compute_dtype, device=condition.device)
-        bias = bias.masked_fill(~given & ~none[:, None], HIDDEN)[:, None, None]  # (B, 1, 1, S)
-        # Every block reads the encoder at its own depth, as it reads its own row.
-        states = self.encoder(condition, bias)  # of (B, S, E)
         depth = (len(states) - 1) / max(1, len(self.blocks) - 1)
-        # The text begins at position 1: the condition's last token, before its [EOS], is at 0.
-        position = torch.arange(condition.shape[1], device=condition.device)
-        position = position - (given.sum(1, keepdim=True) - 2)  # (B, S)
-        frequencies = rope_frequencies(self.config).to(condition.device)
-        angles = position[:, None, :, None].float() * frequencies  # (B, 1, S, D/H/2)
+        frequencies = rope_frequencies(self.config).to(positions.device)
+        angles = positions[:, None, :, None].float() * frequencies  # (B, 1, S, D/H/2)
         where = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
         keys, values = map(torch.stack, zip(*(
             block.cross.keys_values(states[round(i * depth)], *where)
             for i, block in enumerate(self.blocks)), strict=True))
-        return Context(keys, values.masked_fill(none[:, None, None, None], 0.0), bias)
+        return Context(keys, values.masked_fill(none[:, None, None, None], 0.0),
+                       reading_bias(given, self.compute_dtype))
 
     def load_decoder(self, weights: dict[str, Tensor]) -> None:
         """Takes over the weights of a model without a condition."""
@@ -197,22 +191,20 @@ class ConditionalTransformer(DiffusionTransformer):
             raise RuntimeError("these are not the weights of this denoiser")
 
     def start_encoder(self) -> None:
-        """Gives the encoder the denoiser's first blocks, which have learned to read already, and
-        the cross-attention the weights of the self-attention beside it, so that the condition is
-        first read as if it stood before the text. Both must have the same width.
+        """Gives the encoder what the denoiser has learned already, and the cross-attention the
+        weights of the self-attention beside it, so that the condition is first read as if it stood
+        before the text. Both must have the same width.
         """
-        learned = self.state_dict()
-        self.encoder.load_state_dict({name: learned[name] for name in self.encoder.state_dict()})
+        self.encoder.start_from(self)
         for block in self.blocks:
             block.cross.load_state_dict(block.cross.state_dict() | block.attention.state_dict())
 
     def freeze_decoder(self) -> None:
         """Leaves only the encoder and the cross-attention to be trained."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_of_condition(name))
+        self.train_only(is_of_condition)
 
     def unfreeze(self) -> None:
-        self.requires_grad_(True)
+        self.train_only(lambda name: True)
 
 
 def is_of_condition(name: str) -> bool:
@@ -228,6 +220,6 @@ def create_conditional_model(encoder_config: str = "small", decoder_config: str 
     `condition_len` is the longest condition in tokens, [BOS] and [EOS] included; `overrides` are
     fields of the denoiser's ModelConfig.
     """
+    encoder = TextEncoder(size_of(encoder_config, vocab_size=vocab_size, max_len=condition_len))
     return ConditionalTransformer(size_of(decoder_config, vocab_size=vocab_size, **overrides),
-                                  size_of(encoder_config, vocab_size=vocab_size,
-                                          max_len=condition_len))
+                                  encoder)

@@ -30,8 +30,9 @@ import data_prep
 from corpus.rows import content_hashes, load_meta
 from corpus.sources import check_source, describe_source, other_source
 from corpus.tokens import decode
-from kinds.autoregressive import tell_stories
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
+from kinds.kind import drawn_lengths
+from kinds.registry import kind_of
 from measuring import common, likelihood
 from network.hardware import machine
 from train import refuse_changes
@@ -294,15 +295,15 @@ class LongRun:
         config = self.config
         checkpoint = load_checkpoint(self.folder / "best.pt", kind=None)
         model = model_from_checkpoint(checkpoint).to(self.processes.device)
-        rows = tell_stories(model, checkpoint["length_histogram"], config.story_sampler(),
-                            config.written_stories, config.seed)
+        kind, sampler = kind_of(checkpoint), config.story_sampler()
+        lengths = drawn_lengths(checkpoint["length_histogram"], config.written_stories, config.seed,
+                                model.config.max_len)
+        rows = kind.write(model, lengths, sampler, config.seed)
         tokenizer = tokenizer_from_checkpoint(checkpoint)
         texts = [decode(tokenizer, row) for row in rows]
-        how = (f"temperature {config.sample_temperature:g}, {config.written_steps} steps, "
-               f"`{config.sample_order}` order, seed {config.seed}" if not model.config.causal
-               else f"temperature {config.sample_temperature:g}, seed {config.seed}")
         with atomic_file(self.folder / "samples.md", "w") as file:
-            file.write(f"# {len(texts)} stories, unpicked\n\n{how}; step {checkpoint['step']:,}\n")
+            file.write(f"# {len(texts)} stories, unpicked\n\n"
+                       f"{kind.describe(sampler, config.seed)}; step {checkpoint['step']:,}\n")
             for text in texts:
                 file.write(f"\n> {' '.join(text.split())}\n")
 
@@ -339,7 +340,7 @@ def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, eval
     rows = [
         ("bits/byte", f"{numbers['bits_per_byte']:.4f} ± "
                       f"{numbers['bits_per_byte_standard_error']:.4f}"),
-        ("NELBO, nats/token" if evaluation["kind"] == "diffusion" else "NLL, nats/token",
+        (f"{kind_of(checkpoint).likelihood_name}, nats/token",
          f"{numbers['nelbo_nats_per_token']:.4f} ± {numbers['nelbo_standard_error']:.4f}"),
         ("perplexity", f"{numbers['perplexity']:.2f}")]
     for name, average in evaluation.get("averages_over_t", {}).items():

@@ -49,11 +49,16 @@ def export(config: ExportConfig, folder: Path) -> dict:
         load_checkpoint,
         model_from_checkpoint,
     )
+    from kinds.registry import kind_of, kinds_that
     from measuring.common import open_rows
-    path = find_checkpoint(config.checkpoint, ("diffusion", "conditional"))
-    checkpoint = load_checkpoint(path, kind=("diffusion", "conditional"))
+    kinds = kinds_that(lambda kind: kind.unmasks)
+    path = find_checkpoint(config.checkpoint, kinds)
+    checkpoint = load_checkpoint(path, kinds)
     reference = model_from_checkpoint(checkpoint).for_inference()
-    conditional = reference.kind == "conditional"
+    conditional = kind_of(checkpoint).conditional
+    require(not conditional or reference.encoder.sort == "text", f"{path} takes conditions of the "
+            f"sort {reference.encoder.sort!r}: only text can be told to an exported step"
+            if conditional else "")
     require(conditional or not config.guided, f"--guided: {path} is a model without a condition")
     length = config.length or reference.config.max_len
     require(length <= reference.config.max_len, f"--length {length}: {path} has rows of at most "

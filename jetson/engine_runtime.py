@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from corpus.tokens import PAD, is_count, is_length_histogram, load_tokenizer
-from sampling.loop import Kept, Step
+from sampling.loop import RowCache, Step
 from sampling.sampler import ORDERS, Sampler
 
 BUNDLE_FORMAT, BUNDLE_VERSION = "diffusion-llm bundle", 1
@@ -45,6 +45,7 @@ class Bundle:
             self.folder / "tokenizer.json", self.contents["tokenizer_sha256"]).decode())
         self.max_len, self.batch = self.contents["length"], self.contents["batch"]
         self.condition_len, self.kind = self.contents["condition_len"], self.contents["kind"]
+        self.conditional = self.condition_len is not None
         self.session = open_session(self.path, self.contents)
         self.dynamic = self.contents["dynamic"]
         shape = [None, None] if self.dynamic else [self.batch, self.max_len]
@@ -103,7 +104,7 @@ class Bundle:
 
     def contexts(self, conditions: np.ndarray | None) -> Any:
         """(rows' numbers, size of the batch) -> the graph's inputs for their conditions."""
-        if self.kind != "conditional":
+        if not self.conditional:
             return lambda rows, size: {}
         names = ("keys", "values", "bias")
 
@@ -117,7 +118,7 @@ class Bundle:
         if self.encoder is None:
             path = self.folder / self.contents["files"]["encoder"]["name"]
             self.encoder = OnnxSession(checked_path(path, self.contents))
-        kept = Kept(lambda row: self.encoder.run({"condition": conditions[row:row + 1]}))
+        kept = RowCache(lambda row: self.encoder.run({"condition": conditions[row:row + 1]}))
 
         def of(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
             filled = none(size)

@@ -92,12 +92,12 @@ class DeviceStep(nn.Module):
         bias = torch.where(seen, 0.0, HIDDEN)[:, None, None].to(self.model.compute_dtype)
         with_it = (Context(*(part.to(self.model.compute_dtype) for part in context)) if context
                    else None)
-        logits = self.model.head(self.model.hidden(tokens, ratio, with_it, bias)).float()
+        view = self.model.view(tokens.shape[1], bias)
+        logits = self.model.head(self.model.hidden(tokens, ratio, with_it, view=view)).float()
         if self.guided:
-            plain = self.model.head(self.model.hidden(tokens, ratio, None, bias)).float()
+            plain = self.model.head(self.model.hidden(tokens, ratio, view=view)).float()
             logits = plain + guidance * (logits - plain)
-        never = self.model.never.clamp(min=HIDDEN).float()
-        return torch.where(never < 0, HIDDEN, logits)
+        return torch.where(self.model.impossible < 0, HIDDEN, logits)
 
 
 def rank(score: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ story) starts from [PAD]. The twin predicts [EOS] itself, so its code of a text 
 row's length where the story ends in the row; see `extra_nats`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corpus.tokens import BOS, EOS, MASK, PAD, ROW_KINDS, maskable, row_kind
-from kinds.likelihood import Corrupted, Nelbo, measure_nats, weighted_loss
+from kinds.kind import Kind
+from kinds.likelihood import Corrupted, Nelbo, measure_nats, row_sums
+from network.attention import Cache
 from network.hardware import device_of
-from sampling.loop import fill
 from sampling.noise import step_noise
-from sampling.rows import blank_story, draw_length
 from sampling.sampler import Sampler
-from sampling.step import draw, numpy_step
+from sampling.step import draw
 
 
 def before_each(tokens: Tensor) -> Tensor:
@@ -29,20 +29,20 @@ def before_each(tokens: Tensor) -> Tensor:
     return F.pad(tokens[:, :-1], (1, 0), value=PAD)
 
 
-class Autoregressive:
-    """Loss, likelihood and sampling of a causal model, with the interface of DiscreteDiffusion."""
+class Autoregressive(Kind):
+    """Next-token prediction by the same network with a causal mask; no diffusion."""
 
-    kind = "autoregressive"
+    name = "autoregressive"
+    objectives = ("autoregressive",)
+    causal = exact = True
+    unmasks = False
+    unused = frozenset(("schedule", "sample_order", "sample_steps"))
 
     def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Corrupted:
         """Input and targets of next-token prediction for rows (B, L); nothing is random."""
         wanted = (tokens >= EOS)  # text and [EOS]; never [MASK] in training
         return Corrupted(tokens, before_each(tokens), wanted, wanted.float() / wanted.sum(),
                          torch.ones(len(tokens)))
-
-    def loss(self, model: nn.Module, batch: Corrupted) -> Tensor:
-        """The mean of -log p over the targets, or a part's share of it, in nats/token."""
-        return weighted_loss(model, batch)
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0, draws: int = 1,
               numbers: Iterable[np.ndarray] | None = None, conditions: None = None) -> Nelbo:
@@ -67,6 +67,30 @@ class Autoregressive:
                 nats += np.log(totals[kind] / (1 + histogram[kind].get(str(len(row)), 0)))
         return float(nats)
 
+    @torch.no_grad()
+    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray, draws: int, seed: int,
+                 number: int) -> float:
+        """The exact -log p given the left side; `draws`, `seed` and `number` change nothing."""
+        clean, hidden = torch.from_numpy(row)[None], torch.from_numpy(gap == MASK)[None]
+        seen = Corrupted(clean, before_each(clean), hidden, hidden.float(), torch.ones(1))
+        return float(row_sums(model, seen, device_of(model))[0][0])
+
+    def protocol(self, draws: int) -> str:
+        return "exact likelihood, left to right, [EOS] predicted"
+
+    def write(self, model: nn.Module, lengths: Sequence[int], sampler: Sampler, seed: int = 0,
+              conditions: None = None) -> list[np.ndarray]:
+        """One story for each of `lengths`, which change nothing else: the twin ends its stories
+        itself, with [EOS], or with the longest row."""
+        rows = np.full((len(lengths), model.config.max_len), MASK)
+        rows[:, 0] = BOS
+        return [row[row != PAD] for row in fill_from_the_left(model, rows, sampler, seed)]
+
+    def fill(self, model: nn.Module, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
+             ) -> list[np.ndarray]:
+        return [fill_from_the_left(model, row[None], sampler, seed + i, may_end=False)[0]
+                for i, row in enumerate(rows)]
+
 
 @torch.no_grad()
 def fill_from_the_left(model: nn.Module, rows: np.ndarray, sampler: Sampler, seed: int = 0,
@@ -74,47 +98,37 @@ def fill_from_the_left(model: nn.Module, rows: np.ndarray, sampler: Sampler, see
     """Draws every [MASK] of the rows (B, L), each from what stands to its left, at the sampler's
     temperature, top-k and top-p.
 
-    Where an [EOS] is drawn (only with `may_end`) the row ends: the rest of it becomes [PAD]. The
-    row up to there goes through the network for every token: this is for looking at a twin, not for
-    serving it. Draws depend on (seed, row, position) alone.
+    Where an [EOS] is drawn (only with `may_end`) the row ends: the rest of it becomes [PAD]. Every
+    token goes through the network once, in front of a cache of those before it. Draws depend on
+    (seed, row, position) alone.
     """
     device = device_of(model)
     rows = torch.tensor(rows, dtype=torch.int64)
-    ended = torch.zeros(len(rows), dtype=torch.bool)
+    temperature = torch.tensor(sampler.temperature, device=device)
+    alive = torch.arange(len(rows))  # numbers of the rows that have not ended: those of the cache
+    cache = Cache()
+    inputs = before_each(rows)  # the i-th is followed by token i
     for i in range(rows.shape[1]):
-        wanted = torch.nonzero((rows[:, i] == MASK) & ~ended)[:, 0]
+        wanted = torch.nonzero(rows[alive, i] == MASK)[:, 0]  # among `alive`
         if not len(wanted):
             continue
-        before = F.pad(rows[wanted, :i], (1, 0), value=PAD).to(device)
-        logits = model.head(model.hidden(before)[:, -1]).float()  # (B, V)
+        new = inputs[alive, cache.length:i + 1].to(device)
+        hidden = model.hidden(new, view=model.view(new.shape[1], cache=cache))[:, -1]
+        logits = model.head(hidden[wanted.to(device)]).float()  # (B, V)
         if not may_end:
             logits[:, EOS] = -torch.inf
-        uniform = torch.tensor([step_noise(seed, int(row), i, 1)[1, 0] for row in wanted])
-        drawn = draw(logits, uniform.to(device), torch.tensor(sampler.temperature, device=device),
-                     sampler.top_k, sampler.top_p).cpu()
-        rows[wanted, i] = drawn
-        ended[wanted] = drawn == EOS
-        if ended.all():
+        numbers = alive[wanted]
+        uniform = torch.tensor([step_noise(seed, int(row), i, 1)[1, 0] for row in numbers])
+        drawn = draw(logits, uniform.to(device), temperature, sampler.top_k, sampler.top_p).cpu()
+        rows[numbers, i] = drawn
+        if i + 1 < rows.shape[1]:
+            inputs[numbers, i + 1] = drawn
+        going_on = torch.ones(len(alive), dtype=torch.bool)
+        going_on[wanted] = drawn != EOS
+        if not going_on.all():
+            cache.keep_rows(going_on.to(device))
+            alive = alive[going_on]
+        if not len(alive):
             break
     rows[rows == MASK] = PAD
     return rows.numpy()
-
-
-def write_stories(model: nn.Module, count: int, max_len: int, sampler: Sampler, seed: int = 0,
-                  ) -> list[np.ndarray]:
-    """`count` rows [BOS] story, with [EOS] where the model ended it, at most `max_len` long."""
-    rows = np.full((count, max_len), MASK)
-    rows[:, 0] = BOS
-    return [row[row != PAD] for row in fill_from_the_left(model, rows, sampler, seed)]
-
-
-def tell_stories(model: nn.Module, histogram: dict, sampler: Sampler, count: int, seed: int,
-                 conditions: np.ndarray | None = None) -> list[np.ndarray]:
-    """`count` whole rows of a model of either kind. A diffusion model's lengths are drawn from the
-    length histogram of meta.json, and `conditions` (count, S) go with them; the twin ends its
-    stories itself, and knows no order or steps."""
-    longest = model.config.max_len
-    if model.config.causal:
-        return write_stories(model, count, longest, sampler, seed)
-    rows = [blank_story(draw_length(histogram, seed, i) or longest - 2) for i in range(count)]
-    return fill(numpy_step(model, sampler, conditions), rows, sampler, seed)

@@ -11,32 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corpus.rows import TokenRows
 from corpus.tokens import is_length_histogram, load_tokenizer, sha256
-from model import ConditionalTransformer, DiffusionTransformer
-from network.layers import ModelConfig
+from kinds.registry import KINDS
+from model import DiffusionTransformer
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 2
 CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
                    "length_histogram")
 
-
-# ---- checkpoints ---------------------------------------------------------------------------------
-
 def save_checkpoint(path: str | Path, model: DiffusionTransformer, tokenizer: str,
-                    length_histogram: dict, **state: Any) -> None:
+                    length_histogram: dict, kind: str | None = None, **state: Any) -> None:
     """Writes a `.pt` checkpoint, whole or not at all.
 
     It carries the tokenizer (text of tokenizer.json) and the length histogram, so that generation
-    needs this one file. `state` is whatever the writer needs to continue (`ema`, `optimizer`,
+    needs this one file. `kind` is that of the model, by default the one that its network is made
+    for. `state` is whatever the writer needs to continue (`ema`, `optimizer`,
     `step`, `cursor`, ...): plain containers, numbers, strings and tensors only; `weights` in it
     replaces the model's state dict where that one is spread over several processes.
     """
+    encoder = getattr(model, "encoder", None)
     contents = {
         "format": CHECKPOINT_FORMAT, "format_version": CHECKPOINT_VERSION,
-        "kind": model.kind, "model_config": dataclasses.asdict(model.config),
-        "encoder_config": (dataclasses.asdict(model.encoder.config)
-                           if model.kind == "conditional" else None), "tokenizer": tokenizer,
+        "kind": kind or model.kind, "model_config": dataclasses.asdict(model.config),
+        "encoder": encoder and encoder.sort, "encoder_config": encoder and encoder.settings(),
+        "tokenizer": tokenizer,
         "tokenizer_sha256": sha256(tokenizer.encode()), "length_histogram": length_histogram,
         **({} if "weights" in state else {"weights": model.state_dict()}), **state}
     with atomic_file(path) as file:
@@ -86,7 +84,7 @@ def wrong_entries(contents: dict) -> list[str]:
     """The names of a checkpoint's entries that are not of the form that is written here."""
     text, average = contents["tokenizer"], contents.get("ema")
     right = {
-        "kind": contents["kind"] in ("diffusion", "conditional", "autoregressive"),
+        "kind": contents["kind"] in KINDS,
         "model_config": isinstance(contents["model_config"], dict),
         "tokenizer": isinstance(text, str) and
         sha256(text.encode(errors="replace")) == contents["tokenizer_sha256"],
@@ -115,7 +113,7 @@ def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None)
     for path in found:
         if kind is None:
             return path
-        has = kind_of(path)
+        has = kind_in(path)
         if has is not None and has in ((kind,) if isinstance(kind, str) else kind):
             if passed:
                 print(f"using {path}; newer, but not what is needed here: {', '.join(passed)}",
@@ -127,7 +125,7 @@ def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None)
                     f"{', '.join(passed)}: train one first or name one with --checkpoint")
 
 
-def kind_of(path: Path) -> str | None:
+def kind_in(path: Path) -> str | None:
     """The kind of model in a checkpoint, whose weights stay on the disk; None if it cannot be read.
     """
     try:
@@ -144,14 +142,7 @@ def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTr
     average = checkpoint.get("ema") if use_ema else None
     weights = checkpoint["weights"] if average is None else average
     try:
-        config = ModelConfig(**checkpoint["model_config"])
-        check_size(config, weights)
-        if checkpoint["kind"] == "conditional":
-            encoder = ModelConfig(**checkpoint["encoder_config"])
-            check_size(encoder, weights, "encoder.")
-            model = ConditionalTransformer(config, encoder)
-        else:
-            model = DiffusionTransformer(config)
+        model = KINDS[checkpoint["kind"]].restore(checkpoint, weights)
         model.load_state_dict(weights)
     except (TypeError, RuntimeError, KeyError, ArithmeticError) as error:
         raise UserError("the checkpoint's weights do not fit its model settings: it was changed "
@@ -159,33 +150,8 @@ def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTr
     return model.eval()
 
 
-def check_size(config: ModelConfig, weights: dict[str, Tensor], part: str = "") -> None:
-    """Raises TypeError or RuntimeError, before memory is taken, for settings that do not belong to
-    the weights.
-    """
-    for field in dataclasses.fields(config):
-        kind = type(getattr(config, field.name))
-        if kind is not field.type and (kind, field.type) != (int, float):
-            raise TypeError(f"{field.name} is not of {field.type}")
-    blocks = {name.removeprefix(part).split(".")[1] for name in weights
-              if name.startswith(f"{part}blocks.")}
-    hidden = weights[f"{part}blocks.0.up.weight"].shape[0]
-    if (len(blocks) != config.layers or hidden != config.mlp_ratio * config.width
-            or weights[f"{part}embedding.weight"].shape != (config.vocab_size, config.width)
-            or not 1 <= config.max_len <= 2**20):
-        raise RuntimeError("the weights are of another size")
-
-
 def tokenizer_from_checkpoint(checkpoint: dict):
     return load_tokenizer(checkpoint["tokenizer"])
-
-
-def check_conditions(path: str | Path, encoder: ModelConfig, told: TokenRows) -> None:
-    """Refuses conditions that are longer than what the encoder of a checkpoint reads."""
-    longest = int(told.lengths.max())
-    require(longest <= encoder.max_len, f"{told.data_dir} has conditions of up to {longest} "
-            f"tokens, {path} reads at most {encoder.max_len}: prepare them with --condition_len "
-            f"{encoder.max_len}")
 
 
 def check_tokenizer(path: str | Path, checkpoint: dict, data_dir: str | Path, meta: dict) -> None:

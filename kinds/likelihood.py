@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from corpus.tokens import maskable
 from network.hardware import device_of
 
-# Numbers of rows (B,) -> their conditions (B, S) int64
+# Numbers of rows (B,) -> their conditions, a batch as their encoder takes it
 Conditions = Callable[[np.ndarray], np.ndarray]
 
 
@@ -26,7 +26,7 @@ class Corrupted:
     masked: Tensor  # bool
     weight: Tensor  # float32: the loss is the sum over masked positions of weight * -log p
     mask_ratio: Tensor  # float32, m(t)
-    condition: Tensor | None = None  # (B, S) int64; [PAD] alone in a row without one
+    condition: Tensor | None = None  # a batch for the model's encoder
 
     def __getitem__(self, rows) -> "Corrupted":
         return self._each(lambda x: x[rows])
@@ -71,9 +71,9 @@ def measure_nats(model: nn.Module, batches: Iterable[np.ndarray],
             rows = next(numbers) if numbers else seen + np.arange(len(clean))
             seen += len(clean)
             n = maskable(clean).sum(1).numpy()
-            told = None if conditions is None else torch.from_numpy(conditions(rows))
+            given = None if conditions is None else torch.from_numpy(conditions(rows))
             for hidden, k in hide(clean, rows):
-                hidden.condition = told
+                hidden.condition = given
                 columns.append((rows, n, k.numpy(), *row_sums(model, hidden, device)))
     model.train(training)
     return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))

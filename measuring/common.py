@@ -13,7 +13,6 @@ import torch
 from corpus.rows import TokenRows, content_hashes, load_meta
 from corpus.tokens import row_kind
 from kinds.checkpoints import (
-    check_conditions,
     check_tokenizer,
     load_checkpoint,
     model_from_checkpoint,
@@ -142,7 +141,7 @@ def open_model(config: EvaluateConfig, path: Path, checkpoint: dict) -> tuple:
     precision = pick_precision(device, config.precision)
     model = model_from_checkpoint(checkpoint).to(device).set_precision(precision).for_inference()
     if model.kind == "conditional":
-        check_conditions(path, model.encoder.config, rows.conditions())
+        model.encoder.conditions_of(rows, path)
     longest = int(rows.lengths.max())
     require(longest <= model.config.max_len, f"{data_dir} has rows of {longest} tokens, {path} was "
             f"trained on rows of at most {model.config.max_len}")

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from corpus.conditions import condition_row
 from corpus.rows import TokenRows, bucket_batches, evenly_spread
 from corpus.tokens import BOS, EOS, MASK, decode, maskable, pad_rows, row_kind, token_bytes
 from diffusion import DiscreteDiffusion, stratified_masks
@@ -32,7 +33,7 @@ from measuring.common import EvaluateConfig, open_beside, open_model
 from measuring.likelihood import likelihood
 from measuring.overlap import train_overlap
 from sampling.loop import fill
-from sampling.rows import blank_story, condition_row
+from sampling.rows import blank_story
 from sampling.sampler import Sampler
 from sampling.step import numpy_step
 

@@ -137,8 +137,9 @@ def open_arm(path: str) -> Callable[[Sampler], Any]:
     if not path.endswith(".pt"):
         return Bundle(path).step
     from kinds.checkpoints import load_checkpoint, model_from_checkpoint
+    from kinds.registry import kinds_that
     from sampling.step import numpy_step
-    model = model_from_checkpoint(load_checkpoint(path, kind=("diffusion", "conditional")))
+    model = model_from_checkpoint(load_checkpoint(path, kinds_that(lambda kind: kind.unmasks)))
     model.for_inference()
     return lambda sampler: numpy_step(model, dataclasses.replace(sampler, top_k=64))
 

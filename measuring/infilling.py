@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from corpus.tokens import MASK, decode, maskable
-from kinds.autoregressive import before_each, fill_from_the_left
-from kinds.likelihood import Corrupted, measure_nats, ratio_error, row_sums
+from corpus.tokens import MASK, decode
+from kinds.autoregressive import Autoregressive
+from kinds.kind import Kind
+from kinds.likelihood import ratio_error
+from kinds.registry import kind_of
 from measuring.common import EvaluateConfig, choose_stories, open_beside, open_model
-from network.hardware import device_of
-from sampling.loop import fill
-from sampling.noise import GAP_STREAM
 from sampling.sampler import Sampler
-from sampling.step import numpy_step
 
 # ---- infilling -----------------------------------------------------------------------------------
 
@@ -55,48 +53,23 @@ def hide_middle(row: np.ndarray, tokenizer) -> np.ndarray | None:
     return hidden if gap.any() else None
 
 
-def gap_nats(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray], draws: int,
-             seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and tokens of each gap, (N,) both: the any-order bound given both sides, with the number
-    of hidden tokens stratified over the draws, or for the twin the exact -log p given the left."""
-    device, nats = device_of(model), []
-    for number, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
-        places = np.flatnonzero(gap == MASK)
-
-        def hide(clean: torch.Tensor, _, number=number, places=places):
-            for draw in range(draws):
-                rng = np.random.default_rng([GAP_STREAM, seed, number, draw])
-                k = int((draw + rng.random()) / draws * len(places)) + 1
-                masked = torch.zeros_like(clean, dtype=torch.bool)
-                masked[0, rng.permutation(places)[:k]] = True
-                yield Corrupted(clean, clean.masked_fill(masked, MASK), masked, masked.float(),
-                                masked.sum(1) / maskable(clean).sum(1)), torch.tensor([k])
-
-        if model.config.causal:
-            clean = torch.from_numpy(row)[None]
-            hidden = torch.from_numpy(gap == MASK)[None]
-            seen = Corrupted(clean, before_each(clean), hidden, hidden.float(), torch.ones(1))
-            with torch.no_grad():
-                nats.append(row_sums(model, seen, device)[0][0])
-        else:
-            bound = measure_nats(model, [row[None]], hide)
-            nats.append(len(places) * (bound.nats / bound.k).mean())
+def gap_nats(kind: Kind, model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray],
+             draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nats and tokens of each gap, (N,) both: given both sides, or for the twin the left."""
+    nats = [kind.gap_nats(model, row, gap, draws, seed, number)
+            for number, (row, gap) in enumerate(zip(rows, gaps, strict=True))]
     return np.array(nats), np.array([(gap == MASK).sum() for gap in gaps])
 
 
-def infilling(model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray],
+def infilling(kind: Kind, model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray],
               sampler: Sampler, tokenizer, draws: int, seed: int) -> dict:
     """Exact match (share), BLEU (0 to 100) and nats/token of the filled gaps against the real, with
     their standard error over the stories, and the nats of each story."""
     from sacrebleu.metrics import BLEU
-    if model.config.causal:
-        filled = [fill_from_the_left(model, gap[None], sampler, seed + i, may_end=False)[0]
-                  for i, gap in enumerate(gaps)]
-    else:
-        filled = fill(numpy_step(model, sampler), gaps, sampler, seed)
+    filled = kind.fill(model, gaps, sampler, seed)
     made, real = ([decode(tokenizer, row[gap == MASK]).strip()
                    for row, gap in zip(group, gaps, strict=True)] for group in (filled, rows))
-    nats, tokens = gap_nats(model, rows, gaps, draws, seed)
+    nats, tokens = gap_nats(kind, model, rows, gaps, draws, seed)
     return {"exact_match": float(np.mean([a == b for a, b in zip(made, real, strict=True)])),
             "bleu": BLEU().corpus_score(made, [real]).score,
             "nats_per_token": float(nats.sum() / tokens.sum()),
@@ -114,11 +87,13 @@ def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, targ
     pairs = [(row, gap) for row in stories
              if (gap := hide_middle(row, tokenizer)) is not None]
     require(pairs, f"{rows.data_dir}: no story of three sentences or more to hide one of")
-    arms = {"this model": model} | ({"left to right": twin} if twin else {})
+    arms = {"this model": (kind_of(checkpoint), model)}
+    if twin:
+        arms["left to right"] = Autoregressive(), twin
     result = {"checkpoint": str(path), "twin": config.twin, "stories": len(pairs),
               "split": rows.split,
               "config": dataclasses.asdict(config),
-              "arms": {name: infilling(arm, *map(list, zip(*pairs, strict=True)), config,
+              "arms": {name: infilling(*arm, *map(list, zip(*pairs, strict=True)), config,
                                                tokenizer, config.draws, config.seed)
                        for name, arm in arms.items()}}
     tokens = [int((gap == MASK).sum()) for _, gap in pairs]

@@ -13,16 +13,13 @@ from tqdm import tqdm
 
 from corpus.rows import TokenRows, bucket_batches, evenly_spread
 from corpus.tokens import decode, token_bytes
-from diffusion import DiscreteDiffusion
-from kinds.autoregressive import Autoregressive, write_stories
+from kinds.kind import Kind
 from kinds.likelihood import Nelbo
+from kinds.registry import kind_of
 from measuring import overlap, quality
 from measuring.common import EvaluateConfig, choose_stories, open_model
 from measuring.quality import diversity
 from network.layers import PRECISIONS
-from sampling.loop import fill
-from sampling.rows import blank_story
-from sampling.step import numpy_step
 
 
 def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.ndarray) -> dict:
@@ -41,17 +38,13 @@ def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.nda
         "rows": len(rows), "tokens": int(bound.row_nats()[1].sum()), "bytes": text_bytes}
 
 
-def compare_samples(config: EvaluateConfig, model: torch.nn.Module, rows: TokenRows,
+def compare_samples(config: EvaluateConfig, kind: Kind, model: torch.nn.Module, rows: TokenRows,
                     stories: np.ndarray, tokenizer) -> dict:
     """Diversity of generated stories and of the real `stories` (row numbers), of equal lengths
     (but for the twin's, which end where it ends them), and how much of them stands in the training
     text."""
     real = [rows[i] for i in stories]
-    if model.config.causal:
-        made = write_stories(model, len(real), model.config.max_len, config, config.seed)
-    else:
-        made = fill(numpy_step(model, config), [blank_story(len(row) - 2) for row in real], config,
-                    config.seed)
+    made = kind.write(model, [len(row) - 2 for row in real], config, config.seed)
     groups = [quality.text_ids(group) for group in (made, real)]
     overlaps = overlap.train_overlap(groups, TokenRows(rows.data_dir, "train"))
     return {name: diversity([decode(tokenizer, row) for row in ids], ids) | overlap
@@ -66,27 +59,25 @@ def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
     chosen = evenly_spread(config.max_rows or len(rows), len(rows))
     batches = bucket_batches(rows.lengths, 8192, chosen, merge=False)
     bar = tqdm(batches, desc="scoring", unit=" batches", leave=False, disable=None)
-    process = Autoregressive() if model.config.causal else DiscreteDiffusion()
-    bound = process.nelbo(model, map(rows.batch, bar), config.seed, config.draws, numbers=batches)
-    how = ("exact likelihood, left to right, [EOS] predicted" if model.config.causal else
-           f"any-order NELBO, mask count stratified over 1..n, {config.draws} masks a row")
+    kind = kind_of(checkpoint)
+    bound = kind.nelbo(model, map(rows.batch, bar), config.seed, config.draws, numbers=batches)
     scored = [rows[i] for i in chosen]
     weights = "EMA weights" if checkpoint.get("ema") is not None else "last weights"
     result = {
         "checkpoint": str(path), "kind": checkpoint["kind"], "step": checkpoint.get("step"),
         "tokens_seen": checkpoint.get("tokens_seen"), "data": rows.meta["source"],
         "split": rows.split,
-        "protocol": f"{how}, {len(chosen)} rows of {rows.split}, seed {config.seed}, "
-                    f"{precision}, {weights}; bits/byte include the code of the row lengths, "
-                    "nats/token and perplexity do not",
-        "likelihood": likelihood(bound, scored, process.extra_nats(rows.meta, scored),
+        "protocol": f"{kind.protocol(config.draws)}, {len(chosen)} rows of {rows.split}, "
+                    f"seed {config.seed}, {precision}, {weights}; bits/byte include the code of "
+                    "the row lengths, nats/token and perplexity do not",
+        "likelihood": likelihood(bound, scored, kind.extra_nats(rows.meta, scored),
                                  token_bytes(tokenizer)),
         "masked_ce": bound.masked_ce, "masked_accuracy": bound.masked_accuracy,
         "config": dataclasses.asdict(config)}
-    if not model.config.causal:
+    if not kind.exact:
         result.update(averages_over_t=bound.averages(), curve=bound.curve())
     if len(stories) > 1:
-        result["diversity"] = compare_samples(config, model, rows, stories, tokenizer)
+        result["diversity"] = compare_samples(config, kind, model, rows, stories, tokenizer)
     return result
 
 

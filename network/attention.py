@@ -1,5 +1,6 @@
 """TODO"""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,22 +22,124 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tensor | None = None,
-              ) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v for q (B, H, L, d), k and v (B, H, S, d), and a bias that
-    can be broadcast to (B, H, L, S)."""
-    half_graph = q.dtype == torch.float16 and torch.compiler.is_exporting()
-    if not causal and (q.device.type == "cpu" and q.dtype == torch.bfloat16 or half_graph):
-        # The CPU's fused kernel leaves its bf16 units idle: plain products with an FP32 softmax
-        # took 33 ms against 58 (16 x 6 heads x 256, forward and backward, 2 cores of a Zen 4).
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, L, S)
-        if bias is not None:
-            scores = scores + bias
-        if half_graph:  # which must itself say that its softmax is in FP32
-            return torch.softmax(scores.float(), dim=-1).to(q.dtype) @ v
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+HIDDEN = -1e4  # a score that gets no weight in any precision, and is finite, as graphs need it
 
+
+class View(NamedTuple):
+    """Where the tokens of a pass stand, and what they look at: the one argument of every block.
+
+    `Transformer.view` makes it.
+    """
+
+    cos: Tensor  # (L, D/H/2), or (B, 1, L, D/H/2) where each row has positions of its own
+    sin: Tensor
+    mask: Tensor | None = None  # added to the scores: can be broadcast to (B, H, L, S)
+    cache: "Cache | None" = None  # of the tokens before these
+    at: Tensor | None = None  # (B, C): the tokens whose result is wanted; None is all
+
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor]:
+        """The rotary angles of all tokens."""
+        return self.cos, self.sin
+
+    @property
+    def wanted_rotation(self) -> tuple[Tensor, Tensor]:
+        """Those of the wanted ones."""
+        if self.at is None:
+            return self.rotation
+        return tuple(table[self.at][:, None] if table.ndim == 2 else
+                     take(table[:, 0], self.at)[:, None] for table in self.rotation)
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, C, D), or all."""
+        return x if self.at is None else take(x, self.at)
+
+
+class Cache:
+    """Keys and values of the tokens that a model was given before, for each of its blocks. Every
+    pass adds its own."""
+
+    def __init__(self):
+        self.keys: dict[nn.Module, Tensor] = {}  # attention: (B, H, S, D/H)
+        self.values: dict[nn.Module, Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        """S, the tokens known until now."""
+        return next((keys.shape[2] for keys in self.keys.values()), 0)
+
+    def add(self, layer: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of new tokens behind the known ones, which these now are too."""
+        for known, new in ((self.keys, keys), (self.values, values)):
+            known[layer] = torch.cat([known[layer], new], dim=2) if layer in known else new
+        return self.keys[layer], self.values[layer]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forgets all rows but those with these numbers, or marked in (B,) bool."""
+        for known in (self.keys, self.values):
+            for layer, x in known.items():
+                known[layer] = x[rows]
+
+
+class Context(NamedTuple):
+    """What the cross-attention of every block needs of a condition; computed once for a story."""
+
+    keys: Tensor  # (layers, B, H, S, D/H)
+    values: Tensor  # (layers, B, H, S, D/H); zeros in a row without a condition
+    bias: Tensor  # (B, 1, 1, S): 0, or HIDDEN where the condition is padded
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """torch's own choice."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Plain products with an FP32 softmax. The CPU's fused kernel leaves its bf16 units idle: this
+    took 33 ms against 58 (16 x 6 heads x 256, forward and backward, 2 cores of a Zen 4)."""
+    return torch.softmax(scores(q, k, mask), dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def graph_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same for a graph in FP16, which must itself say that its softmax is in FP32."""
+    return torch.softmax(scores(q, k, mask).float(), dim=-1).to(q.dtype) @ v
+
+
+def scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, H, L, S)."""
+    product = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return product if mask is None else product + mask
+
+
+# Device, precision, whether a graph is being exported (None: any of them), and the kernel; the
+# first line that fits holds, and `fused` where none does.
+KERNELS: tuple[tuple[str | None, torch.dtype, bool | None, Callable], ...] = (
+    (None, torch.float16, True, graph_products),
+    ("cpu", torch.bfloat16, None, products))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None,
+              ) -> Tensor:
+    """softmax(q k^T / sqrt(d) + mask) v for q (B, H, L, d), k and v (B, H, S, d), and a mask that
+    can be broadcast to (B, H, L, S); with `causal` query i sees the first S - L + i + 1 keys."""
+    length, known = q.shape[2], k.shape[2] - q.shape[2]
+    if causal and known:  # behind a cache; one new token sees all there is
+        if length > 1:
+            later = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device)
+            later = later.triu(known + 1)  # (L, S)
+            mask = q.new_zeros(later.shape).masked_fill(later, HIDDEN)
+        causal = False
+    if causal:
+        return fused(q, k, v, mask, causal)
+    here = q.device.type, q.dtype, torch.compiler.is_exporting()
+    kernel = next((kernel for *where, kernel in KERNELS if all(
+        a in (None, b) for a, b in zip(where, here, strict=True))), fused)
+    return kernel(q, k, v, mask)
+
+
+# ---- heads ---------------------------------------------------------------------------------------
 
 def neighbour_biases(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Biases of queries and keys, (H, 1, D/H) each, with which each head looks at one neighbour.
@@ -60,11 +163,6 @@ def neighbour_biases(config: ModelConfig) -> tuple[Tensor, Tensor]:
 def take(x: Tensor, positions: Tensor) -> Tensor:
     """x[b, positions[b]]: (B, L, D), (B, C) -> (B, C, D)."""
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def rotation_at(cos: Tensor, sin: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The rotary angles of the positions `at` (B, C): (B, 1, C, D/H/2) each; None is all."""
-    return (cos, sin) if at is None else (cos[at][:, None], sin[at][:, None])
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -115,13 +213,14 @@ class Attention(Heads):
         if config.neighbour_init:
             self.query_bias, self.key_bias = map(nn.Parameter, neighbour_biases(config))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None = None,
-                at: Tensor | None = None) -> Tensor:
-        asking = x if at is None else take(x, at)  # (B, C, D)
-        q = self.queries(asking, *rotation_at(cos, sin, at))
-        k, v = self.keys_values(x, cos, sin)
-        y = attention(q, k, v, self.causal, bias)
-        return self.out(y.transpose(1, 2).flatten(2))  # (B, L, D)
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        """(B, L, D) -> (B, L, D), or (B, C, D) for the wanted tokens."""
+        q = self.queries(view.wanted(x), *view.wanted_rotation)
+        k, v = self.keys_values(x, *view.rotation)
+        if view.cache is not None:
+            k, v = view.cache.add(self, k, v)
+        y = attention(q, k, v, self.causal, view.mask)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(Heads):
@@ -137,21 +236,8 @@ class CrossAttention(Heads):
         nn.init.normal_(self.out.weight, std=config.width ** -0.5)
         self.gate = nn.Parameter(torch.zeros(config.heads, 1, 1))  # in units of 1 / GATE_SPEED
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, bias: Tensor,
-                ) -> Tensor:
-        """(B, L, D), the angles of its positions, the condition's keys, values and bias ->
-        (B, L, D)."""
-        y = attention(self.queries(x, cos, sin), k, v, bias=bias)
+    def forward(self, x: Tensor, view: View, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """The wanted tokens (B, C, D), and the condition's keys, values and bias -> (B, C, D)."""
+        y = attention(self.queries(x, *view.wanted_rotation), k, v, mask=bias)
         y = y * (GATE_SPEED * self.gate.to(y.dtype))  # rounded first, as `for_inference` keeps it
         return self.out(y.transpose(1, 2).flatten(2))
-
-
-class Context(NamedTuple):
-    """What the cross-attention of every block needs of a condition; computed once for a story."""
-
-    keys: Tensor  # (layers, B, H, S, D/H)
-    values: Tensor  # (layers, B, H, S, D/H); zeros in a row without a condition
-    bias: Tensor  # (B, 1, 1, S): 0, or HIDDEN where the condition is padded
-
-
-HIDDEN = -1e4  # a score that gets no weight in any precision, and is finite, as graphs need it

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import nn
 
-from network.attention import rope_frequencies
+from network.attention import View, rope_frequencies
 from network.layers import PRECISIONS, ModelConfig
 from network.transformer import Block
 
@@ -94,10 +94,10 @@ def block_seconds(enough: float = 0.4) -> dict[str, float]:
             if done >= 2 and time.perf_counter() > deadline:
                 break
             for precision in best:
-                x, cos, sin = (table.to(PRECISIONS[precision]) for table in
-                               (tokens, angles.cos(), angles.sin()))
+                x, *rotation = (table.to(PRECISIONS[precision]) for table in
+                                (tokens, angles.cos(), angles.sin()))
                 started = time.perf_counter()
-                block(x.requires_grad_(), cos, sin).sum().backward()
+                block(x.requires_grad_(), View(*rotation)).sum().backward()
                 best[precision] = min(best[precision], time.perf_counter() - started)
     return best
 

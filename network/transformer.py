@@ -1,17 +1,13 @@
 """TODO"""
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from network.attention import (
-    Attention,
-    Context,
-    CrossAttention,
-    rope_frequencies,
-    rotation_at,
-    take,
-)
+from network.attention import Attention, Cache, Context, CrossAttention, View, rope_frequencies
 from network.dropout import dropped
 from network.layers import PRECISIONS, Linear, ModelConfig, rms_norm
 
@@ -25,17 +21,18 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.cross: CrossAttention | None = None  # of a conditional model
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seeds: Tensor | None = None,
-                bias: Tensor | None = None, context: tuple[Tensor, Tensor, Tensor] | None = None,
-                at: Tensor | None = None) -> Tensor:
-        """`seeds` (2,) are those of dropout for what attention and MLP add, `bias` is added to the
-        attention scores, `context` has keys, values and bias for the cross-attention; the result is
-        for all positions or those `at` (B, C)."""
-        y = self.attention(rms_norm(x), cos, sin, bias, at)
+    def forward(self, x: Tensor, view: View, seeds: Tensor | None = None,
+                context: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D), or (B, C, D) for the tokens that `view` wants.
+
+        `seeds` (2,) are those of dropout for what attention and MLP add, `context` has keys, values
+        and bias for the cross-attention.
+        """
+        y = self.attention(rms_norm(x), view)
         y = y if seeds is None else dropped(y, seeds[0], self.dropout)
-        x = (x if at is None else take(x, at)) + y
+        x = view.wanted(x) + y
         if self.cross is not None and context is not None:
-            x = x + self.cross(rms_norm(x), *rotation_at(cos, sin, at), *context)
+            x = x + self.cross(rms_norm(x), view, *context)
         y = self.down(F.relu(self.up(rms_norm(x))).square())
         return x + (y if seeds is None else dropped(y, seeds[1], self.dropout))
 
@@ -61,7 +58,7 @@ class Transformer(nn.Module):
     def set_precision(self, precision: str) -> "Transformer":
         """Sets what activations are computed in ("fp32", "bf16", "fp16"); weights stay FP32."""
         for module in self.modules():
-            if isinstance(module, Transformer):
+            if hasattr(module, "compute_dtype"):
                 module.compute_dtype = PRECISIONS[precision]
         return self
 
@@ -70,30 +67,70 @@ class Transformer(nn.Module):
         computed stays the same to the bit."""
         return self.requires_grad_(False).eval().to(self.compute_dtype)
 
+    def train_only(self, wanted: Callable[[str], bool]) -> None:
+        """Leaves those parameters to be trained whose names are `wanted`, and freezes the others.
+        The one rule: whatever trains a part (a stage, an adapter) says it by names."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(wanted(name))
+
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, L) token ids -> (B, L, D) in the compute precision."""
-        if tokens.shape[1] > self.config.max_len:
-            raise ValueError(f"rows of {tokens.shape[1]} tokens, but max_len is "
-                             f"{self.config.max_len}")
         return self.embedding(tokens).to(self.compute_dtype)
 
-    def through_blocks(self, x: Tensor, bias: Tensor | None = None,
-                       context: Context | None = None, states: list[Tensor] | None = None,
-                       at: Tensor | None = None) -> Tensor:
-        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised; with `at` (B, C)
-        those of these positions, (B, C, D).
+    def view(self, positions: Tensor | int, mask: Tensor | None = None, cache: Cache | None = None,
+             ) -> View:
+        """What the tokens of a pass look at.
+
+        Args:
+            positions: (L,) or (B, L) int64, where they stand in their rows; a number L: 0 to L - 1,
+                or the L positions behind what the cache holds.
+            mask: added to the attention scores, can be broadcast to (B, H, L, S): 0, or HIDDEN
+                where a token must not look.
+            cache: of the tokens before these, which they look at too; theirs are added to it.
+        """
+        if isinstance(positions, int | torch.SymInt):
+            known = cache.length if cache is not None else 0
+            if known + positions > self.config.max_len:
+                raise ValueError(f"rows of {known + positions} tokens, but max_len is "
+                                 f"{self.config.max_len}")
+            tables = self.cos[known:known + positions], self.sin[known:known + positions]
+        else:
+            tables = self.cos[positions], self.sin[positions]
+            tables = tables if positions.ndim == 1 else (table[:, None] for table in tables)
+        cos, sin = (table.to(self.compute_dtype) for table in tables)
+        return View(cos, sin, mask, cache)
+
+    def through_blocks(self, x: Tensor, view: View, context: Context | None = None,
+                       states: list[Tensor] | None = None) -> Tensor:
+        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised, or (B, C, D) for
+        the tokens that `view` wants.
 
         What each block reads, (B, L, D), is appended to `states`.
         """
         x = rms_norm(x)
-        cos, sin = (table[:x.shape[1]].to(x.dtype) for table in (self.cos, self.sin))
         seeds = [None] * len(self.blocks)
         if self.config.dropout and self.training:
             seeds = torch.randint(2**62, (len(seeds), 2))  # on the CPU, from its global generator
+        everything = view._replace(at=None)
         for i, (block, own) in enumerate(zip(self.blocks, seeds, strict=True)):
             if states is not None:
                 states.append(rms_norm(x))
-            told = None if context is None else (context.keys[i], context.values[i], context.bias)
+            read = None if context is None else (context.keys[i], context.values[i], context.bias)
             # The other positions of the last block would be worked out for nobody.
-            x = block(x, cos, sin, own, bias, told, at if block is self.blocks[-1] else None)
+            x = block(x, view if block is self.blocks[-1] else everything, own, read)
         return rms_norm(x)
+
+
+def check_size(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """Raises TypeError, KeyError or RuntimeError, before memory is taken, for settings that do not
+    belong to the weights of a Transformer."""
+    for field in dataclasses.fields(config):
+        kind = type(getattr(config, field.name))
+        if kind is not field.type and (kind, field.type) != (int, float):
+            raise TypeError(f"{field.name} is not of {field.type}")
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    hidden = weights["blocks.0.up.weight"].shape[0]
+    if (len(blocks) != config.layers or hidden != config.mlp_ratio * config.width
+            or weights["embedding.weight"].shape != (config.vocab_size, config.width)
+            or not 1 <= config.max_len <= 2**20):
+        raise RuntimeError("the weights are of another size")

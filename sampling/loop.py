@@ -109,7 +109,7 @@ def draw_limited(choice: Choice, tokens: np.ndarray, limits: Sequence[Limits], s
         yield State(0, k + 1, tokens, uncovered, np.zeros_like(uncovered), confidence, evaluated)
 
 
-class Kept:
+class RowCache:
     """What `make` gives for a row, made once: before the row's first step.
 
     Each alone, so that a story does not depend on its batch. Those of the last `SIZE` rows stay.

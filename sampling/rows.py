@@ -3,12 +3,12 @@
 from cli import require
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from corpus.tokens import BOS, EOS, MASK, decode, pad_rows
+from corpus.tokens import BOS, EOS, MASK, decode
 from sampling.loop import Limits
 from sampling.noise import LENGTH_STREAM
 
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 def blank_story(length: int) -> np.ndarray:
     """[BOS], `length` times [MASK], [EOS]."""
     return np.array([BOS, *[MASK] * length, EOS], dtype=np.int64)
-
-
-def condition_row(ids: Sequence[int], max_len: int) -> np.ndarray:
-    """[BOS], the token ids of a condition, [EOS], [PAD] up to `max_len`: always of one length, so
-    that what the encoder makes of it is the same in any company. Ids too many are cut off."""
-    return pad_rows([[BOS, *ids[:max_len - 2], EOS]], max_len)[0]
 
 
 def draw_length(histogram: dict, seed: int, row: int, at_least: int = 1) -> int | None:

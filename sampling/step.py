@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from corpus.tokens import MASK, maskable
 from network.attention import Context, take
 from network.hardware import device_of
-from sampling.loop import Choice, Kept, Step
+from sampling.loop import Choice, RowCache, Step
 from sampling.sampler import ADAPTIVE_PACES, Sampler
 
 # ---- unmasking -----------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class UnmaskStep(nn.Module):
         if sampler.order == "random" and not adaptive:
             positions = best_first(noise[:, 0].masked_fill(~masked, -1), most_count)  # (B, C)
             logits = self.logits(tokens, positions, ratio, context)  # (B, C, V)
-            sure = None
+            confident = None
         else:
             candidates = best_first(masked.int(), most_hidden)  # (B, M)
             every = self.logits(tokens, candidates, ratio, context)  # (B, M, V)
@@ -64,10 +64,10 @@ class UnmaskStep(nn.Module):
             score = score.masked_fill(~masked.gather(1, candidates), -math.inf)
             chosen = best_first(score, most_hidden if adaptive else most_count)  # (B, C)
             positions, logits = candidates.gather(1, chosen), take(every, chosen)
-            sure = self.sure(logits) if adaptive else None
+            confident = self.confident(logits) if adaptive else None
         wanted = torch.arange(positions.shape[1], device=tokens.device) < count[:, None]  # (B, C)
-        if sure is not None:
-            wanted = (wanted | sure) & masked.gather(1, positions)
+        if confident is not None:
+            wanted = (wanted | confident) & masked.gather(1, positions)
             if not torch.compiler.is_exporting():  # a graph's shapes are fixed; else draw no more
                 places = torch.arange(wanted.shape[1], device=tokens.device)
                 needed = int((wanted.any(0) * places).max()) + 1
@@ -89,14 +89,14 @@ class UnmaskStep(nn.Module):
         contexts = ([None] if context is None or guidance == 0 else
                     [context] if guidance == 1 else [context, None])
         first, *second = (self.model.head(self.model.hidden(
-            tokens, ratio, context=told, at=positions)).float() for told in contexts)
+            tokens, ratio, context=given, at=positions)).float() for given in contexts)
         # The head's FP16 stand-in for -inf must not survive a high temperature.
-        never = first <= -1e4
+        impossible = first <= -1e4
         if second:
             first = second[0] + guidance * (first - second[0])
-        return first.masked_fill(never, -math.inf)
+        return first.masked_fill(impossible, -math.inf)
 
-    def sure(self, logits: Tensor) -> Tensor:
+    def confident(self, logits: Tensor) -> Tensor:
         """Which of the positions, the best first, an adaptive pace uncovers: (B, C) bool.
 
         "entropy_bound" takes the longest beginning with sum H - max H <= gamma. H is the entropy of
@@ -178,8 +178,8 @@ def together(contexts: Sequence[Context]) -> Context:
 def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None) -> Step:
     """The torch step of this model and sampler, for the NumPy loop of sampler.py.
 
-    `conditions` (N, S) int64 belong to the rows with the numbers 0 to N - 1; one of [PAD] alone is
-    none.
+    `conditions`, N of them as the model's encoder takes them, belong to the rows with the numbers 0
+    to N - 1.
     """
     sampler.check()
     step = UnmaskStep(model, sampler)
@@ -187,7 +187,7 @@ def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None
     temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
     # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.
     precision = torch.float32 if device.type == "mps" else torch.float64
-    kept = None if conditions is None else Kept(lambda row: model.encode(
+    kept = None if conditions is None else RowCache(lambda row: model.encode(
         torch.from_numpy(conditions[row:row + 1]).to(device)))
 
     @torch.no_grad()  # (FSDP does not know inference mode)
@@ -215,7 +215,7 @@ def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | No
     step, device = UnmaskStep(model, sampler), device_of(model)
     temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
     precision = torch.float32 if device.type == "mps" else torch.float64
-    kept = None if conditions is None else Kept(lambda row: model.encode(
+    kept = None if conditions is None else RowCache(lambda row: model.encode(
         torch.from_numpy(conditions[row:row + 1]).to(device)))
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from kinds import checkpoints
 from model import ConditionalTransformer
 from network import layers
 from network.attention import GATE_SPEED, take
+from network.encoders import TextEncoder
 from training import config, trainer
 
 ROOT = Path(__file__).parent.parent
@@ -87,8 +88,8 @@ def conditional_checkpoint(checkpoint, pairs_dir, tmp_path_factory):
     source = checkpoints.load_checkpoint(checkpoint)
     torch.manual_seed(5)
     plain = checkpoints.model_from_checkpoint(source)
-    network = ConditionalTransformer(plain.config, dataclasses.replace(
-        plain.config, max_len=32, layers=1))
+    network = ConditionalTransformer(plain.config, TextEncoder(dataclasses.replace(
+        plain.config, max_len=32, layers=1)))
     network.load_decoder(plain.state_dict())
     network.start_encoder()
     for block in network.blocks:

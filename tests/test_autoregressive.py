@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -8,10 +9,13 @@ from conftest import SMALL
 
 import train
 from corpus.rows import TokenRows, bucket_batches
-from corpus.tokens import BOS, EOS, PAD
-from kinds.autoregressive import Autoregressive, tell_stories, write_stories
+from corpus.tokens import BOS, EOS, MASK, PAD
+from diffusion import DiscreteDiffusion
+from kinds.autoregressive import Autoregressive, fill_from_the_left
 from kinds.checkpoints import load_checkpoint
+from kinds.kind import drawn_lengths
 from model import DiffusionTransformer
+from network.attention import Cache
 from network.layers import ModelConfig
 from sampling.sampler import Sampler
 
@@ -82,23 +86,24 @@ def test_no_token_sees_a_later_one(twin):
 
 
 def test_drawn_stories_follow_the_distribution(twin):
-    rows = write_stories(twin, 4000, 6, Sampler(), seed=1)
+    rows = Autoregressive().write(twin, [0] * 4000, Sampler(), seed=1)
     assert all(row[0] == BOS and len(row) <= 6 and (row[1:-1] > EOS).all() for row in rows)
     first = np.bincount([row[1] for row in rows], minlength=7) / len(rows)
     with torch.no_grad():
         expected = twin(torch.tensor([[PAD, BOS]]))[0, 1].softmax(-1).numpy()
     assert np.abs(first - expected).max() < 4 * 0.5 / len(rows) ** 0.5
-    again = write_stories(twin, 3, 6, Sampler(), seed=1)
+    again = Autoregressive().write(twin, [0] * 3, Sampler(), seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(again, rows, strict=False))
-    greedy = write_stories(twin, 2, 6, Sampler(temperature=0.0))
+    greedy = Autoregressive().write(twin, [0] * 2, Sampler(temperature=0.0))
     assert np.array_equal(*greedy)
 
 
 def test_stories_of_either_kind(twin):
     histogram = {"story": {"5": 1}}
     model = DiffusionTransformer(SMALL).eval()
-    for network, length in ((twin, None), (model, 5)):
-        rows = tell_stories(network, histogram, Sampler(steps=2), 3, seed=0)
+    for kind, network, length in ((Autoregressive(), twin, None), (DiscreteDiffusion(), model, 5)):
+        lengths = drawn_lengths(histogram, 3, 0, network.config.max_len)
+        rows = kind.write(network, lengths, Sampler(steps=2), seed=0)
         assert len(rows) == 3 and all(length in (None, len(row)) for row in rows)
 
 
@@ -128,3 +133,37 @@ def test_training_lowers_the_likelihood_and_the_bound_alike(long_data_dir):
     bound = Autoregressive().nelbo(model, batches)
     per_token = bound.total_nats / (bound.n.sum() + sum(int((b == EOS).sum()) for b in batches))
     assert per_token == pytest.approx(math.log(400), abs=0.05)
+
+
+def test_a_cache_changes_nothing_but_the_work(twin):
+    """Token by token and in pieces behind a cache, the network gives what it gives for whole rows;
+    with other positions it does not."""
+    rows = torch.tensor([[PAD, BOS, 4, 5, 6, 4], [PAD, BOS, 6, 6, 5, 4]])
+    whole = twin.hidden(rows)
+    for pieces in ((1, 1, 1, 1, 1, 1), (2, 3, 1), (4, 2), (6,)):
+        cache, start = Cache(), 0
+        for size in pieces:
+            part = twin.hidden(rows[:, start:start + size], view=twin.view(size, cache=cache))
+            torch.testing.assert_close(part, whole[:, start:start + size], rtol=1e-4, atol=1e-5)
+            start += size
+            assert cache.length == start
+    cache.keep_rows(torch.tensor([False, True]))
+    longer = DiffusionTransformer(dataclasses.replace(twin.config, max_len=8))
+    longer.load_state_dict(twin.state_dict())
+    view = longer.view(torch.tensor([6]), cache=cache)
+    alone = longer(torch.cat([rows[1:], torch.tensor([[5]])], 1))[:, -1]
+    behind = longer.head(longer.hidden(torch.tensor([[5]]), view=view))[:, 0]
+    torch.testing.assert_close(behind, alone, rtol=1e-4, atol=1e-5)
+    shifted = twin.hidden(rows, view=twin.view(torch.tensor([0, 1, 2, 3, 5, 4])))
+    assert not torch.allclose(shifted, whole, atol=1e-3)
+    with pytest.raises(ValueError, match="max_len"):
+        twin.view(1, cache=cache)
+
+
+def test_every_token_goes_through_the_network_once(twin, monkeypatch):
+    given, hidden = [], twin.hidden
+    monkeypatch.setattr(twin, "hidden", lambda tokens, **more: given.append(
+        tokens.numel()) or hidden(tokens, **more))
+    rows = np.array([[BOS, 4, MASK, MASK, MASK, MASK]])
+    filled = fill_from_the_left(twin, rows, Sampler(), may_end=False)
+    assert sum(given) == 6 and given[0] == 3 and (filled[0, 2:] > EOS).all()

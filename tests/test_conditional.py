@@ -16,14 +16,14 @@ import evaluate
 import generate
 import prep_conditional_data
 import train
+from corpus.conditions import condition_row
 from corpus.tokens import BOS, EOS, MASK, PAD
 from diffusion import DiscreteDiffusion
 from kinds.checkpoints import load_checkpoint
 from kinds.likelihood import Corrupted, weighted_loss
 from model import ConditionalTransformer, create_conditional_model, create_model, is_of_condition
 from network import attention, layers
-from sampling.loop import Kept, fill
-from sampling.rows import condition_row
+from sampling.loop import RowCache, fill
 from sampling.sampler import ORDERS, PACES, REMASKS, Sampler
 from sampling.step import numpy_step
 from training.config import TrainConfig
@@ -281,8 +281,8 @@ def test_a_condition_is_encoded_once_for_a_text(monkeypatch):
         sampler = Sampler(steps=6, pace=pace, guidance=2.0)
         fill(numpy_step(model, sampler, CONDITIONS), rows_to_fill(), sampler, batch_size=2)
         assert sorted(calls) == sorted([[row.tolist()] for row in CONDITIONS])
-    monkeypatch.setattr(Kept, "SIZE", 2)
-    kept = Kept(lambda row: row + 10)
+    monkeypatch.setattr(RowCache, "SIZE", 2)
+    kept = RowCache(lambda row: row + 10)
     assert kept.of(np.array([3, 0, 1])) == [13, 10, 11] and kept.of(np.array([0])) == [10]
     assert list(kept.known) == [1, 0]
 

@@ -15,6 +15,7 @@ from conftest import ROOT, python
 
 import export_jetson
 import generate
+from corpus.conditions import condition_row
 from export_jetson import main
 from jetson import bundle as bundle_module
 from jetson import graphs, report
@@ -27,7 +28,7 @@ from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 from model import MODEL_CONFIGS, ConditionalTransformer, DiffusionTransformer
 from network.layers import ModelConfig
 from sampling.loop import unmask_rows
-from sampling.rows import blank_story, condition_row
+from sampling.rows import blank_story
 from sampling.sampler import ORDERS, PRESETS, REMASKS, Sampler
 from sampling.step import numpy_step
 

@@ -2,7 +2,10 @@ import pytest
 import torch
 
 from model import DiffusionTransformer
-from network import attention, dropout, layers, transformer
+from network import attention as attention_module
+from network import dropout as dropout_module
+from network import layers, transformer
+from network.attention import View
 from network.layers import ModelConfig
 
 
@@ -12,7 +15,7 @@ def test_heads_look_at_their_neighbours_at_first(causal):
     model = DiffusionTransformer(ModelConfig(width=256, heads=4, max_len=64, causal=causal))
     attention = model.blocks[0].attention
     q, k = (bias.detach().expand(4, 64, 64) for bias in (attention.query_bias, attention.key_bias))
-    q, k = (attention.rotate(layers.rms_norm(x), model.cos, model.sin) for x in (q, k))
+    q, k = (attention_module.rotate(layers.rms_norm(x), model.cos, model.sin) for x in (q, k))
     scores = (q @ k.mT) / 8  # (4, 64, 64)
     middle = range(8, 56)
     best = [{int(scores[head, i].argmax()) - i for i in middle} for head in range(4)]
@@ -25,7 +28,7 @@ def test_heads_look_at_their_neighbours_at_first(causal):
                                             (0.9999, 255 / 256)])
 def test_dropout_drops_its_share_and_keeps_the_mean(dropout, share):
     torch.manual_seed(0)
-    factors = dropout.dropout_factors((2, 3, 99, 101), dropout, torch.ones(1))
+    factors = dropout_module.dropout_factors((2, 3, 99, 101), dropout, torch.ones(1))
     assert factors.shape == (2, 3, 99, 101) and factors.dtype == torch.float32
     assert factors.unique().tolist() == [0.0, pytest.approx(1 / (1 - share))]
     dropped = (factors == 0).float().flatten()
@@ -41,27 +44,27 @@ def test_dropout_acts_on_what_attention_and_mlp_add_and_on_nothing_else():
     torch.manual_seed(0)
     config = ModelConfig(width=64, heads=2, dropout=0.25)
     block = transformer.Block(config)
-    x, table = torch.randn(2, 16, 64), torch.ones(16, 16)
+    x, view = torch.randn(2, 16, 64), View(torch.ones(16, 16), torch.ones(16, 16))
     seeds = torch.tensor([11, 12])
-    attention_factors, mlp_factors = (dropout.dropout_factors(
+    attention_factors, mlp_factors = (dropout_module.dropout_factors(
         x.shape, 0.25, x, torch.Generator().manual_seed(seed)) for seed in (11, 12))
     assert not torch.equal(attention_factors, mlp_factors)
     with torch.no_grad():
         torch.nn.init.normal_(block.attention.out.weight)  # (the MLP adds nothing yet)
-        added = block(x, table, table) - x
+        added = block(x, view) - x
         assert added.abs().min() > 0
-        torch.testing.assert_close(block(x, table, table, seeds), x + added * attention_factors)
+        torch.testing.assert_close(block(x, view, seeds), x + added * attention_factors)
         torch.nn.init.zeros_(block.attention.out.weight)
         torch.nn.init.normal_(block.down.weight)
-        added = block(x, table, table) - x
-        torch.testing.assert_close(block(x, table, table, seeds), x + added * mlp_factors)
+        added = block(x, view) - x
+        torch.testing.assert_close(block(x, view, seeds), x + added * mlp_factors)
 
 
 def test_every_layer_drops_something_else_and_the_same_again_with_the_same_seed():
     asked, config = [], ModelConfig(width=32, heads=2, layers=3, dropout=0.5, vocab_size=50)
     model = DiffusionTransformer(config).train()
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda block, inputs: asked.append(inputs[3].tolist()))
+        block.register_forward_pre_hook(lambda block, inputs: asked.append(inputs[2].tolist()))
     tokens = torch.full((2, 16), 7)
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -76,10 +79,10 @@ def test_the_gradient_has_the_same_factors_and_keeps_none_of_them(dtype):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t,
                                                   lambda t: t):
-        y = dropout.dropped(x, seed, 0.3)
+        y = dropout_module.dropped(x, seed, 0.3)
     assert sum(kept) == 1  # the seed
     slope = torch.randn(24, 40, 3).to(dtype).permute(2, 1, 0)  # not in the order of memory
-    factors = dropout.dropout_factors(x.shape, 0.3, x, torch.Generator().manual_seed(5))
+    factors = dropout_module.dropout_factors(x.shape, 0.3, x, torch.Generator().manual_seed(5))
     assert torch.equal(y, x * factors)
     before = torch.get_rng_state()
     y.backward(slope)
@@ -90,8 +93,8 @@ def test_the_gradient_has_the_same_factors_and_keeps_none_of_them(dtype):
 def test_rotary_positions_are_relative():
     q, k = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(0))
     model = DiffusionTransformer(ModelConfig(width=64, heads=2, max_len=32))
-    scores = [(attention.rotate(q, model.cos[i:i + 1], model.sin[i:i + 1])
-               * attention.rotate(k, model.cos[j:j + 1], model.sin[j:j + 1])).sum()
+    scores = [(attention_module.rotate(q, model.cos[i:i + 1], model.sin[i:i + 1])
+               * attention_module.rotate(k, model.cos[j:j + 1], model.sin[j:j + 1])).sum()
               for i, j in ((5, 2), (25, 22), (5, 3))]
     torch.testing.assert_close(scores[0], scores[1])
     assert abs(scores[0] - scores[2]) > 1e-3
@@ -99,6 +102,6 @@ def test_rotary_positions_are_relative():
 
 def test_bf16_attention_of_the_cpu_is_attention():
     q, k, v = torch.randn(3, 2, 4, 16, 32, generator=torch.Generator().manual_seed(0))
-    expected = attention.attention(q, k, v, causal=False)
-    actual = attention.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=False)
+    expected = attention_module.attention(q, k, v, causal=False)
+    actual = attention_module.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=False)
     torch.testing.assert_close(actual.float(), expected, atol=0.03, rtol=0.03)

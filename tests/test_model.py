@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from model import ConditionalTransformer, DiffusionTransformer, create_model
 from network import attention as attention_module
 from network import hardware, layers
 from network.attention import HIDDEN
+from network.encoders import TextEncoder
 from network.hardware import device_of, pick_device, pick_precision, precision_reason
 from network.layers import PRECISIONS, ModelConfig, rms_norm
 
@@ -87,16 +89,17 @@ def test_forward_is_head_of_hidden():
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_hidden_states_of_some_positions_are_those_of_all(precision):
     torch.manual_seed(0)
-    model = ConditionalTransformer(CONFIG, CONFIG).set_precision(precision)
+    model = ConditionalTransformer(CONFIG, TextEncoder(CONFIG)).set_precision(precision)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model, tokens = model.for_inference(), random_tokens()
     told, bias = model.encode(random_tokens(3, 5)), torch.zeros(3, 1, 1, 16)
     bias[1, ..., 12:] = HIDDEN
+    view = model.view(16, bias.to(model.compute_dtype))
     at = torch.tensor([[0, 3, 15], [5, 2, 9], [7, 7, 1]])
     for context in (None, told):
-        every = model.hidden(tokens, None, context, bias.to(model.compute_dtype))
-        some = model.hidden(tokens, None, context, bias.to(model.compute_dtype), at)
+        every = model.hidden(tokens, None, context, view=view)
+        some = model.hidden(tokens, None, context, at, view)
         tolerance = dict(fp32=1e-5, fp16=4e-3, bf16=3e-2)[precision]
         torch.testing.assert_close(some, every[torch.arange(3)[:, None], at], rtol=0,
                                    atol=tolerance)
@@ -335,13 +338,13 @@ def test_the_newest_best_checkpoint_is_the_default(tmp_path, monkeypatch):
         path.parent.mkdir()
         path.touch()
         os.utime(path, (1000 - age, 1000 - age))
-    assert find_checkpoint(None) == model.Path("b/best.pt")
-    assert find_checkpoint("x/y.pt") == model.Path("x/y.pt")
+    assert find_checkpoint(None) == Path("b/best.pt")
+    assert find_checkpoint("x/y.pt") == Path("x/y.pt")
 
 
 def test_the_newest_checkpoint_of_the_wanted_kind_is_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    told = ConditionalTransformer(CONFIG, CONFIG)
+    told = ConditionalTransformer(CONFIG, TextEncoder(CONFIG))
     writers = {  # the newest last
         "eldest": lambda path: save_checkpoint(path, random_model(), "{}", {}),
         "plain": lambda path: save_checkpoint(path, random_model(), "{}", {}),
@@ -357,13 +360,13 @@ def test_the_newest_checkpoint_of_the_wanted_kind_is_the_default(tmp_path, monke
         os.utime(path, (1000 + age, 1000 + age))
     for kind, name in (("autoregressive", "twin"), ("diffusion", "plain"), ("conditional", "told"),
                        (("diffusion", "conditional"), "told")):
-        assert find_checkpoint(None, kind) == model.Path(name, "best.pt")
+        assert find_checkpoint(None, kind) == Path(name, "best.pt")
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and said.startswith(f"using {name}/best.pt; newer")
         assert "torn/best.pt (not to be read)" in said and "eldest" not in said
         assert ("twin/best.pt (autoregressive model)" in said) == (name != "twin")
     assert not list(tmp_path.glob("*/exploded"))
-    assert find_checkpoint(None) == model.Path("list/best.pt")
+    assert find_checkpoint(None) == Path("list/best.pt")
     for name in ("told", "twin"):
         os.utime(tmp_path / name / "best.pt", (2000, 2000))
         assert find_checkpoint(None, ("conditional", "autoregressive")).parent.name == name
@@ -394,7 +397,7 @@ def test_inference_weights_compute_the_same_to_the_bit_in_every_kind(kind, preci
     config = ModelConfig(**{**vars(CONFIG), **changes})
     torch.manual_seed(2)
     told = kind in ("conditional", "guided")
-    model = ConditionalTransformer(config, config) if told else DiffusionTransformer(config)
+    model = ConditionalTransformer(config, TextEncoder(config)) if told else DiffusionTransformer(config)
     for parameter in model.parameters():  # gates and biases too
         torch.nn.init.normal_(parameter, std=0.2)
     model.set_precision(precision).eval()

@@ -37,8 +37,8 @@ def compile_blocks(model: DiffusionTransformer, device: torch.device, length: in
         # Sizes that nothing else in the network has: the compiler takes equal ones for the same.
         for rows, width in ((7, length), (11, max(1, length - 16))):
             tokens = torch.full((rows, width), EOS, device=device)
-            context = ((model.train().encode(tokens[:, :model.encoder.config.max_len - rows]),)
-                       if model.kind == "conditional" else ())
+            encoder = getattr(model, "encoder", None)
+            context = (model.train().encode(encoder.example(rows).to(device)),) if encoder else ()
             model.train().hidden(tokens, torch.ones(rows, device=device), *context).sum().backward()
     except Exception as error:  # a compiler has many ways to fail
         for block in model.all_blocks:

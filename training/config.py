@@ -8,15 +8,15 @@ from cli import UserError, flag, require
 import math
 from dataclasses import dataclass
 
-from diffusion import OBJECTIVES, SCHEDULES
+from diffusion import SCHEDULES
+from kinds.kind import NETWORK_SETTINGS
+from kinds.registry import kind_of_run
 from model import MODEL_CONFIGS
 from network.layers import PRECISIONS
 from sampling.sampler import ORDERS, Sampler
 from training.optimizers import DEFAULT_LR, OPTIMIZERS
 
 STAGE_LR = {1: 1.0, 2: 1.0, 3: 2 / 3}  # share of the default: in stage 3 all has learned already
-# What a later stage takes over from the model that it starts from
-SIZES = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head")
 
 
 @dataclass
@@ -49,8 +49,8 @@ class TrainConfig:
                                          "their condition, for guidance (in stage 2 the model "
                                          "without it cannot change)")
     # diffusion
-    objective: str = flag("masked_ce", "training loss; autoregressive trains the causal twin",
-                          (*OBJECTIVES, "autoregressive"))
+    objective: str = flag("masked_ce", "training loss: masked_ce or elbo; autoregressive trains "
+                                       "the causal twin")
     schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
     # optimisation
     max_steps: int = flag(10_000, "optimizer steps")
@@ -98,8 +98,7 @@ class TrainConfig:
                 f"--warmup_steps {self.warmup_steps}: must be 0 or more")
         require(self.encoder_config in (None, *MODEL_CONFIGS), f"--encoder_config "
                 f"{self.encoder_config}: unknown size, choose from {', '.join(MODEL_CONFIGS)}")
-        require(self.stage == 1 or self.objective != "autoregressive",
-                f"--stage {self.stage}: the autoregressive twin takes no condition")
+        kind_of_run(self)
         require(self.stage == 1 or self.decoder_checkpoint or self.resume, f"--stage "
                 f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
         for name in ("dropout", "ema_decay", "condition_dropout"):
@@ -118,10 +117,10 @@ class TrainConfig:
                              ("condition_dropout", (3,))):
             require(name not in given or self.stage in stages, f"--{name} belongs to --stage "
                     f"{' or '.join(map(str, stages))}: leave it out of stage {self.stage}")
-        unused = sorted(given & {"schedule", "sample_order", "sample_steps"})
-        require(self.objective != "autoregressive" or not unused,
-                f"--{' --'.join(unused)}: the twin writes from left to right; leave it out")
-        unused = sorted(given & set(SIZES)) if self.stage > 1 else []
+        unused = sorted(given & kind_of_run(self).unused)
+        require(not unused, f"--{' --'.join(unused)}: without effect for --objective "
+                            f"{self.objective}; leave it out")
+        unused = sorted(given & set(NETWORK_SETTINGS)) if self.stage > 1 else []
         require(not unused, f"--{' --'.join(unused)}: stage {self.stage} goes on with the model of "
                             f"{self.decoder_checkpoint}; leave it out")
 

@@ -1,16 +1,18 @@
 """TODO"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from corpus.rows import TokenRows, bucket_batches
 from corpus.tokens import BUCKET, PAD
 from kinds.likelihood import Corrupted
+from network.encoders import Conditions
 
 
 class BatchStream:
@@ -71,16 +73,16 @@ class BatchLoader:
     """Endless training batches from (seed, step): no state but the cursor of the last batch given.
 
     `corrupt` makes a Corrupted of tokens (B, L) and a generator. The whole batch is corrupted at
-    once, so that t is stratified over all of it. `conditions` are the conditions of all rows;
-    a share `dropout` of them becomes [PAD], which is none.
+    once, so that t is stratified over all of it. `conditions` are those of all rows; a share
+    `dropout` of them is taken away, by the encoder's `without`.
     """
 
     def __init__(self, rows: TokenRows, batch_tokens: int, seed: int, corrupt: Any, step: int = 0,
-                 cursor: dict | None = None, conditions: TokenRows | None = None,
-                 dropout: float = 0.0):
+                 cursor: dict | None = None, conditions: Conditions | None = None,
+                 dropout: float = 0.0, without: Callable[[Tensor, Tensor], Tensor] | None = None):
         self.stream = BatchStream(rows, batch_tokens, seed, **(cursor or {}))
         self.seed, self.corrupt, self.step = seed, corrupt, step
-        self.conditions, self.dropout = conditions, dropout
+        self.conditions, self.dropout, self.without = conditions, dropout, without
         self.cursor, self.epochs = self._position()
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._coming = None
@@ -94,9 +96,9 @@ class BatchLoader:
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         corrupted = self.corrupt(tokens, generator)
         if self.conditions is not None:
-            told = torch.from_numpy(self.conditions.batch(self.stream.indices))  # (B, S)
-            dropped = torch.rand(len(told), generator=generator) < self.dropout
-            corrupted.condition = told.masked_fill(dropped[:, None], PAD)
+            batch = torch.from_numpy(self.conditions.batch(self.stream.indices))
+            dropped = torch.rand(len(batch), generator=generator) < self.dropout
+            corrupted.condition = self.without(batch, dropped)
         return Batch(corrupted, int((tokens != PAD).sum()), int(corrupted.masked.sum()),
                      *self._position())
 

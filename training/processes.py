@@ -174,7 +174,7 @@ def shard(model: DiffusionTransformer, device: torch.device) -> None:
         fully_shard(block, mesh=mesh)
     # What is left, embedding and head, stays whole from `hidden` on until the backward pass.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    for method in ("hidden", *(["encode"] if model.kind == "conditional" else [])):
+    for method in ("hidden", *(["encode"] if hasattr(model, "encode") else [])):
         register_fsdp_forward_method(model, method)
 
 

@@ -25,7 +25,7 @@ def train_flops(model: DiffusionTransformer, rows: int, length: int, predicted: 
 
     6 for every weight and token (2 forward, 4 backward; arXiv 2001.08361), the vocabulary head only
     for `predicted` positions, and 12 L D a token and layer for attention (causal: the half of it).
-    The encoder runs on `condition_length` tokens of every row; frozen weights need 4.
+    The encoder runs on `condition_length` places of every row; frozen weights need 4.
     Dropout, norms and the optimizer count nothing.
     """
     config = model.config
@@ -33,13 +33,13 @@ def train_flops(model: DiffusionTransformer, rows: int, length: int, predicted: 
     once = weight_flops(model.blocks) + (weight_flops(model.time) if model.time else 0)
     total = predicted * weight_flops(model.vocabulary)
     if condition_length:
-        encoder = model.encoder.config
+        encoder = model.encoder
         between = [part for block in model.blocks for part in (block.cross.key, block.cross.value)]
-        told = weight_flops(model.encoder.blocks) + sum(map(weight_flops, between))
-        told += 12 * encoder.layers * condition_length * encoder.width
+        read = sum(map(weight_flops, [*(encoder.all_blocks or [encoder]), *between]))
+        read += 12 * len(encoder.all_blocks) * condition_length * encoder.width
         once -= sum(map(weight_flops, between))
         attention += 12 * config.layers * condition_length * config.width
-        total += rows * condition_length * told
+        total += rows * condition_length * read
     return rows * length * (once + attention) + total
 
 

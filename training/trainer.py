@@ -24,15 +24,14 @@ from corpus.rows import (
     read_tokenizer_file,
 )
 from corpus.tokens import decode, load_tokenizer, token_bytes
-from diffusion import DiscreteDiffusion
-from kinds.autoregressive import Autoregressive, tell_stories
-from kinds.checkpoints import check_conditions, check_tokenizer, load_checkpoint, save_checkpoint
+from kinds.checkpoints import check_tokenizer, load_checkpoint, save_checkpoint
+from kinds.kind import NETWORK_SETTINGS, drawn_lengths
 from kinds.likelihood import Nelbo
-from model import ConditionalTransformer, DiffusionTransformer, create_model, size_of
+from kinds.registry import kind_of_run
+from model import DiffusionTransformer
 from network.hardware import pick_precision, precision_reason
-from network.layers import ModelConfig
 from training.compiling import compile_blocks
-from training.config import SIZES, TrainConfig
+from training.config import TrainConfig
 from training.loader import BatchLoader, step_seed
 from training.log import MetricsLog, start_wandb
 from training.optimizers import local, make_optimizers, move_average, whole
@@ -51,7 +50,7 @@ OUTPUTS = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.p
 COMPILE_FROM = 1000  # steps; compiling takes about as long as it saves in 100 to 400 of them
 # A run cannot go on with another value of these: the weights, the optimizers' state or the place in
 # the data would not fit.
-FIXED = (*SIZES, "stage", "encoder_config", "decoder_checkpoint", "optimizer", "seed",
+FIXED = (*NETWORK_SETTINGS, "stage", "encoder_config", "decoder_checkpoint", "optimizer", "seed",
          "batch_tokens")
 
 
@@ -70,8 +69,6 @@ class Trainer:
         # 1. Data.
         self.rows, self.valid = (TokenRows(config.data_dir, split) for split in ("train", "val"))
         self.meta = self.rows.meta
-        self.told, self.valid_told = ((self.rows.conditions(), self.valid.conditions())
-                                      if config.stage > 1 else (None, None))
         if checkpoint:
             check_tokenizer(self.folder / "last.pt", checkpoint, config.data_dir, self.meta)
             check_same_data(checkpoint.get("data"), config, self.meta)
@@ -92,13 +89,14 @@ class Trainer:
         self.precision, self.precision_reason = self.processes.gather((
             pick_precision(self.device, *choice), precision_reason(self.device, *choice))
             if self.processes.main else None)[0]
-        twin = config.objective == "autoregressive"
-        self.process = (Autoregressive() if twin
-                        else DiscreteDiffusion(config.schedule, config.objective))
+        self.kind = kind_of_run(config)
         self.model = self.create_model(checkpoint)
+        self.told, self.valid_told = (self.model.encoder.conditions_of(
+            rows, config.decoder_checkpoint) if self.kind.conditional else None
+            for rows in (self.rows, self.valid))
         self.model.set_precision(self.precision)
         valid_rows = [self.valid[i] for i in chosen]
-        self.valid_extra_nats = self.process.extra_nats(self.meta, valid_rows)
+        self.valid_extra_nats = self.kind.extra_nats(self.meta, valid_rows)
         self.valid_bytes = int(token_bytes(self.tokenizer)[np.concatenate(valid_rows)].sum())
         if checkpoint:
             self.model.load_state_dict(checkpoint["weights"])
@@ -116,9 +114,10 @@ class Trainer:
         if checkpoint:
             self.restore(checkpoint)
         self.loader = BatchLoader(self.rows, config.batch_tokens, config.seed,
-                                  self.process.corrupt_batch, self.step,
+                                  self.kind.corrupt_batch, self.step,
                                   checkpoint["cursor"] if checkpoint else None, self.told,
-                                  config.condition_dropout if config.stage == 3 else 0.0)
+                                  config.condition_dropout if config.stage == 3 else 0.0,
+                                  self.model.encoder.without if self.told else None)
         self.compiled = self.compile()
         self.speed = Speedometer(math.inf)  # the machine's peak is measured when the run begins
         self.shown_speed: dict[str, str] = {}
@@ -131,48 +130,17 @@ class Trainer:
                 self.log.wandb_run = start_wandb(dataclasses.asdict(config), self.folder)
 
     def create_model(self, checkpoint: dict | None) -> DiffusionTransformer:
-        """A new model (stage 1), or that of --decoder_checkpoint with what a condition needs; with
-        `checkpoint`, whose weights come later, one of its sizes."""
-        config, meta = self.config, self.meta
-        if config.stage == 1:
-            return create_model(
-                config.model_config, meta["vocab_size"], max_len=meta["seq_len"],
-                causal=config.objective == "autoregressive",
-                **{name: getattr(config, name) for name in ("dropout", *SIZES[1:])})
-        path = config.decoder_checkpoint
-        source = checkpoint or load_checkpoint(
-            path, kind="conditional" if config.stage == 3 else ("diffusion", "conditional"))
-        check_tokenizer(path, source, config.data_dir, meta)
-        for name in SIZES:  # for the record, and for whoever goes on from this run
-            setattr(config, name, source["train_config"][name])
-        decoder = dataclasses.replace(ModelConfig(**source["model_config"]),
-                                      dropout=config.dropout)
-        require(meta["seq_len"] <= decoder.max_len, f"{config.data_dir} has rows of up to "
-                f"{meta['seq_len']} tokens, {path} was trained on at most {decoder.max_len}")
-        if source["kind"] == "conditional":
-            encoder = ModelConfig(**source["encoder_config"])
-            require(config.encoder_config is None or checkpoint, f"--encoder_config: {path} has an "
-                                                                 "encoder already; leave it out")
-            for told in (self.told, self.valid_told):
-                check_conditions(path, encoder, told)
-        else:
-            encoder = dataclasses.replace(
-                size_of(config.encoder_config, vocab_size=decoder.vocab_size)
-                if config.encoder_config else
-                # what the last block leaves nobody reads, see ConditionalTransformer.encode
-                dataclasses.replace(decoder, layers=max(1, decoder.layers - 1)),
-                max_len=meta["condition"]["max_len"], time_conditioning="none", dropout=0.0)
-        model = ConditionalTransformer(decoder, encoder)
-        if not checkpoint:
-            weights = source["weights"] if source.get("ema") is None else source["ema"]
-            if source["kind"] == "conditional":
-                model.load_state_dict(weights)
-            else:
-                model.load_decoder(weights)
-                if not config.encoder_config:
-                    model.start_encoder()
-        if config.stage == 2:
-            model.freeze_decoder()
+        """The network of the run, whose weights come later if there is a `checkpoint`."""
+        config, source = self.config, checkpoint
+        kinds = self.kind.starts_from(config.stage)
+        if kinds:
+            path = config.decoder_checkpoint
+            source = checkpoint or load_checkpoint(path, kind=kinds)
+            check_tokenizer(path, source, config.data_dir, self.meta)
+            for name in NETWORK_SETTINGS:  # for the record, and for who goes on from this run
+                setattr(config, name, source["train_config"][name])
+        model = self.kind.create(config, self.meta, source, checkpoint is not None)
+        model.train_only(self.kind.trained(config.stage))
         return model
 
     def distribute(self) -> None:
@@ -186,7 +154,7 @@ class Trainer:
             if config.fsdp:
                 shard(model, self.device)
             model.to(self.device)
-        self.loss_of = LossOf(self.process, self.model)
+        self.loss_of = LossOf(self.kind, self.model)
         if several and not config.fsdp:
             self.loss_of = torch.nn.parallel.DistributedDataParallel(
                 self.loss_of, gradient_as_bucket_view=True)
@@ -255,7 +223,7 @@ class Trainer:
         told = batch.corrupted.condition
         self.speed.count(batch.tokens, train_flops(
             self.model, *batch.corrupted.tokens.shape, batch.predicted,
-            0 if told is None else told.shape[1]))
+            0 if told is None else self.model.encoder.places(told)))
         return {"loss": loss, "lr": lr, "grad_norm": norm}
 
     def synchronise_gradients(self, wanted: bool) -> None:
@@ -369,7 +337,7 @@ class Trainer:
     @property
     def likelihood_name(self) -> str:
         """The twin's likelihood is exact, that of diffusion a bound."""
-        return "NLL" if self.process.kind == "autoregressive" else "NELBO"
+        return self.kind.likelihood_name
 
     def validate(self, give_up: bool = False) -> dict:
         """Bound, masked cross-entropy and accuracy of the averaged weights, and some stories.
@@ -410,7 +378,7 @@ class Trainer:
     def valid_bound(self) -> Nelbo:
         """The bound of the averaged weights on the validation rows, worked out together."""
         batches = self.processes.own(self.valid_batches)
-        bound = self.process.nelbo(self.average, map(self.valid.batch, batches), numbers=batches,
+        bound = self.kind.nelbo(self.average, map(self.valid.batch, batches), numbers=batches,
                                    conditions=None if self.valid_told is None
                                    else self.valid_told.batch)
         columns = [getattr(bound, field.name) for field in dataclasses.fields(bound)]
@@ -422,11 +390,12 @@ class Trainer:
         if self.valid_told is not None and count:
             count = min(count, len(self.valid))
             told = self.valid_told.batch(evenly_spread(count, len(self.valid)))
-        filled = tell_stories(self.average, self.meta["length_histogram"], config.sampler(), count,
-                              config.seed, told)
+        lengths = drawn_lengths(self.meta["length_histogram"], count, config.seed,
+                                self.average.config.max_len)
+        filled = self.kind.write(self.average, lengths, config.sampler(), config.seed, told)
         texts = [decode(self.tokenizer, row) for row in filled]
         if told is not None:
-            texts = [f"({decode(self.tokenizer, condition)}) {text}"
+            texts = [f"({self.model.encoder.show(condition, self.tokenizer)}) {text}"
                      for condition, text in zip(told, texts, strict=True)]
         return texts
 
@@ -463,9 +432,9 @@ class Trainer:
             try:
                 save_checkpoint(
                     self.folder / name, self.model, self.tokenizer_text,
-                    self.meta["length_histogram"], weights=weights, ema=average, step=self.step,
-                    tokens_seen=self.tokens_seen, seconds=self.seconds, best=self.best,
-                    metrics=self.validation, cursor=self.loader.cursor,
+                    self.meta["length_histogram"], self.kind.name, weights=weights,
+                    ema=average, step=self.step, tokens_seen=self.tokens_seen, seconds=self.seconds,
+                    best=self.best, metrics=self.validation, cursor=self.loader.cursor,
                     train_config=dataclasses.asdict(self.config), command=shlex.join(sys.argv),
                     computed_in={"device": self.device.type, "precision": self.precision},
                     processes=self.processes.world, torch_version=str(torch.__version__),

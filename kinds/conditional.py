@@ -1,0 +1,82 @@
+"""Diffusion with a condition: what a denoiser and its encoder add to diffusion.py.
+
+    python train.py --stage 2 --decoder_checkpoint checkpoints/best.pt --data_dir data_pairs
+
+Stage 2 starts from a model without a condition (or from one that has an encoder already), and
+trains the encoder and the cross-attention alone; stage 3 then trains everything.
+"""
+
+from cli import require
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from diffusion import DiscreteDiffusion
+from model import ConditionalTransformer, is_of_condition, size_of
+from network.encoders import ENCODERS, ConditionEncoder
+from network.layers import ModelConfig
+from network.transformer import check_size
+
+
+class ConditionalDiffusion(DiscreteDiffusion):
+    """Masked diffusion that attends to a condition."""
+
+    name = "conditional"
+    stages = (2, 3)
+    network = ConditionalTransformer
+    conditional = True
+
+    def starts_from(self, stage: int) -> tuple[str, ...]:
+        return (DiscreteDiffusion.name, self.name) if stage == 2 else (self.name,)
+
+    def create(self, config: Any, meta: dict, source: dict | None = None, resumed: bool = False,
+               ) -> ConditionalTransformer:
+        path = config.decoder_checkpoint
+        decoder = dataclasses.replace(ModelConfig(**source["model_config"]),
+                                      dropout=config.dropout)
+        require(meta["seq_len"] <= decoder.max_len, f"{config.data_dir} has rows of up to "
+                f"{meta['seq_len']} tokens, {path} was trained on at most {decoder.max_len}")
+        weights = source["weights"] if source.get("ema") is None else source["ema"]
+        told_already = source["kind"] == self.name
+        if told_already:
+            require(config.encoder_config is None or resumed, f"--encoder_config: {path} has an "
+                                                              "encoder already; leave it out")
+            encoder = restored_encoder(source, weights)
+        else:
+            size = size_of(config.encoder_config) if config.encoder_config else None
+            encoder = encoder_class(meta["condition"].get("encoder", "text")).create(
+                decoder, meta["condition"], size)
+        model = self.network(decoder, encoder)
+        if told_already and not resumed:
+            model.load_state_dict(weights)
+        elif not told_already:
+            model.load_decoder(weights)
+            if not config.encoder_config:
+                model.start_encoder()
+        return model
+
+    @classmethod
+    def restore(cls, checkpoint: dict, weights: dict[str, Tensor]) -> ConditionalTransformer:
+        config = ModelConfig(**checkpoint["model_config"])
+        check_size(config, weights)
+        return cls.network(config, restored_encoder(checkpoint, weights))
+
+    def trained(self, stage: int) -> Callable[[str], bool]:
+        return is_of_condition if stage == 2 else super().trained(stage)
+
+
+def restored_encoder(checkpoint: dict, weights: dict[str, Tensor]) -> ConditionEncoder:
+    prefix = "encoder."
+    own = {name.removeprefix(prefix): weight for name, weight in weights.items()
+           if name.startswith(prefix)}
+    return encoder_class(checkpoint.get("encoder", "text")).restore(
+        checkpoint["encoder_config"], own)
+
+
+def encoder_class(sort: str) -> type[ConditionEncoder]:
+    require(sort in ENCODERS, f"conditions of the sort {sort!r} are unknown here; this program "
+                              f"reads: {', '.join(ENCODERS)}")
+    return ENCODERS[sort]

@@ -1,0 +1,44 @@
+"""The kinds of model there are, and which one a run or a checkpoint is of. A library.
+
+    kind = kind_of(checkpoint)      # of one that kinds/checkpoints.py read
+    kind = kind_of_run(config)      # a TrainConfig
+"""
+
+from cli import UserError, require
+
+from collections.abc import Callable
+
+from diffusion import DiscreteDiffusion
+from kinds.autoregressive import Autoregressive
+from kinds.conditional import ConditionalDiffusion
+from kinds.kind import Kind
+
+KINDS: dict[str, type[Kind]] = {
+    kind.name: kind for kind in (DiscreteDiffusion, ConditionalDiffusion, Autoregressive)}
+
+
+def kind_of(checkpoint: dict) -> Kind:
+    """That of a checkpoint that load_checkpoint read."""
+    return KINDS[checkpoint["kind"]]()
+
+
+def kind_of_run(config) -> Kind:
+    """That of a run with the --objective and --stage of these settings (a TrainConfig)."""
+    known = objectives()
+    require(config.objective in known, f"--objective {config.objective}: choose from "
+                                       f"{', '.join(known)}")
+    for kind in KINDS.values():
+        if config.objective in kind.objectives and config.stage in kind.stages:
+            return kind.of_run(config)
+    raise UserError(f"--stage {config.stage}: a model of --objective {config.objective} takes no "
+                    "condition")
+
+
+def objectives() -> list[str]:
+    """The values of --objective."""
+    return list(dict.fromkeys(name for kind in KINDS.values() for name in kind.objectives))
+
+
+def kinds_that(test: Callable[[type[Kind]], bool]) -> tuple[str, ...]:
+    """Names of the kinds that pass, for load_checkpoint and find_checkpoint."""
+    return tuple(name for name, kind in KINDS.items() if test(kind))
