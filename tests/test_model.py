@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -335,8 +336,8 @@ def test_the_newest_best_checkpoint_is_the_default(tmp_path, monkeypatch):
         path.parent.mkdir()
         path.touch()
         os.utime(path, (1000 - age, 1000 - age))
-    assert find_checkpoint(None) == model.Path("b/best.pt")
-    assert find_checkpoint("x/y.pt") == model.Path("x/y.pt")
+    assert find_checkpoint(None) == Path("b/best.pt")
+    assert find_checkpoint("x/y.pt") == Path("x/y.pt")
 
 
 def test_the_newest_checkpoint_of_the_wanted_kind_is_the_default(tmp_path, monkeypatch, capsys):
@@ -357,13 +358,13 @@ def test_the_newest_checkpoint_of_the_wanted_kind_is_the_default(tmp_path, monke
         os.utime(path, (1000 + age, 1000 + age))
     for kind, name in (("autoregressive", "twin"), ("diffusion", "plain"), ("conditional", "told"),
                        (("diffusion", "conditional"), "told")):
-        assert find_checkpoint(None, kind) == model.Path(name, "best.pt")
+        assert find_checkpoint(None, kind) == Path(name, "best.pt")
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and said.startswith(f"using {name}/best.pt; newer")
         assert "torn/best.pt (not to be read)" in said and "eldest" not in said
         assert ("twin/best.pt (autoregressive model)" in said) == (name != "twin")
     assert not list(tmp_path.glob("*/exploded"))
-    assert find_checkpoint(None) == model.Path("list/best.pt")
+    assert find_checkpoint(None) == Path("list/best.pt")
     for name in ("told", "twin"):
         os.utime(tmp_path / name / "best.pt", (2000, 2000))
         assert find_checkpoint(None, ("conditional", "autoregressive")).parent.name == name
