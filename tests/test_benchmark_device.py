@@ -13,8 +13,8 @@ from measuring.device import Board, main, percentile_95
 def measured(bundle, tmp_path, capsys):
     def run(*words: object) -> tuple[dict, str]:
         target = tmp_path / "figures.json"
-        main(["device", "--bundle", str(bundle), "--output", str(target), "--nfe", "2", "3",
-              "--repeats", "2", "--length", "20", *map(str, words)])
+        main(["--bundle", str(bundle), "--output", str(target), "--nfe", "2", "3", "--repeats",
+              "2", "--length", "20", *map(str, words)])
         assert target.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         return json.loads(target.read_text()), capsys.readouterr().out
     return run
@@ -68,8 +68,7 @@ def test_power_and_memory_of_a_jetson(measured, tmp_path, monkeypatch):
 
 def test_without_onnx_runtime_nothing_else_is_hidden(bundle, tmp_path, monkeypatch, capsys, fails):
     monkeypatch.setattr(device, "find_spec", lambda name: None)
-    assert "nothing to time" in fails(main, "device", "--bundle", bundle, "--output",
-                                      tmp_path / "x.json")
+    assert "nothing to time" in fails(main, "--bundle", bundle, "--output", tmp_path / "x.json")
     shutil.copytree(bundle, tmp_path / "copy")
     for name in ("step_fp16.engine", "encoder.engine"):
         (tmp_path / "copy" / name).write_bytes(b"")
@@ -83,15 +82,14 @@ def test_percentile():
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ([], "say which benchmark"), (["device", "--nfe", "0"], "1 or more"),
-    (["device", "--repeats", "0"], "at least 1"), (["device", "--judged", "1"], "2 stories"),
-    (["device", "--length", "-1"], "0 or more"), (["device", "--bundle", "nowhere"], "no bundle"),
-    (["device", "--length", "500"], "hold at most 254"), (["device", "--steps", "3"], "--steps"),
-    (["device", "--power"], "--power: tegrastats"),
-    (["device", "--output", "nowhere/x.json"], "a folder that exists")])
+    (["--nfe", "0"], "1 or more"), (["--repeats", "0"], "at least 1"),
+    (["--judged", "1"], "2 stories"), (["--length", "-1"], "0 or more"),
+    (["--bundle", "nowhere"], "no bundle"), (["--length", "500"], "hold at most 254"),
+    (["--steps", "3"], "--steps"), (["--power"], "--power: tegrastats"),
+    (["--output", "nowhere/x.json"], "a folder that exists")])
 def test_mistakes(words, message, bundle, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if words[:1] == ["device"] and "--bundle" not in words:
+    if "--bundle" not in words:
         words = [*words, "--bundle", bundle, *(["--nfe", "1", "--repeats", "1"]
                                                if "--power" in words else [])]
     assert message in fails(main, *words)
@@ -107,5 +105,5 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(bundle, tmp_pa
     (tmp_path / "x.png").mkdir()
     before = sorted(tmp_path.iterdir())
     for name in ("file/x.json", "link/x.json", ".", "x.json", "y.png", "n" * 300 + ".json"):
-        fails(main, "device", "--bundle", bundle, "--output", tmp_path / name)
+        fails(main, "--bundle", bundle, "--output", tmp_path / name)
     assert sorted(tmp_path.iterdir()) == before

@@ -326,18 +326,18 @@ def test_an_error_in_the_tokenizer_is_heard():
 @pytest.mark.parametrize("what", ["learning", "tokenizing"])
 def test_ctrl_c_is_heard_inside_the_tokenizer(what, tmp_path):
     # One word that keeps the tokenizer's own code busy for many seconds.
-    code = ("import sys, cli, data_prep\nfrom tokenizers import Tokenizer\n"
-            "data_prep.LONGEST_WORD = 10**9\n"
+    code = ("import sys, cli, data_prep\nfrom corpus import vocabulary\n"
+            "vocabulary.LONGEST_WORD = 10**9\n"
             f"if {what == 'tokenizing'}:\n"
             "    real = vocabulary.train_tokenizer\n"
-            "    vocabulary.train_tokenizer = lambda texts, size: real(['ab'], size)\n"
+            "    data_prep.train_tokenizer = lambda texts, size: real(['ab'], size)\n"
             "    data_prep.without_null_and_empty = lambda *_: iter(\n"
             "        [('train', 'ab' * 200_000_000)])\n"
             "class Told(vocabulary.Background):\n"
             "    def result(self):\n"
             "        print('busy', flush=True)\n"
             "        return super().result()\n"
-            "data_prep.Background = Told\n"
+            "vocabulary.Background = Told\n"
             "cli.run(data_prep.main)\n")
     path = write_corpus(tmp_path / "a.jsonl", ["ab" * 150_000])
     process = subprocess.Popen(
@@ -506,7 +506,7 @@ KILLED = """
 import os, shutil, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import cli, data_prep
+from cli import folders
 NEW, steps = eval(sys.argv[3]), iter(range(int(sys.argv[4])))
 def write(folder):
     for name, content in NEW.items():
@@ -705,7 +705,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     for copies in (5, 25):  # 8 and 42 MB
         path = tmp_path / "corpus.txt"
         path.write_text(text * copies)
-        code = ("import data_prep\ndata_prep.SHARD_TOKENS = 2**18\n"
+        code = ("import data_prep\nfrom corpus import shards\nshards.SHARD_TOKENS = 2**18\n"
                 f"data_prep.main(['--source', {str(path)!r}, '--data_dir', "
                 f"{str(tmp_path / str(copies))!r}, '--tokenizer_stories', '1000'])\n"
                 "print([line for line in open('/proc/self/status') if 'VmHWM' in line])")
