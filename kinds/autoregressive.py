@@ -32,7 +32,7 @@ def before_each(tokens: Tensor) -> Tensor:
 class Autoregressive(Kind):
     """Next-token prediction by the same network with a causal mask; no diffusion."""
 
-    name = "autoregressive"
+    name, title = "autoregressive", "autoregressive twin"
     objectives = ("autoregressive",)
     causal = exact = True
     unmasks = False

@@ -34,14 +34,16 @@ class ConditionalDiffusion(DiscreteDiffusion):
 
     def create(self, config: Any, meta: dict, source: dict | None = None, resumed: bool = False,
                ) -> ConditionalTransformer:
+        require("condition" in meta, f"{config.data_dir} has no conditions: prepare them with "
+                                     "prep_conditional_data.py and name that folder")
         path = config.decoder_checkpoint
         decoder = dataclasses.replace(ModelConfig(**source["model_config"]),
                                       dropout=config.dropout)
         require(meta["seq_len"] <= decoder.max_len, f"{config.data_dir} has rows of up to "
                 f"{meta['seq_len']} tokens, {path} was trained on at most {decoder.max_len}")
         weights = source["weights"] if source.get("ema") is None else source["ema"]
-        told_already = source["kind"] == self.name
-        if told_already:
+        has_one = source["kind"] == self.name
+        if has_one:
             require(config.encoder_config is None or resumed, f"--encoder_config: {path} has an "
                                                               "encoder already; leave it out")
             encoder = restored_encoder(source, weights)
@@ -50,9 +52,9 @@ class ConditionalDiffusion(DiscreteDiffusion):
             encoder = encoder_class(meta["condition"].get("encoder", "text")).create(
                 decoder, meta["condition"], size)
         model = self.network(decoder, encoder)
-        if told_already and not resumed:
+        if has_one and not resumed:
             model.load_state_dict(weights)
-        elif not told_already:
+        elif not has_one:
             model.load_decoder(weights)
             if not config.encoder_config:
                 model.start_encoder()

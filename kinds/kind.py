@@ -29,6 +29,7 @@ class Kind:
     """One kind of model, with the settings of its loss."""
 
     name: ClassVar[str]  # in checkpoints
+    title: ClassVar[str] = "model"  # in messages
     objectives: ClassVar[tuple[str, ...]]  # the values of --objective that train it
     stages: ClassVar[tuple[int, ...]] = (1,)  # and those of --stage
     network: ClassVar[type[DiffusionTransformer]] = DiffusionTransformer

@@ -27,11 +27,11 @@ def kind_of_run(config) -> Kind:
     known = objectives()
     require(config.objective in known, f"--objective {config.objective}: choose from "
                                        f"{', '.join(known)}")
-    for kind in KINDS.values():
-        if config.objective in kind.objectives and config.stage in kind.stages:
+    kinds = [kind for kind in KINDS.values() if config.objective in kind.objectives]
+    for kind in kinds:
+        if config.stage in kind.stages:
             return kind.of_run(config)
-    raise UserError(f"--stage {config.stage}: a model of --objective {config.objective} takes no "
-                    "condition")
+    raise UserError(f"--stage {config.stage}: the {kinds[0].title} takes no condition")
 
 
 def objectives() -> list[str]:

@@ -23,6 +23,7 @@ from kinds.checkpoints import load_checkpoint
 from kinds.likelihood import Corrupted, weighted_loss
 from model import ConditionalTransformer, create_conditional_model, create_model, is_of_condition
 from network import attention, layers
+from network.encoders import TextEncoder
 from sampling.loop import RowCache, fill
 from sampling.sampler import ORDERS, PACES, REMASKS, Sampler
 from sampling.step import numpy_step
@@ -38,8 +39,8 @@ def small_conditional(seed: int = 0, trained: bool = True, **changes) -> Conditi
     """Denoiser and encoder of different widths and depths; `trained`: no matrix is zero."""
     torch.manual_seed(seed)
     config = dataclasses.replace(SMALL, **{"vocab_size": 50, "max_len": 32, **changes})
-    model = ConditionalTransformer(config, dataclasses.replace(
-        config, width=48, heads=3, layers=3, max_len=16))
+    model = ConditionalTransformer(config, TextEncoder(dataclasses.replace(
+        config, width=48, heads=3, layers=3, max_len=16)))
     if trained:
         for p in model.parameters():
             if not p.any():
@@ -83,7 +84,8 @@ def test_the_condition_is_first_read_as_if_it_stood_before_the_text():
     """What the first block's heads compare and read is that of one row of both."""
     config = dataclasses.replace(SMALL, vocab_size=50, max_len=32)
     torch.manual_seed(0)
-    model = ConditionalTransformer(config, dataclasses.replace(config, layers=1, max_len=16))
+    model = ConditionalTransformer(config, TextEncoder(
+        dataclasses.replace(config, layers=1, max_len=16)))
     torch.nn.init.normal_(model.blocks[0].attention.query_bias, std=1.0)
     model.start_encoder()
     assert not any(block.cross.gate.any() for block in model.blocks)
@@ -162,7 +164,7 @@ def test_sizes_and_their_mistakes():
     with pytest.raises(Exception, match="takes no condition"):
         create_conditional_model("tiny", "tiny", causal=True)
     with pytest.raises(Exception, match="the same vocabulary"):
-        ConditionalTransformer(SMALL, dataclasses.replace(SMALL, vocab_size=99))
+        ConditionalTransformer(SMALL, TextEncoder(dataclasses.replace(SMALL, vocab_size=99)))
     with pytest.raises(RuntimeError, match="not the weights"):
         model.load_decoder({name: value for name, value in model.state_dict().items()
                             if name != "blocks.0.up.weight"})
@@ -210,7 +212,7 @@ def test_guidance_1_is_the_conditional_and_0_the_unconditional_model(sampler):
                                              rows_to_fill(), settings, seed=2)]
     plain = [row.tolist() for row in fill(numpy_step(model, sampler), rows_to_fill(), sampler, 2)]
     assert told(0.0) == plain
-    given = model.ConditionalTransformer.hidden
+    given = ConditionalTransformer.hidden
     always = model.encode(torch.from_numpy(CONDITIONS))
 
     class Given(torch.nn.Module):

@@ -397,7 +397,8 @@ def test_inference_weights_compute_the_same_to_the_bit_in_every_kind(kind, preci
     config = ModelConfig(**{**vars(CONFIG), **changes})
     torch.manual_seed(2)
     told = kind in ("conditional", "guided")
-    model = ConditionalTransformer(config, TextEncoder(config)) if told else DiffusionTransformer(config)
+    model = (ConditionalTransformer(config, TextEncoder(config)) if told else
+             DiffusionTransformer(config))
     for parameter in model.parameters():  # gates and biases too
         torch.nn.init.normal_(parameter, std=0.2)
     model.set_precision(precision).eval()
