@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 PAD, MASK, BOS, EOS = range(4)
 SPECIAL_TOKENS = ["[PAD]", "[MASK]", "[BOS]", "[EOS]"]
@@ -102,6 +101,6 @@ def length_nats(meta: dict, rows: Iterable[np.ndarray]) -> float:
                      for row in rows))
 
 
-def maskable(tokens: Tensor) -> Tensor:
-    """(B, L) bool: the positions that hold text (or already [MASK])."""
+def maskable(tokens: Any) -> Any:
+    """(B, L) bool: the positions that hold text (or already [MASK]), as a tensor of a tensor."""
     return (tokens > EOS) | (tokens == MASK)

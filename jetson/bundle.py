@@ -17,7 +17,9 @@ from sampling.sampler import PRESETS
 
 HERE = Path(__file__).parent.parent
 SCRIPTS = (
-    "generate.py", "export_jetson.py", "benchmark.py", "cli/__init__.py",
+    "generate.py", "export_jetson.py", "benchmark.py",
+    "cli/__init__.py", "cli/commands.py", "cli/errors.py", "cli/files.py", "cli/flags.py",
+    "cli/locks.py", "cli/streams.py",
     "corpus/__init__.py", "corpus/tokens.py", "corpus/files.py",
     "sampling/__init__.py", "sampling/sampler.py", "sampling/noise.py", "sampling/paces.py",
     "sampling/loop.py", "sampling/rows.py", "sampling/viewer.py", "sampling/viewer.html",
