@@ -1,4 +1,6 @@
-"""TODO"""
+"""The bundle: graphs, their reports, and all else that a Jetson needs, in a folder. A library of
+export_jetson.py.
+"""
 
 from cli import atomic_file, require, sha256_of
 
@@ -35,8 +37,6 @@ tqdm
 cuda-python>=12.6,<13
 """
 
-
-# ---- the bundle ----------------------------------------------------------------------------------
 
 def export(config: ExportConfig, folder: Path) -> dict:
     """Fills the folder and returns the content of bundle.json."""

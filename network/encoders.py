@@ -1,10 +1,9 @@
-"""TODO"""
+"""What reads a condition for the blocks of a denoiser. A library of model.py."""
 
 from torch import Tensor
 
 from network.transformer import Transformer
 
-# ---- with a condition ----------------------------------------------------------------------------
 
 class TextEncoder(Transformer):
     """Reads a condition, in both directions."""
