@@ -1,5 +1,4 @@
-"""Random numbers that depend on what they are for, never on the batch. A library for all that draws.
-"""
+"""Random numbers that depend on their purpose, never on the batch. A library for all that draws."""
 
 import numpy as np
 
