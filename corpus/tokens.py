@@ -8,9 +8,12 @@ from cli import UserError, require
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAD, MASK, BOS, EOS = range(4)
 SPECIAL_TOKENS = ["[PAD]", "[MASK]", "[BOS]", "[EOS]"]
@@ -104,6 +107,6 @@ def length_nats(meta: dict, rows: Iterable[np.ndarray]) -> float:
                      for row in rows))
 
 
-def maskable(tokens: Any) -> Any:
-    """(B, L) bool: the positions that hold text (or already [MASK]), as a tensor of a tensor."""
+def maskable(tokens: "Tensor") -> "Tensor":
+    """(B, L) bool: the positions that hold text (or already [MASK])."""
     return (tokens > EOS) | (tokens == MASK)

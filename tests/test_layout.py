@@ -71,7 +71,15 @@ def imported(nodes: Iterator[ast.AST] | list[ast.stmt]) -> set[str]:
     return found
 
 
-EVERYWHERE = {name: imported(ast.walk(tree)) for name, tree in TREES.items()}
+def in_use(tree: ast.AST) -> Iterator[ast.AST]:
+    """All below a node but what is there for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from in_use(node)
+
+
+EVERYWHERE = {name: imported(in_use(tree)) for name, tree in TREES.items()}
 AT_THE_TOP = {name: imported(tree.body) for name, tree in TREES.items()}
 
 
