@@ -146,7 +146,7 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
        for situation in (*SIGNALS, "SIGHUP under nohup")},
     **{("benchmark.py device", situation): SAME for situation in SITUATIONS
        if situation not in ("closed stdout", "| head -1", "SIGTERM")},
-    **{(name, "SIGHUP under nohup"): "cli sets the handlers of all; one of each kind is enough"
+    **{(name, "SIGHUP under nohup"): "cli.py sets the handlers of all; one of each kind is enough"
        for name in COMMANDS if name not in ("train.py", "data_prep.py", "sample_stories.py")},
     **{("sample_stories.py", situation): "it reads no file"
        for situation in ("a folder as file", "a file as folder")},
