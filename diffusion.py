@@ -5,7 +5,7 @@ A library: nothing to run here.
     diffusion = DiscreteDiffusion(schedule="linear", objective="masked_ce")
     loss = diffusion.loss(model, tokens, generator)           # scalar, differentiable
     bound = diffusion.nelbo(model, batches)                   # bound.nats_per_token
-    for state in diffusion.unmask(model, tokens, Sampler()):  # sampling/loop.py
+    for state in diffusion.unmask(model, tokens, Sampler()):  # the loop of sampling/
         ...
 
 Forward process: at time t in (0, 1] every maskable token of a row becomes [MASK] independently
@@ -153,7 +153,8 @@ class DiscreteDiffusion:
     def unmask(self, model: nn.Module, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
                rows: Sequence[int] | None = None, conditions: np.ndarray | None = None,
                ) -> Iterator[State]:
-        """Fills every [MASK] of `tokens` (B, L), step by step: the loop of sampling/loop.py.
+        """The loop of sampling/loop.py with this model: fills every [MASK] of `tokens` (B, L), step
+        by step.
 
         `conditions` (N, S) belong to the rows with the numbers 0 to N - 1.
         """
