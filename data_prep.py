@@ -150,8 +150,6 @@ def write_folder(config: DataConfig, folder: Path) -> dict:
         config=dataclasses.asdict(config), seconds=round(time.perf_counter() - started, 2))
 
 
-# ---- command line --------------------------------------------------------------------------------
-
 def verify(data_dir: str) -> None:
     meta = load_meta(data_dir)
     read_tokenizer_file(data_dir, meta)

@@ -10,11 +10,11 @@ then copy `--out_dir` to the Jetson and there, in the folder:
     python export_jetson.py --build_engine step_fp16.onnx
     python generate.py --engine step_fp16.engine --preset fast
 
-What is exported is one unmasking step, network and choice of tokens (device_step.py): logits never
-leave it. Each precision comes with a report, printed and kept in bundle.json: size, operators,
-difference of the logits, agreement of the likeliest token and the NELBO of held-out rows through
-that very graph: of the test split where the data has one, else of the validation split. INT8 takes
-its scales from training rows. The small model takes about 3 minutes on 2 CPU cores.
+What is exported is one unmasking step, network and choice of tokens (jetson/step_graph.py): logits
+never leave it. Each precision comes with a report, printed and kept in bundle.json: size,
+operators, difference of the logits, agreement of the likeliest token and the NELBO of held-out rows
+through that very graph: of the test split where the data has one, else of the validation split.
+INT8 takes its scales from training rows. The small model takes about 3 minutes on 2 CPU cores.
 """
 
 from cli import parse, require, run

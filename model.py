@@ -1,4 +1,4 @@
-"""The networks, their size table, and the checkpoint format. A library: nothing to run here.
+"""The networks and their size table, built from network/. A library: nothing to run here.
 
     model = create_model("small", vocab_size=8192)   # DiffusionTransformer
     hidden = model.hidden(tokens)                    # (B, L, D)

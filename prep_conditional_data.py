@@ -91,8 +91,6 @@ class PairConfig:
                 "--test_fraction: the stories of --data_dir keep their splits; leave it out")
 
 
-# ---- pairs ---------------------------------------------------------------------------------------
-
 def stories_of(data_dir: str, split: str, tokenizer) -> Iterator[str]:
     """The stories of a data folder, those of several rows put together again."""
     rows = TokenRows(data_dir, split)

@@ -33,7 +33,6 @@ from training.config import QUICK, QUICK_DATA, TrainConfig
 from training.processes import Processes, start_processes
 from training.trainer import FIXED, Trainer, clear_folder
 
-# ---- command line --------------------------------------------------------------------------------
 
 def resumed_config(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, dict]:
     """The stored settings of last.pt with the flags given now on top, and the checkpoint."""

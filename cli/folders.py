@@ -6,7 +6,9 @@ A folder is made in a workplace: <name>.partial-... beside it or, where it is al
 be a volume, which cannot be renamed, in a folder that cannot be written), partial-... in it.
 """
 
-from cli import UserError, atomic_file, check_links, check_writable, lock, lock_file, require
+from cli.errors import UserError, require
+from cli.files import atomic_file, check_links, check_writable
+from cli.locks import lock, lock_file
 
 import errno
 import json

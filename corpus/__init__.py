@@ -1,1 +1,14 @@
-"""TODO"""
+"""From texts to rows of token ids, on the disk and in memory.
+
+    tokens.py          the special tokens, the tokenizer, rows of ids cut, told apart and padded
+    files.py           the texts of .txt, .jsonl and .parquet files
+    sources.py         where stories come from: the hub, files, the story maker
+    sample_stories.py  the story maker
+    sentences.py       where the sentences of a text begin and end
+    vocabulary.py      a vocabulary learned, and texts cut into it
+    shards.py          the writer of a data folder
+    rows.py            its reader, and batches of rows of like length
+
+For every other folder but cli; network and sampling take tokens.py alone. Nothing here imports more
+of ours than cli, or torch: data are prepared, and a Jetson reads tokens, without it.
+"""

@@ -1,4 +1,9 @@
-"""TODO"""
+"""The texts of files: .txt with <|endoftext|> after every story, .jsonl and .parquet with a field
+`text`. A library of sources.py.
+
+Every reader is a generator, so that a file of any size is read with the same small memory. A text
+that is null comes as None.
+"""
 
 from cli import UserError, require
 

@@ -1,4 +1,12 @@
-"""TODO"""
+"""The reader of a data folder: its description, its rows, batches of rows of like length. A library
+for whatever trains or measures.
+
+    rows = TokenRows("data", "test")
+    for indices in bucket_batches(rows.lengths, 4096):
+        tokens = rows.batch(indices)                 # (B, L) int64
+
+Whatever is in the files is looked at before it is used; data_prep.py tells their format.
+"""
 
 from cli import require
 
@@ -19,8 +27,6 @@ SHARD_HEADER = 4  # int64: magic, format version, rows, tokens; then rows + 1 of
 META_KEYS = ("source", "licence", "vocab_size", "seq_len", "bytes_per_token", "length_histogram",
              "tokenizer_sha256", "splits")
 
-
-# ---- reader --------------------------------------------------------------------------------------
 
 def load_meta(data_dir: str | Path) -> dict:
     """meta.json of a data folder, checked to be one that this version reads."""

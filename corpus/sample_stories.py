@@ -5,7 +5,7 @@ random. That is enough to watch a tiny model learn something in a few minutes, b
 data set: the sentences come from a short list, so a loss or a sample quality measured on them
 says nothing about how a model would do on real stories.
 
-    python sample_stories.py --count 3 --seed 1
+    python -m corpus.sample_stories --count 3 --seed 1
 
 prints three stories with a line `<|endoftext|>` between them.
 """

@@ -1,10 +1,8 @@
-"""TODO"""
+"""Where the sentences of a text begin and end. A library of prep_conditional_data.py."""
 
 import re
 from collections.abc import Iterator
 from itertools import chain
-
-# ---- sentences -----------------------------------------------------------------------------------
 
 # What may end a sentence: its marks with the quotes and brackets that close behind them.
 _END = re.compile(r"""[.!?\u2026]+["'\u201d\u2019)\]]*""")

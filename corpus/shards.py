@@ -1,4 +1,6 @@
-"""TODO"""
+"""The writer of a data folder: shards, splits, meta.json. A library of data_prep.py, which tells
+the format, and of prep_conditional_data.py.
+"""
 
 from cli import atomic_file, require
 
@@ -28,8 +30,6 @@ from corpus.tokens import (
 SHARD_TOKENS = 2**25  # 64 MiB a shard
 TEST_FRACTION = 0.5  # of the held-out stories
 
-
-# ---- writer --------------------------------------------------------------------------------------
 
 class SplitWriter:
     """Writes the shards of one split and keeps its counts."""

@@ -1,4 +1,7 @@
-"""TODO"""
+"""Token ids, the tokenizer, and rows of ids: cut, told apart, padded. A library for every stage.
+
+The ids 0 to 3 are special and stand for no text; every id above EOS is a piece of text.
+"""
 
 from cli import UserError, require
 

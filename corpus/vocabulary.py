@@ -1,4 +1,8 @@
-"""TODO"""
+"""A vocabulary learned from texts, and texts cut into it, on every core. A library of data_prep.py
+and prep_conditional_data.py.
+
+Both take seconds to minutes inside the tokenizer's own code, and Ctrl-C is heard all the same.
+"""
 
 import atexit
 import os
@@ -18,8 +22,6 @@ from corpus.tokens import SPECIAL_TOKENS, load_tokenizer
 LONGEST_WORD = 1024  # characters; a longer one is cut while the vocabulary is learned
 BATCH_BYTES = 2**20  # text tokenized together: keeps the cores busy and the memory small
 
-
-# ---- tokenizer -----------------------------------------------------------------------------------
 
 class Background:
     """Runs `work` in a thread, so that this one hears Ctrl-C while it waits: the tokenizer's own

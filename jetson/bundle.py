@@ -1,4 +1,6 @@
-"""TODO"""
+"""The bundle: graphs, their reports, and all else that a Jetson needs, in a folder. A library of
+export_jetson.py.
+"""
 
 from cli import atomic_file, require, sha256_of
 
@@ -17,7 +19,9 @@ from sampling.sampler import PRESETS
 
 HERE = Path(__file__).parent.parent
 SCRIPTS = (
-    "generate.py", "export_jetson.py", "benchmark.py", "cli/__init__.py",
+    "generate.py", "export_jetson.py", "benchmark.py",
+    "cli/__init__.py", "cli/commands.py", "cli/errors.py", "cli/files.py", "cli/flags.py",
+    "cli/locks.py", "cli/streams.py",
     "corpus/__init__.py", "corpus/tokens.py", "corpus/files.py",
     "sampling/__init__.py", "sampling/sampler.py", "sampling/noise.py", "sampling/paces.py",
     "sampling/loop.py", "sampling/rows.py", "sampling/viewer.py", "sampling/viewer.html",
@@ -33,8 +37,6 @@ tqdm
 cuda-python>=12.6,<13
 """
 
-
-# ---- the bundle ----------------------------------------------------------------------------------
 
 def export(config: ExportConfig, folder: Path) -> dict:
     """Fills the folder and returns the content of bundle.json."""

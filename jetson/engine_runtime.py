@@ -1,7 +1,7 @@
 """Exported steps without torch: ONNX Runtime and TensorRT sessions, and the bundle they come from.
 
     bundle = Bundle("jetson_bundle/step_fp32.onnx")          # or a .engine file in such a folder
-    step = bundle.step(Sampler(steps=32))                    # for the loop of sampler.py
+    step = bundle.step(Sampler(steps=32))                    # for sampling/loop.py
 
 A library of generate.py, benchmark.py and export_jetson.py; it runs on Python 3.10, on the Jetson
 with its own TensorRT, and never imports torch. A session takes named NumPy arrays of fixed shapes
@@ -66,7 +66,7 @@ class Bundle:
                 "export it with --guided")
 
     def step(self, sampler: Sampler, conditions: np.ndarray | None = None) -> Step:
-        """The step of this graph and sampler for the loop of sampler.py.
+        """The step of this graph and sampler for the loop of sampling/loop.py.
 
         `conditions` (N, S) int64 belong to the rows with the numbers 0 to N - 1.
         """

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Step and encoder as ONNX graphs, checked to be what TensorRT reads. A library of bundle.py."""
 
 import copy
 import io
@@ -31,8 +31,6 @@ ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus So
 Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample
 Where Xor""".split())
 
-
-# ---- graphs --------------------------------------------------------------------------------------
 
 def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"]:
     """Inputs of the shapes that the graph will have."""

@@ -1,5 +1,5 @@
 """INT8 for an exported step: the blocks' weight products, static, symmetric. A library of
-export_jetson.py.
+graphs.py.
 
     balance(model, runs)                            # the same function, with even channels
     scales = activation_scales(model, runs)         # one for the input of every weight product

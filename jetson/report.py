@@ -1,17 +1,15 @@
-"""TODO"""
+"""A graph beside the torch model in FP32, on the same rows with hidden tokens. A library of
+bundle.py, and of graphs.py, which takes INT8's scales from such rows.
+"""
 
 from cli import require
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from jetson.engine_runtime import OnnxSession
 
-if TYPE_CHECKING:
-    pass
-
-# ---- report --------------------------------------------------------------------------------------
 
 class NoisyRows:
     """Rows of a split with some of their tokens hidden, the same for every precision."""

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The settings of an export. A library: `python export_jetson.py --help` shows all."""
 
 from cli import flag, require
 

@@ -1,10 +1,9 @@
-"""The unmasking step as a graph of fixed shape, for ONNX and TensorRT. A library of
-export_jetson.py.
+"""The unmasking step as a graph of fixed shape, for ONNX and TensorRT. A library of graphs.py.
 
-It computes what diffusion.UnmaskStep computes, in operators that TensorRT has: no FP64, no search,
-no gather of chosen positions (every position is scored, for a graph's shapes are fixed), and tokens
-drawn among the `LIKELIEST`. How to draw and in which order are inputs, so that one graph serves
-every sampler that needs nothing but tokens and confidences.
+It computes what `sampling.step.UnmaskStep` does, in operators that TensorRT has: no FP64, no
+search, no gather of chosen positions (every position is scored, for a graph's shapes are fixed),
+and tokens drawn among the `LIKELIEST`. How to draw and in which order are inputs, so that one graph
+serves every sampler that needs nothing but tokens and confidences.
 """
 
 import torch
@@ -20,7 +19,7 @@ OPTIONS = ("temperature", "top_p", "top_k", "order", "threshold", "guidance")
 
 
 class DeviceStep(nn.Module):
-    """`diffusion.UnmaskStep` with the sampler's settings as inputs; logits never leave it.
+    """`sampling.step.UnmaskStep` with the sampler's settings as inputs; logits never leave it.
 
     A row may be longer than its story: what lies behind the story's own padding is hidden from the
     network, which sees the very row that the torch step gives it.
@@ -38,7 +37,7 @@ class DeviceStep(nn.Module):
             tokens: (B, L) int32, hidden ones are [MASK].
             count: (B,) int32, how many to uncover in each row.
             noise: (B, 2, L) float32 uniforms in [0, 1): for the order, for the token.
-            options: (6,) float32, see OPTIONS; order is its number in sampler.ORDERS, and tokens at
+            options: (6,) float32, see OPTIONS; order is its number in ORDERS, and tokens at
                 least as probable as `threshold` are uncovered beyond the count (2: none).
             context: keys, values and bias of the condition, of a model with one.
         Returns: the new tokens (B, L) int32, and confidence (B, L) float32: the probability of each

@@ -1,4 +1,12 @@
-"""TODO"""
+"""Checkpoints: the .pt files with a network, its tokenizer and its length histogram. A library for
+whatever writes or reads them.
+
+    checkpoint = load_checkpoint("checkpoints/best.pt")
+    model = model_from_checkpoint(checkpoint)                   # with the averaged weights
+
+Stages meet in these files alone. Nothing in one is ever run, and one that is damaged, foreign or
+changed is refused in a line.
+"""
 
 from cli import UserError, atomic_file, require
 
@@ -18,6 +26,7 @@ from model import DiffusionTransformer
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 2
 CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
                    "length_histogram")
+
 
 def save_checkpoint(path: str | Path, model: DiffusionTransformer, tokenizer: str,
                     length_histogram: dict, kind: str | None = None, **state: Any) -> None:

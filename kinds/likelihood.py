@@ -1,4 +1,6 @@
-"""TODO"""
+"""Batches with hidden tokens, their loss, and the nats measured on them. A library of diffusion.py
+and autoregressive.py, which hide in their own ways.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -14,8 +16,6 @@ from network.hardware import device_of
 # Numbers of rows (B,) -> their conditions, a batch as their encoder takes it
 Conditions = Callable[[np.ndarray], np.ndarray]
 
-
-# ---- loss ----------------------------------------------------------------------------------------
 
 @dataclass
 class Corrupted:

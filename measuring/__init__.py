@@ -1,1 +1,19 @@
-"""TODO"""
+"""How good a model is, and how fast: what evaluate.py and benchmark.py run.
+
+    common.py          settings, splits and rows that evaluations share
+    likelihood.py      the likelihood bound and the diversity of samples
+    samplers.py        samplers compared, at each number of network evaluations
+    infilling.py       the middle sentence of real stories filled in
+    conditions.py      what a condition is worth, at every guidance
+    curves.py          the curves of training runs, and several in one figure
+    quality.py         perplexity under the twin as a judge, diversity
+    overlap.py         how much of a text stands in the training text
+    paired.py          arms that are timed in turn, in one process
+    training_speed.py  a training step against textbook ones
+    sampling_speed.py  whole stories filled, against ancestral samplers
+    device.py          an exported step, where it runs; without torch
+    roofline.py        what a device could do at best, worked out
+
+For evaluate.py, benchmark.py, train_long.py and the report of an export. It imports training, kinds
+and what is below them, and jetson.engine_runtime, whose sessions device.py times.
+"""

@@ -1,1 +1,13 @@
-"""TODO"""
+"""What the networks of model.py are built from.
+
+    layers.py       their settings, the linear map, the norm, the precisions
+    attention.py    attention to a row and to a condition, with rotary positions
+    dropout.py      dropout that keeps nothing for the backward pass
+    transformer.py  the block; embedding and blocks
+    encoders.py     what reads a condition
+    head_loss.py    vocabulary head and cross-entropy in one, in chunks
+    hardware.py     the device to compute on and in which precision
+
+For model.py and whatever runs a network. Nothing here knows of diffusion: it imports cli and
+corpus.tokens, and never model.py, which puts the parts together.
+"""

@@ -1,4 +1,8 @@
-"""TODO"""
+"""Attention to a row and to a condition, with rotary positions. A library of transformer.py, and of
+model.py for the condition.
+
+D is the width of the network, H the number of its heads, d = D/H, B rows of L tokens.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Dropout that keeps nothing for the backward pass. A library of transformer.py."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Where to compute and in which precision. A library for whatever runs a network."""
 
 from cli import UserError, require
 
@@ -15,7 +15,6 @@ from network.attention import View, rope_frequencies
 from network.layers import PRECISIONS, ModelConfig
 from network.transformer import Block
 
-# ---- where to run --------------------------------------------------------------------------------
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a module's first parameter or buffer lives; the CPU if it has none."""

@@ -1,7 +1,5 @@
-"""What the networks are built from: their settings, attention, blocks. A library of model.py.
-
-Every block is pre-norm: attention, where there is a condition cross-attention, and an MLP, each
-added to what it reads. Nothing here knows of diffusion.
+"""The settings of a network, and the smallest parts: linear map, norm, precisions. A library of
+model.py and the other files here.
 """
 
 from cli import require

@@ -1,4 +1,8 @@
-"""TODO"""
+"""The block, and a stack of blocks behind an embedding. A library of model.py and encoders.py.
+
+Every block is pre-norm: attention, where there is a condition cross-attention, and an MLP, each
+added to what it reads. Nothing here knows of diffusion.
+"""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,1 +1,15 @@
-"""TODO"""
+"""How stories are drawn: the loop that uncovers [MASK], and the rows that it begins with.
+
+    sampler.py   the settings of a sampler, and the presets
+    noise.py     random numbers that depend on seed, row and step alone
+    paces.py     how many tokens in a step, and which to hide again
+    loop.py      the loop, over any step
+    rows.py      the rows to fill: blank stories, prompts, gaps, words that they cut
+    viewer.py    how a story was uncovered, as a page or a GIF
+    viewer.html  that page
+    step.py      the step of a torch model: which positions, which tokens
+
+For kinds and all above them. All but step.py need no torch, for a Jetson runs them too, and import
+cli and corpus.tokens alone; step.py imports network as well, and never model.py: any network will
+do that has its methods.
+"""

@@ -1,4 +1,12 @@
-"""TODO"""
+"""The loop that uncovers every [MASK] of a batch, in NumPy. A library for whatever samples.
+
+    for state in unmask(step, tokens, Sampler(steps=64, temperature=0.8), seed=1):
+        print(state.step, state.tokens)
+
+It is written over any `step`, so that a torch module (step.py) and an exported graph
+(jetson/engine_runtime.py) run the same loop. A step decides the order, and how many an adaptive
+pace takes; paces.py decides the rest.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

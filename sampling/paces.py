@@ -1,4 +1,8 @@
-"""TODO"""
+"""How many tokens are uncovered in each step, and which are hidden again. A library of loop.py.
+
+A planned pace is worked out here, in `plan`; of an adaptive one only the least that it takes, for
+the rest needs the network's probabilities (see step.py).
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,9 @@
-"""TODO"""
+"""The rows that a sampler fills: blank stories, prompts, gaps; and the words that they cut. A
+library for whatever samples.
+
+Where a text ends inside a word beside hidden tokens, the piece is taken back, and the places of a
+row say which tokens may be drawn there (`Limits` of loop.py): token healing.
+"""
 
 from cli import require
 
@@ -15,7 +20,10 @@ from sampling.noise import LENGTH_STREAM
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# ---- rows to fill --------------------------------------------------------------------------------
+GAP = re.compile(r"\[MASK(?::([^\]]*))?\]")
+LIKE_A_GAP = re.compile(r"\[\s{0,9}mask(?:\s{0,9}[:=-]\s{0,9}[^\]\s]{0,9}|\s{1,9}[^\]\s]{0,9})?"
+                        r"\s{0,9}\]", re.IGNORECASE)
+
 
 def blank_story(length: int) -> np.ndarray:
     """[BOS], `length` times [MASK], [EOS]."""
@@ -36,13 +44,6 @@ def draw_length(histogram: dict, seed: int, row: int, at_least: int = 1) -> int 
     index = np.searchsorted(weights.cumsum() / weights.sum(), uniform, side="right")
     return list(counts)[min(int(index), len(counts) - 1)]
 
-
-GAP = re.compile(r"\[MASK(?::([^\]]*))?\]")
-LIKE_A_GAP = re.compile(r"\[\s{0,9}mask(?:\s{0,9}[:=-]\s{0,9}[^\]\s]{0,9}|\s{1,9}[^\]\s]{0,9})?"
-                        r"\s{0,9}\]", re.IGNORECASE)
-
-
-# ---- rows to fill --------------------------------------------------------------------------------
 
 class Vocabulary:
     """The tokens by their bytes, to complete words that a text cuts."""

@@ -1,15 +1,8 @@
-"""The sampling loop: which positions, how many a step, which to hide again, and the noise. NumPy.
+"""The settings of a sampler, and the presets. A library for whatever samples.
 
 A sampler is an order (which positions first), a pace (how many in a step) and a way of hiding
-tokens again. The loop is written over any `step` callable, so that a torch module and an exported
-graph run the same loop:
-
-    for state in unmask(step, tokens, Sampler(steps=64, temperature=0.8), seed=1):
-        print(state.step, state.tokens)
-
-Where things are decided: the order, and how many an adaptive pace takes, inside the step
-(diffusion.UnmaskStep), for they need the network's probabilities; a planned pace in `plan`; what is
-hidden again in `Remasking`.
+tokens again. The order, and how many an adaptive pace takes, are decided inside the step (step.py),
+for they need the network's probabilities; a planned pace and what is hidden again in paces.py.
 """
 
 from cli import flag, require

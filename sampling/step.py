@@ -1,4 +1,8 @@
-"""TODO"""
+"""The unmasking step of a torch model: which positions, which tokens. A library for whatever
+samples with torch.
+
+    step = numpy_step(model, Sampler(steps=64))      # for the loop of loop.py
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +17,6 @@ from network.hardware import device_of
 from sampling.loop import Choice, RowCache, Step
 from sampling.sampler import ADAPTIVE_PACES, Sampler
 
-# ---- unmasking -----------------------------------------------------------------------------------
 
 class UnmaskStep(nn.Module):
     """One unmasking step: network and token choice in one module. Logits never leave it.
@@ -176,7 +179,7 @@ def together(contexts: Sequence[Context]) -> Context:
 
 
 def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None) -> Step:
-    """The torch step of this model and sampler, for the NumPy loop of sampler.py.
+    """The torch step of this model and sampler, for the NumPy loop of loop.py.
 
     `conditions`, N of them as the model's encoder takes them, belong to the rows with the numbers 0
     to N - 1.
@@ -205,7 +208,7 @@ def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None
 
 def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
                  ) -> Choice:
-    """Draws one token of every row among those allowed at its place, for sampler.draw_limited.
+    """Draws one token of every row among those allowed at its place, for `loop.draw_limited`.
 
     From the distribution that `numpy_step` would draw from, restricted to the allowed tokens and
     renormalised; temperature, top_k and top_p then apply to what is left. The probability is that

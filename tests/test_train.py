@@ -498,7 +498,7 @@ class FullDisk:
 
     def __init__(self, monkeypatch, room: int):
         self.room, self.tried = room, 0
-        write = cli._Output.write
+        write = cli.files._Output.write
 
         def limited(output, data):
             if ".pt." in str(output.name) and self.room <= 0:
@@ -506,7 +506,7 @@ class FullDisk:
                 output.error = OSError(errno.ENOSPC, "No space left on device")
                 raise output.error
             return write(output, data)
-        monkeypatch.setattr(cli._Output, "write", limited)
+        monkeypatch.setattr(cli.files._Output, "write", limited)
 
 
 def test_a_full_disk_ends_a_run_only_when_it_stays_full(settings, monkeypatch, capsys, fails):
