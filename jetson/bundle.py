@@ -49,7 +49,7 @@ def export(config: ExportConfig, folder: Path) -> dict:
         load_checkpoint,
         model_from_checkpoint,
     )
-    from measuring.common import open_rows
+    from measuring.held_out import open_rows
     path = find_checkpoint(config.checkpoint, ("diffusion", "conditional"))
     checkpoint = load_checkpoint(path, kind=("diffusion", "conditional"))
     reference = model_from_checkpoint(checkpoint).for_inference()
