@@ -33,7 +33,7 @@ from corpus.tokens import decode
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
 from kinds.kind import drawn_lengths
 from kinds.registry import kind_of
-from measuring import common, likelihood
+from measuring import likelihood
 from network.hardware import machine
 from train import refuse_changes
 from train_config_long import PRESETS, STAGES, LongConfig
@@ -281,12 +281,12 @@ class LongRun:
 
     def do_evaluate(self) -> None:
         config, path = self.config, self.folder / "best.pt"
-        settings = common.EvaluateConfig(
+        settings = likelihood.LikelihoodConfig(
             checkpoint=str(path), data_dir=config.data_dir, draws=config.draws,
             max_rows=config.evaluate_rows or None, num_samples=config.compared_stories,
             seed=config.seed, device=config.device, precision=config.precision)
-        likelihood.write(settings, path, load_checkpoint(path, kind=None),
-                       self.folder / "evaluation.json")
+        likelihood.measure_and_write(settings, path, load_checkpoint(path, kind=None),
+                                     self.folder / "evaluation.json")
 
     def do_curves(self) -> None:
         MetricsLog(self.folder).plot()

@@ -52,7 +52,7 @@ def export(config: ExportConfig, folder: Path) -> dict:
         model_from_checkpoint,
     )
     from kinds.registry import kind_of, kinds_that
-    from measuring.common import open_rows
+    from measuring.held_out import open_rows
     kinds = kinds_that(lambda kind: kind.unmasks)
     path = find_checkpoint(config.checkpoint, kinds)
     checkpoint = load_checkpoint(path, kinds)

@@ -1,6 +1,13 @@
-"""TODO"""
+"""The training curves of one run, or the validations of several in one figure.
 
-from cli import atomic_file, check_writable, flag, parse, require, run
+    python evaluate.py curves --checkpoint_dir checkpoints    # draws training_curves.png again
+    python evaluate.py curves --compare checkpoints checkpoints_ar --output diffusion_vs_ar.png
+
+--compare draws the best validation bits/byte so far of several runs against epochs over the data.
+Needs no torch.
+"""
+
+from cli import atomic_file, check_writable, flag, parse, require
 
 import itertools
 from dataclasses import dataclass
@@ -38,14 +45,16 @@ def compare(folders: list[Path], output: Path) -> None:
 
 
 @dataclass
-class PlotConfig:
+class CurvesConfig:
+    """Flags of `evaluate.py curves`."""
+
     checkpoint_dir: str = flag("checkpoints", "folder of the run")
     compare: list[str] = flag([], "folders of runs to draw into one figure instead")
     output: str = flag("comparison.png", "that figure")
 
 
-def main(argv: list[str] | None = None) -> None:
-    config, given = parse(PlotConfig, __doc__, argv)
+def main(argv: list[str]) -> None:
+    config, given = parse(CurvesConfig, __doc__, argv)
     require(config.compare or "output" not in given, "--output belongs to --compare; the curves of "
                                                      "one run go into its folder")
     folders = [Path(name) for name in config.compare or [config.checkpoint_dir]]
@@ -64,7 +73,3 @@ def main(argv: list[str] | None = None) -> None:
         log = MetricsLog(folders[0])
         log.plot()
         print(f"wrote {log.curves}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,28 +1,54 @@
-"""TODO"""
+"""How well the middle sentence of real stories is filled in.
 
-from cli import atomic_file, require
+    python evaluate.py infilling --checkpoint checkpoints/best.pt --twin checkpoints_ar/best.pt
+
+Exact match, BLEU and nats/token of the hidden sentence, beside those of the autoregressive twin,
+which knows only what stands to the left of it, with the paired difference. Prints a table and
+writes infilling.json beside the checkpoint. --num_samples makes it shorter.
+"""
+
+from cli import atomic_file, flag, parse, require
 
 import dataclasses
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from corpus.rows import TokenRows
 from corpus.tokens import MASK, decode
 from kinds.autoregressive import Autoregressive
 from kinds.kind import Kind
 from kinds.likelihood import ratio_error
 from kinds.registry import kind_of
-from measuring.common import EvaluateConfig, choose_stories, open_beside, open_model
+from measuring.held_out import (
+    ScoringConfig,
+    choose_stories,
+    find_measurable,
+    open_beside,
+    open_model,
+    output_file,
+)
 from sampling.sampler import Sampler
-
-# ---- infilling -----------------------------------------------------------------------------------
 
 # What stands between two marks: simpler than the sentences of prep_conditional_data.py, and what
 # the figures for infilling in docs/results.md were measured with.
 SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"'\u201d\u2019]*\s*|[^.!?]+$")
+
+
+@dataclass(frozen=True)
+class InfillingConfig(ScoringConfig):
+    """Flags of `evaluate.py infilling`."""
+
+    twin: str | None = flag(None, "checkpoint of an autoregressive model to compare with")
+    num_samples: int = flag(64, "stories to hide the middle sentence of")
+
+    def check(self) -> None:
+        super().check()
+        self.require_from(1, "num_samples")
 
 
 def middle_sentence(text: str) -> tuple[int, int] | None:
@@ -55,64 +81,84 @@ def hide_middle(row: np.ndarray, tokenizer) -> np.ndarray | None:
 
 def gap_nats(kind: Kind, model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray],
              draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and tokens of each gap, (N,) both: given both sides, or for the twin the left."""
+    """Nats and tokens of each gap, (N,) both: given both sides, or for the twin the left one."""
     nats = [kind.gap_nats(model, row, gap, draws, seed, number)
             for number, (row, gap) in enumerate(zip(rows, gaps, strict=True))]
     return np.array(nats), np.array([(gap == MASK).sum() for gap in gaps])
 
 
-def infilling(kind: Kind, model: torch.nn.Module, rows: list[np.ndarray], gaps: list[np.ndarray],
-              sampler: Sampler, tokenizer, draws: int, seed: int) -> dict:
+def infilling(kind: Kind, model: torch.nn.Module, rows: list[np.ndarray],
+              gaps: list[np.ndarray], sampler: Sampler, tokenizer, draws: int, seed: int) -> dict:
     """Exact match (share), BLEU (0 to 100) and nats/token of the filled gaps against the real, with
     their standard error over the stories, and the nats of each story."""
     from sacrebleu.metrics import BLEU
     filled = kind.fill(model, gaps, sampler, seed)
-    made, real = ([decode(tokenizer, row[gap == MASK]).strip()
+    filled_in, real = ([decode(tokenizer, row[gap == MASK]).strip()
                    for row, gap in zip(group, gaps, strict=True)] for group in (filled, rows))
     nats, tokens = gap_nats(kind, model, rows, gaps, draws, seed)
-    return {"exact_match": float(np.mean([a == b for a, b in zip(made, real, strict=True)])),
-            "bleu": BLEU().corpus_score(made, [real]).score,
+    return {"exact_match": float(np.mean([a == b for a, b in zip(filled_in, real, strict=True)])),
+            "bleu": BLEU().corpus_score(filled_in, [real]).score,
             "nats_per_token": float(nats.sum() / tokens.sum()),
             "standard_error": ratio_error(nats, tokens), "story_nats": nats.tolist(),
             "examples": [{"left": decode(tokenizer, row[:np.argmax(gap == MASK)]), "made": a,
-                          "real": b} for row, gap, a, b in zip(rows, gaps, made, real, strict=True)
-                         ][:10]}
+                          "real": b} for row, gap, a, b in zip(rows, gaps, filled_in, real,
+                                                             strict=True)][:10]}
 
 
-def compare_infilling(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
-    """The middle sentence of real stories, filled in by this model and by the twin."""
-    model, rows, tokenizer = open_model(config, path, checkpoint)
-    twin = open_beside(config, config.twin, "autoregressive", model, rows)
-    stories = [rows[i].astype(np.int64) for i in choose_stories(config, rows)]
-    pairs = [(row, gap) for row in stories
-             if (gap := hide_middle(row, tokenizer)) is not None]
+def measure(config: InfillingConfig, path: Path, kind: Kind, model: torch.nn.Module,
+            twin: torch.nn.Module | None, rows: TokenRows, tokenizer) -> dict:
+    """Everything that infilling.json holds."""
+    stories = [rows[i].astype(np.int64)
+               for i in choose_stories(rows, config.num_samples, config.seed)]
+    pairs = [(row, gap) for row in stories if (gap := hide_middle(row, tokenizer)) is not None]
     require(pairs, f"{rows.data_dir}: no story of three sentences or more to hide one of")
-    arms = {"this model": (kind_of(checkpoint), model)}
-    if twin:
+    whole, gaps = map(list, zip(*pairs, strict=True))
+    arms = {"this model": (kind, model)}
+    if twin is not None:
         arms["left to right"] = Autoregressive(), twin
+    arms = {name: infilling(*arm, whole, gaps, config, tokenizer, config.draws, config.seed)
+            for name, arm in arms.items()}
+    tokens = np.array([(gap == MASK).sum() for gap in gaps])
     result = {"checkpoint": str(path), "twin": config.twin, "stories": len(pairs),
-              "split": rows.split,
-              "config": dataclasses.asdict(config),
-              "arms": {name: infilling(*arm, *map(list, zip(*pairs, strict=True)), config,
-                                               tokenizer, config.draws, config.seed)
-                       for name, arm in arms.items()}}
-    tokens = [int((gap == MASK).sum()) for _, gap in pairs]
-    result["story_tokens"] = tokens
-    if twin:
-        mine, other = (np.array(arm["story_nats"]) for arm in result["arms"].values())
+              "split": rows.split, "config": dataclasses.asdict(config), "arms": arms,
+              "story_tokens": tokens.tolist()}
+    if twin is not None:
+        mine, other = (np.array(arm["story_nats"]) for arm in arms.values())
         result["difference"] = {  # story by story: a long one costs both much
-            "nats_per_token": float((mine - other).sum() / sum(tokens)),
-            "standard_error": ratio_error(mine - other, np.array(tokens))}
-    with atomic_file(target, "w") as file:
-        json.dump(result, file, indent=1)
-    print(f"the middle sentence of {len(pairs)} stories of {rows.split}, {sum(tokens)} tokens, "
-          f"temperature {config.temperature:g}, {config.steps} steps, seed {config.seed}\n\n"
+            "nats_per_token": float((mine - other).sum() / tokens.sum()),
+            "standard_error": ratio_error(mine - other, tokens)}
+    return result
+
+
+def report(result: dict) -> None:
+    """Prints what `measure` found."""
+    config = result["config"]
+    print(f"the middle sentence of {result['stories']} stories of {result['split']}, "
+          f"{sum(result['story_tokens'])} tokens, temperature {config['temperature']:g}, "
+          f"{config['steps']} steps, seed {config['seed']}\n\n"
           f"{'':15s}{'exact match':>12s}{'BLEU':>8s}{'nats/token':>12s}")
     for name, arm in result["arms"].items():
         print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}"
               f"{arm['nats_per_token']:12.3f} ± {arm['standard_error']:.3f}")
-    if twin:
+    if "difference" in result:
         print("\nthis model (a bound) less left to right (exact), story by story: "
               f"{result['difference']['nats_per_token']:+.3f} ± "
               f"{result['difference']['standard_error']:.3f} nats/token")
+
+
+def main(argv: list[str]) -> None:
+    config, given = parse(InfillingConfig, __doc__, argv)
+    config.check()
+    path, checkpoint = find_measurable(config.checkpoint, lambda kind: (
+        "infilling is measured for a model without a condition; use `python evaluate.py "
+        "condition` for this one" if kind.conditional else ""))
+    kind = kind_of(checkpoint)
+    config.check_used_by(kind, given)
+    target = output_file(config.output, path, "infilling.json")
+    model, rows, tokenizer = open_model(config, path, checkpoint)
+    twin = open_beside(config.twin, "autoregressive", model, rows)
+    result = measure(config, path, kind, model, twin, rows, tokenizer)
+    with atomic_file(target, "w") as file:
+        json.dump(result, file, indent=1)
+    report(result)
     print(f"\nwrote {target}")

@@ -1,10 +1,24 @@
-"""TODO"""
+"""How likely a model finds held-out stories, and how varied those are that it generates.
 
-from cli import atomic_file
+    python evaluate.py likelihood --checkpoint checkpoints/best.pt --data_dir data
+
+Prints a table and writes evaluation.json beside the checkpoint:
+- the likelihood bound (NELBO) of held-out stories in bits/byte, nats/token and perplexity, with
+  its standard error, and masked cross-entropy and accuracy by mask ratio; the protocol names the
+  split. The autoregressive twin is scored on the same bytes, exactly: its "NELBO" is the negative
+  log-likelihood
+- distinct-1/2/3, self-BLEU and unigram entropy of generated stories, and the share of their 8-grams
+  and 16-grams (of tokens) that stand in the training text, beside those of real stories
+
+--max_rows makes the scoring shorter, --num_samples the rest.
+"""
+
+from cli import atomic_file, flag, parse, require
 
 import dataclasses
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +30,35 @@ from corpus.tokens import decode, token_bytes
 from kinds.kind import Kind
 from kinds.likelihood import Nelbo
 from kinds.registry import kind_of
-from measuring import overlap, quality
-from measuring.common import EvaluateConfig, choose_stories, open_model
-from measuring.quality import diversity
+from measuring.held_out import (
+    ScoringConfig,
+    choose_stories,
+    find_measurable,
+    open_model,
+    output_file,
+)
+from measuring.overlap import train_overlap
+from measuring.quality import diversity, text_ids
 from network.layers import PRECISIONS
 
 
-def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.ndarray) -> dict:
-    """The bound in every unit. `extra` nats code the rows' lengths; `sizes` is (V,), the bytes
-    behind each token."""
+@dataclass(frozen=True)
+class LikelihoodConfig(ScoringConfig):
+    """Flags of `evaluate.py likelihood`."""
+
+    max_rows: int | None = flag(None, "score only so many rows, evenly spread over the split")
+    num_samples: int = flag(64, "stories generated and compared with as many real ones, 0 for none")
+
+    def check(self) -> None:
+        super().check()
+        self.require_from(1, "max_rows")
+        self.require_from(0, "num_samples")
+        require(self.num_samples != 1, "--num_samples 1: self-BLEU needs at least 2 stories")
+
+
+def in_every_unit(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.ndarray) -> dict:
+    """The bound of these rows in every unit. `extra` nats code the rows' lengths; `sizes` is (V,),
+    the bytes behind each token."""
     text_bytes = int(sum(sizes[row].sum() for row in rows))
     factor = bound.bits_per_byte(0, text_bytes) / bound.nats_per_token
     return {
@@ -38,24 +72,24 @@ def likelihood(bound: Nelbo, rows: list[np.ndarray], extra: float, sizes: np.nda
         "rows": len(rows), "tokens": int(bound.row_nats()[1].sum()), "bytes": text_bytes}
 
 
-def compare_samples(config: EvaluateConfig, kind: Kind, model: torch.nn.Module, rows: TokenRows,
+def compare_samples(config: LikelihoodConfig, kind: Kind, model: torch.nn.Module, rows: TokenRows,
                     stories: np.ndarray, tokenizer) -> dict:
     """Diversity of generated stories and of the real `stories` (row numbers), of equal lengths
     (but for the twin's, which end where it ends them), and how much of them stands in the training
-    text."""
+    text: {"samples": {figure: value}, "data": ...}."""
     real = [rows[i] for i in stories]
-    made = kind.write(model, [len(row) - 2 for row in real], config, config.seed)
-    groups = [quality.text_ids(group) for group in (made, real)]
-    overlaps = overlap.train_overlap(groups, TokenRows(rows.data_dir, "train"))
+    generated = kind.write(model, [len(row) - 2 for row in real], config, config.seed)
+    groups = [text_ids(group) for group in (generated, real)]
+    overlaps = train_overlap(groups, TokenRows(rows.data_dir, "train"))
     return {name: diversity([decode(tokenizer, row) for row in ids], ids) | overlap
             for name, ids, overlap in zip(("samples", "data"), groups, overlaps, strict=True)}
 
 
-def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
+def measure(config: LikelihoodConfig, path: Path, checkpoint: dict) -> dict:
     """Everything that evaluation.json holds, for the checkpoint that was read from `path`."""
     model, rows, tokenizer = open_model(config, path, checkpoint)
     precision = {value: key for key, value in PRECISIONS.items()}[model.compute_dtype]
-    stories = choose_stories(config, rows)
+    stories = choose_stories(rows, config.num_samples, config.seed)
     chosen = evenly_spread(config.max_rows or len(rows), len(rows))
     batches = bucket_batches(rows.lengths, 8192, chosen, merge=False)
     bar = tqdm(batches, desc="scoring", unit=" batches", leave=False, disable=None)
@@ -70,8 +104,8 @@ def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
         "protocol": f"{kind.protocol(config.draws)}, {len(chosen)} rows of {rows.split}, "
                     f"seed {config.seed}, {precision}, {weights}; bits/byte include the code of "
                     "the row lengths, nats/token and perplexity do not",
-        "likelihood": likelihood(bound, scored, kind.extra_nats(rows.meta, scored),
-                                 token_bytes(tokenizer)),
+        "likelihood": in_every_unit(bound, scored, kind.extra_nats(rows.meta, scored),
+                                    token_bytes(tokenizer)),
         "masked_ce": bound.masked_ce, "masked_accuracy": bound.masked_accuracy,
         "config": dataclasses.asdict(config)}
     if not kind.exact:
@@ -82,6 +116,7 @@ def evaluate(config: EvaluateConfig, path: Path, checkpoint: dict) -> dict:
 
 
 def report(result: dict) -> None:
+    """Prints what `measure` found."""
     numbers = result["likelihood"]
     print(f"{result['checkpoint']}, step {result['step']}; {result['protocol']}\n")
     print(f"bits/byte        {numbers['bits_per_byte']:8.4f} "
@@ -109,10 +144,21 @@ def report(result: dict) -> None:
             print(f"{key:18s}" + "".join(f"{cell:>12s}" for cell in cells))
 
 
-def write(config: EvaluateConfig, path: Path, checkpoint: dict, target: Path) -> None:
-    """Evaluates the checkpoint read from `path`, writes `target` and prints the table."""
-    result = evaluate(config, path, checkpoint)
+def measure_and_write(config: LikelihoodConfig, path: Path, checkpoint: dict, target: Path) -> None:
+    """Measures the checkpoint that was read from `path`, writes `target` and prints the table."""
+    result = measure(config, path, checkpoint)
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)
     report(result)
     print(f"\nwrote {target}")
+
+
+def main(argv: list[str]) -> None:
+    config, given = parse(LikelihoodConfig, __doc__, argv)
+    config.check()
+    path, checkpoint = find_measurable(config.checkpoint, lambda kind: (
+        "use `python evaluate.py condition`, which measures it with its conditions"
+        if kind.conditional else ""))
+    config.check_used_by(kind_of(checkpoint), given)
+    measure_and_write(config, path, checkpoint,
+                      output_file(config.output, path, "evaluation.json"))

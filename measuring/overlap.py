@@ -1,4 +1,8 @@
-"""TODO"""
+"""How much of a text stands in the training text. A library of evaluate.py's commands.
+
+A model that repeats what it was trained on looks good to a judge that was trained on the same: the
+share of its n-grams that the training text has shows it.
+"""
 
 from collections.abc import Iterator
 
@@ -6,8 +10,6 @@ import numpy as np
 from tqdm import tqdm
 
 from corpus.rows import TokenRows
-
-# ---- what stands in the training text ------------------------------------------------------------
 
 OVERLAPS = (8, 16)  # tokens
 CHUNK_TOKENS = 2**20  # of the training rows at a time

@@ -1,11 +1,10 @@
-"""How good stories are, and what each sampler gives for its cost. A library of evaluate.py.
+"""How good and how varied stories are. A library of evaluate.py's commands and of benchmark.py.
 
-In `evaluate.py --sampling` every sampler makes as many stories as there are real ones beside them,
-of the same lengths. Quality is told by the autoregressive twin as a judge (generative perplexity),
-and beside it always by the diversity: perplexity also falls when stories become alike or repeat
-themselves, which entropy, distinct-n and self-BLEU show, and when they repeat the training text,
-which the judge has learned too: how much of them stands there is told by `train_overlap`. The
-figures of the real stories are the mark to reach.
+The autoregressive twin judges how good they are (generative perplexity); beside it always stands
+how varied they are, for perplexity also falls when stories become alike or repeat themselves, which
+entropy, distinct-n and self-BLEU show, and when they repeat the training text, which the judge has
+learned too: `overlap.train_overlap` measures how much of them stands there. The figures of the real
+stories are the mark to reach.
 """
 
 import math
@@ -22,6 +21,7 @@ from kinds.likelihood import measure_nats
 
 
 def words(text: str) -> list[str]:
+    """The words of a text, in lower case."""
     return re.findall(r"\w+(?:'\w+)?", text.lower())
 
 
@@ -48,10 +48,12 @@ def diversity(texts: list[str], token_rows: list[list[int]]) -> dict:
 
 
 def text_ids(rows: list[np.ndarray]) -> list[list[int]]:
+    """The token ids of each row without [BOS], [EOS] and the other marks."""
     return [[int(i) for i in row if i > EOS] for row in rows]
 
 
 def entropy(ids: list[int]) -> float:
+    """Unigram entropy of the tokens of one text, in nats."""
     share = np.array(list(Counter(ids).values())) / max(1, len(ids))
     return float(-(share * np.log(share)).sum())
 
@@ -61,7 +63,7 @@ PERPLEXITY = "exp(the judge's nats per token of text and [EOS])"
 
 
 class Judge:
-    """The autoregressive twin, which tells how likely a story is.
+    """The autoregressive twin as a judge of how likely stories are.
 
     It was trained on the same stories as the models that it judges, so it likes what they have in
     common with the training text.
@@ -86,14 +88,13 @@ class Judge:
         return math.exp(bound.nats.sum() / bound.k.sum())
 
 
-# ---- samplers ------------------------------------------------------------------------------------
-
 def ends_properly(text: str) -> bool:
     """Whether a story ends with the end of a sentence."""
     return text.rstrip().rstrip("\"'\u201d\u2019").endswith((".", "!", "?"))
 
 
 def figures(rows: list[np.ndarray], tokenizer, judge: Judge | None) -> dict:
+    """What is measured of stories, rows [BOS] story [EOS]; perplexity None without a judge."""
     ids = text_ids(rows)
     texts = [decode(tokenizer, row) for row in ids]
     return {"generative_perplexity": judge.perplexity(rows) if judge else None,

@@ -434,8 +434,8 @@ def test_conditions_longer_than_an_encoder_reads(settings, conditional_checkpoin
     words = "reads at most 32: prepare them with --condition_len 32"
     assert words in fails(train.main, *argv(settings))
     assert not (tmp_path / "stage2").exists()
-    assert words in fails(evaluate.main, "--checkpoint", conditional_checkpoint, "--data_dir",
-                          tmp_path / "pairs", "--output", tmp_path / "x.json")
+    assert words in fails(evaluate.main, "condition", "--checkpoint", conditional_checkpoint,
+                          "--data_dir", tmp_path / "pairs", "--output", tmp_path / "x.json")
 
 
 def test_every_row_of_a_batch_comes_with_its_own_condition(settings):

@@ -10,7 +10,7 @@ from corpus.rows import load_meta
 from evaluate import main
 from kinds.checkpoints import load_checkpoint
 from kinds.likelihood import INVERSE_RATIOS
-from measuring import common
+from measuring import infilling, likelihood, samplers
 
 
 @pytest.fixture
@@ -101,13 +101,65 @@ def test_default_output_stands_by_the_checkpoint(checkpoint, long_data_dir, monk
     (["--steps", "0"], "--steps 0"), (["--max_rows", "0"], "--max_rows"),
     (["--draws", "0"], "--draws"), (["--num_samples", "-1"], "--num_samples"),
     (["--num_samples", "1"], "self-BLEU"), (["--output", "nowhere/x.json"], "folder that exists"),
-    (["--sampling", "--num_samples", "0"], "--sampling"), (["--twin", "x.pt"], "--twin"),
-    (["--samplers", "best"], "--samplers 'best'"), (["--evaluations", "0"], "--evaluations"),
+    (["samplers", "--num_samples", "0"], "--num_samples 0"), (["--twin", "x.pt"], "--twin"),
+    (["infilling", "--num_samples", "0"], "--num_samples 0"),
+    (["samplers", "--num_samples", "1"], "--num_samples 1"),
+    (["samplers", "--samplers", "best"], "--samplers 'best'"),
+    (["samplers", "--evaluations", "0"], "--evaluations"),
+    (["samplers", "--top_p", "0"], "--top_p 0"), (["--seed", "-1"], "--seed -1"),
+    (["--guidance", "2"], "unrecognized arguments: --guidance"),
+    (["--eta", "0.2"], "--eta belongs to"), (["sampling"], "invalid choice: 'sampling'"),
     (["--output", "."], "name a file"), (["--split", "test"], "--split"),
     (["--split", "test"], "only val, train")])
 def test_bad_input(checkpoint, long_data_dir, argv, message, fails):
-    assert message in fails(main, "--checkpoint", checkpoint, "--data_dir", long_data_dir, *argv)
-    assert not (checkpoint.parent / "evaluation.json").exists()
+    command = [word for word in argv[:1] if not word.startswith("-")]
+    assert message in fails(main, *command, "--checkpoint", checkpoint, "--data_dir",
+                            long_data_dir, *argv[len(command):])
+    assert not [*checkpoint.parent.glob("*.json")]
+
+
+@pytest.mark.parametrize("command, flags, message", [
+    ("likelihood", ["--draws", "2", "--steps", "3"], "--draws --steps: without effect"),
+    ("infilling", ["--order", "entropy"], "--order: without effect for an autoregressive model")])
+def test_what_an_autoregressive_model_does_not_know(command, flags, message, twin, fails):
+    assert message in fails(main, command, "--checkpoint", twin, *flags)
+
+
+@pytest.mark.parametrize("command, message", [
+    ([], "use `python evaluate.py condition`"), (["likelihood"], "`python evaluate.py condition`"),
+    (["samplers"], "samplers are compared for a model without a condition"),
+    (["infilling"], "infilling is measured for a model without a condition")])
+def test_a_model_with_a_condition_has_its_own_command(command, message, conditional_checkpoint,
+                                                      fails):
+    assert message in fails(main, *command, "--checkpoint", conditional_checkpoint)
+
+
+def test_without_a_command_it_is_the_likelihood(checkpoint, long_data_dir, tmp_path):
+    quick = ["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--num_samples",
+             "0", "--max_rows", "3", "--output", str(tmp_path / "e.json")]
+    results = []
+    for command in ([], ["likelihood"]):
+        main([*command, *quick])
+        results.append(json.loads((tmp_path / "e.json").read_text()))
+    assert results[0] == results[1] and results[0]["likelihood"]["rows"] == 3
+
+
+def test_the_newest_checkpoint_of_a_fitting_kind_is_measured(
+        checkpoint, conditional_checkpoint, twin, tmp_path, monkeypatch, capsys):
+    for age, (name, source) in enumerate((("plain", checkpoint), ("ar", twin),
+                                          ("conditional", conditional_checkpoint))):
+        (tmp_path / name).mkdir()
+        shutil.copy(source, tmp_path / name / "best.pt")
+        os.utime(tmp_path / name / "best.pt", (1e9 + age, 1e9 + age))
+    monkeypatch.chdir(tmp_path)
+    main(["likelihood", "--num_samples", "0", "--max_rows", "2"])
+    main(["samplers", "--num_samples", "2", "--evaluations", "1", "--samplers", "random"])
+    main(["infilling", "--num_samples", "2"])
+    main(["condition", "--num_samples", "0", "--max_rows", "4", "--draws", "1"])
+    capsys.readouterr()
+    assert sorted(str(path) for path in tmp_path.glob("*/*.json")) == [
+        str(tmp_path / path) for path in ("ar/evaluation.json", "ar/infilling.json",
+                                          "conditional/evaluation.json", "plain/sampling.json")]
 
 
 def test_rows_longer_than_the_model_are_refused(checkpoint, long_data_dir, tmp_path, fails):
@@ -128,15 +180,16 @@ def test_foreign_data(checkpoint, data_dir, tmp_path, fails):
 @pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
 def test_outputs_that_cannot_be_written_are_found_before_the_work(
         checkpoint, long_data_dir, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr(common, "open_model", lambda *_: pytest.fail("the work began"))
+    for module in (likelihood, samplers, infilling):
+        monkeypatch.setattr(module, "open_model", lambda *_: pytest.fail("the work began"))
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for name in ("x_pareto.png", "folder"):
         (tmp_path / name).mkdir()
     before = sorted(tmp_path.iterdir())
     for words in (["file/x.json"], ["link/x.json"], ["gone/x.json"], ["folder"],
-                  ["n" * 300 + ".json"], ["x.json", "--sampling"]):
-        fails(main, "--checkpoint", checkpoint, "--output", tmp_path / words[0], *words[1:])
+                  ["n" * 300 + ".json"], ["x.json", "samplers"], ["folder", "infilling"]):
+        fails(main, *words[1:], "--checkpoint", checkpoint, "--output", tmp_path / words[0])
     assert sorted(tmp_path.iterdir()) == before
 
 

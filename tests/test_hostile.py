@@ -26,6 +26,7 @@ import pytest
 from conftest import ROOT
 
 import benchmark
+import evaluate
 import train
 from corpus.files import SEPARATOR
 from kinds.checkpoints import load_checkpoint
@@ -42,8 +43,8 @@ OUTPUTS = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.p
 
 @dataclass(frozen=True)
 class Command:
-    """One command line. In its words {out} is a folder of the cell, and {data}, {model}, {bundle},
-    {text}, {file} and {folder} are there already."""
+    """One command line. In its words {out} is a folder of the cell, and {data}, {model},
+    {conditional}, {bundle}, {text}, {file} and {folder} are there already."""
 
     script: str
     args: str  # how it is called; a short run
@@ -60,6 +61,7 @@ class Command:
 
 BENCHMARK = ("--model_config micro --batch 2 --seq_len 32 --repeats 1 --no-memory --vocab_size 300 "
              "--precision fp32 --device cpu")
+EVALUATION = "--output {out}/e.json --num_samples 2 --precision fp32 --device cpu"
 COMMANDS = {
     "train.py": Command(
         "train.py", f"--data_dir {{data}} --checkpoint_dir {{out}} --max_steps 3 --save_every 1 "
@@ -88,11 +90,23 @@ COMMANDS = {
         "fp32 --report_rows 0", "--precisions fp32 int8 --report_rows 100000",
         ("bundle.json", "step_fp32.onnx", "README.md"), "--checkpoint {folder}", "--out_dir {file}",
         2.0, room=2**16, whole=True),
-    "evaluate.py": Command(
-        "evaluate.py", "--checkpoint {model} --data_dir {data} --output {out}/e.json --num_samples "
-        "2 --steps 2 --draws 1 --max_rows 4 --precision fp32 --device cpu",
-        "--draws 1000000", ("e.json",), "--output {folder}", "--data_dir {file}",
+    "evaluate.py likelihood": Command(
+        "evaluate.py", f"likelihood --checkpoint {{model}} --data_dir {{data}} {EVALUATION} "
+        "--steps 2 --draws 1 --max_rows 4", "--draws 1000000", ("e.json",), "--output {folder}",
+        "--data_dir {file}", made=True),
+    "evaluate.py samplers": Command(
+        "evaluate.py", f"samplers --checkpoint {{model}} --data_dir {{data}} {EVALUATION} "
+        "--evaluations 2 --samplers random", "--evaluations 100000", ("e.json", "e_pareto.png"),
         made=True),
+    "evaluate.py infilling": Command(
+        "evaluate.py", f"infilling --checkpoint {{model}} --data_dir {{data}} {EVALUATION} "
+        "--steps 2 --draws 1", "--draws 1000000", ("e.json",), made=True),
+    "evaluate.py condition": Command(
+        "evaluate.py", f"condition --checkpoint {{conditional}} {EVALUATION} --steps 2 --draws 1 "
+        "--max_rows 4 --guidances 1", "--draws 1000000", ("e.json", "e.md"), made=True),
+    "evaluate.py curves": Command(
+        "evaluate.py", "curves --compare {run} --output {out}/c.png", "", ("c.png",),
+        "--output {folder}", "--compare {file}", NUMPY),
     "benchmark.py train": Command(
         "benchmark.py", f"train {BENCHMARK} --arms eager --json {{out}}/b.json",
         "--repeats 1000000", ("b.json",), "--json {folder}", "--json {file}/b.json"),
@@ -120,9 +134,6 @@ COMMANDS = {
         "generate.py", "--onnx {bundle}/step_fp32.onnx --num_samples 2 --steps 2 --length 8 "
         "--trace {out}/t.html", "--num_samples 1000000", ("t.html",), "--trace {folder}.html",
         "--trace {file}/t.html", NUMPY),
-    "metrics.py": Command(
-        "metrics.py", "--compare {run} --output {out}/c.png", "", ("c.png",), "--output {folder}",
-        "--compare {file}", NUMPY),
     "sample_stories.py": Command("sample_stories.py", "--count 2000", "--count 100000",
                                  starts=0.1),
 }
@@ -146,6 +157,9 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
        for situation in (*SIGNALS, "SIGHUP under nohup")},
     **{("benchmark.py device", situation): SAME for situation in SITUATIONS
        if situation not in ("closed stdout", "| head -1", "SIGTERM")},
+    **{(name, situation): "the same code as evaluate.py likelihood, whose row has it"
+       for name in ("evaluate.py samplers", "evaluate.py infilling", "evaluate.py condition")
+       for situation in SITUATIONS if situation not in ("closed stdout", "full disk", "SIGTERM")},
     **{(name, "SIGHUP under nohup"): "cli.py sets the handlers of all; one of each kind is enough"
        for name in COMMANDS if name not in ("train.py", "data_prep.py", "sample_stories.py")},
     **{("sample_stories.py", situation): "it reads no file"
@@ -337,7 +351,8 @@ class Table:
 
 
 @pytest.fixture(scope="session")
-def table(request, tmp_path_factory, long_data_dir, checkpoint, bundle) -> Iterator[Table]:
+def table(request, tmp_path_factory, long_data_dir, checkpoint, conditional_checkpoint, bundle,
+          ) -> Iterator[Table]:
     base = tmp_path_factory.mktemp("hostile")
     (base / "text.txt").write_text(f"\n{SEPARATOR}\n".join(
         f"Story {i}: the café was so small that Tom {'ran ' * (i % 7)}home." for i in range(400)),
@@ -346,7 +361,8 @@ def table(request, tmp_path_factory, long_data_dir, checkpoint, bundle) -> Itera
     for name in ("folder", "folder.html"):
         (base / name).mkdir()
     table = Table(base, dict(
-        data=long_data_dir, model=checkpoint, run=checkpoint.parent, bundle=bundle,
+        data=long_data_dir, model=checkpoint, conditional=conditional_checkpoint,
+        run=checkpoint.parent, bundle=bundle,
         text=base / "text.txt", file=base / "file", folder=base / "folder"))
     table.start([item.callspec.params["cell"] for item in request.session.items
                  if "cell" in getattr(getattr(item, "callspec", None), "params", {})])
@@ -424,12 +440,13 @@ def test_every_script_is_in_the_table(capsys):
     scripts = {path.name for path in ROOT.glob("*.py")
                if "__main__" in path.read_text(encoding="utf-8")}
     assert {command.script for command in COMMANDS.values()} == scripts
-    # and every benchmark
-    with pytest.raises(SystemExit):
-        benchmark.main(["--help"])
-    usage = re.search(r"benchmark\.py \{([a-z,]+)\}", capsys.readouterr().out)[1]
-    assert {name.split()[1] for name in COMMANDS if name.startswith("benchmark.py")} == {
-        *usage.split(",")}
+    # and every command of those that have several
+    for script in (benchmark, evaluate):
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+        usage = re.search(r"\{([a-z,]+)\} \[flags\]", capsys.readouterr().out)[1]
+        assert {name.split()[1] for name in COMMANDS if name.startswith(script.__name__ + ".py ")
+                } == {*usage.split(",")}
 
 
 def test_every_cell_is_run_or_has_a_reason():

@@ -11,11 +11,10 @@ from corpus.tokens import BOS, EOS, MASK, decode, load_tokenizer
 from evaluate import main
 from kinds.likelihood import ratio_error
 from measuring import overlap, quality
-from measuring.common import SAMPLERS
 from measuring.infilling import gap_nats, hide_middle, middle_sentence
 from measuring.overlap import train_overlap
 from measuring.quality import Judge, diversity, ends_properly, entropy, words
-from measuring.samplers import COLUMNS, settings, table
+from measuring.samplers import COLUMNS, SAMPLERS, settings, table
 from network.layers import ModelConfig
 from sampling.sampler import ADAPTIVE_PACES, Sampler
 from training import config, trainer
@@ -179,7 +178,7 @@ def test_nats_of_a_gap_are_those_given_what_is_seen():
 
 def test_infilling_of_both_sides(checkpoint, twin, long_data_dir, tmp_path, capsys):
     target = tmp_path / "infilling.json"
-    main(["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--infilling",
+    main(["infilling", "--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir),
           "--num_samples", "4", "--steps", "3", "--twin", str(twin), "--output", str(target),
           "--precision", "fp32", "--draws", "2"])
     text, result = capsys.readouterr().out, json.loads(target.read_text())
@@ -200,7 +199,7 @@ def test_infilling_of_both_sides(checkpoint, twin, long_data_dir, tmp_path, caps
     assert difference["standard_error"] == pytest.approx(ratio_error(mine - other, tokens))
     assert f"{difference['nats_per_token']:+.3f} ± {difference['standard_error']:.3f}" in text
     # every story that fits may be asked for, and without a twin there is no difference
-    main(["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--infilling",
+    main(["infilling", "--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir),
           "--num_samples", "1000", "--steps", "1", "--output", str(target), "--draws", "1"])
     result = json.loads(target.read_text())
     assert "difference" not in result and 4 < len(result["story_tokens"]) == result["stories"]
@@ -219,7 +218,7 @@ def test_a_low_entropy_is_named():
 
 def test_the_table_of_samplers(checkpoint, twin, long_data_dir, tmp_path, capsys, fails):
     target = tmp_path / "sampling.json"
-    argv = ["--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir), "--sampling",
+    argv = ["samplers", "--checkpoint", str(checkpoint), "--data_dir", str(long_data_dir),
             "--num_samples", "3", "--evaluations", "2", "5", "--output", str(target), "--samplers",
             "random", "random, corrector", "entropy, entropy_bound"]
     main([*argv, "--twin", str(twin), "--precision", "fp32"])
