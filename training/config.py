@@ -5,6 +5,7 @@ Every field is a flag of the same name and lands in the checkpoint.
 
 from cli import UserError, flag, require
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -15,8 +16,12 @@ from sampling.sampler import ORDERS, Sampler
 from training.optimizers import DEFAULT_LR, OPTIMIZERS
 
 STAGE_LR = {1: 1.0, 2: 1.0, 3: 2 / 3}  # share of the default: in stage 3 all has learned already
-# What a later stage takes over from the model that it starts from
-SIZES = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head")
+# What a later stage takes over from the model that it starts from.
+TAKEN_OVER = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head")
+# A run cannot go on with another value of these: the weights, the optimizers' state or the place in
+# the data would not fit.
+FIXED = (*TAKEN_OVER, "stage", "encoder_config", "decoder_checkpoint", "optimizer", "seed",
+         "batch_tokens")
 
 
 @dataclass
@@ -121,7 +126,7 @@ class TrainConfig:
         unused = sorted(given & {"schedule", "sample_order", "sample_steps"})
         require(self.objective != "autoregressive" or not unused,
                 f"--{' --'.join(unused)}: the twin writes from left to right; leave it out")
-        unused = sorted(given & set(SIZES)) if self.stage > 1 else []
+        unused = sorted(given & set(TAKEN_OVER)) if self.stage > 1 else []
         require(not unused, f"--{' --'.join(unused)}: stage {self.stage} goes on with the model of "
                             f"{self.decoder_checkpoint}; leave it out")
 
@@ -132,6 +137,20 @@ class TrainConfig:
     def sampler(self) -> Sampler:
         return Sampler(steps=self.sample_steps, temperature=self.sample_temperature,
                        order=self.sample_order)
+
+
+def refuse_changes(stored: dict, changed: dict, folder: str) -> None:
+    """Refuses new values of settings with which the run in `folder` cannot go on (UserError).
+
+    `stored` are the settings that it was started with, `changed` those asked for now, by their
+    names.
+    """
+    stored = dataclasses.asdict(TrainConfig()) | stored  # an older run lacks the newest ones
+    for name, value in changed.items():
+        twin = name == "objective" and "autoregressive" in (value, stored[name])
+        require(name not in FIXED and not twin or value == stored[name], f"--{name} {value}: the "
+                f"run in {folder} was started with {stored[name]}, which cannot change; choose "
+                "another --checkpoint_dir")
 
 
 QUICK = dict(data_dir="quick_run/data", data_source=["sample"], checkpoint_dir="quick_run",
