@@ -29,9 +29,10 @@ from corpus.rows import load_meta
 from corpus.sources import check_source, describe_source, other_source
 from data_prep import DataConfig, prepare
 from kinds.checkpoints import load_checkpoint
-from training.config import QUICK, QUICK_DATA, TrainConfig
+from training.config import QUICK, QUICK_DATA, TrainConfig, refuse_changes
 from training.processes import Processes, start_processes
-from training.trainer import FIXED, Trainer, clear_folder
+from training.saving import clear_folder
+from training.trainer import Trainer
 
 
 def resumed_config(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, dict]:
@@ -54,16 +55,6 @@ def resumed_config(config: TrainConfig, given: set[str]) -> tuple[TrainConfig, d
     merged = TrainConfig(**settings)
     merged.check_used(given)
     return merged, checkpoint
-
-
-def refuse_changes(stored: dict, changed: dict, folder: str) -> None:
-    """Refuses new values of settings with which a run cannot go on."""
-    stored = dataclasses.asdict(TrainConfig()) | stored  # an older run lacks the newest ones
-    for name, value in changed.items():
-        twin = name == "objective" and "autoregressive" in (value, stored[name])
-        require(name not in FIXED and not twin or value == stored[name], f"--{name} {value}: the "
-                f"run in {folder} was started with {stored[name]}, which cannot change; choose "
-                "another --checkpoint_dir")
 
 
 def find_data(config: TrainConfig, given: set[str]) -> None:

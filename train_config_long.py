@@ -1,20 +1,26 @@
-"""The settings of a long run, and its presets. A library: `python train_long.py --help` shows all.
+"""The settings of a long run, its presets, and what its folder keeps of them. A library:
+`python train_long.py --help` shows all.
 
 Everything that train.py can set is here too, and lands in the checkpoint; a preset replaces the
 defaults of the flags that were not given.
 """
 
-from cli import flag, require
+from cli import UserError, atomic_file, flag, preset, require
 
 import dataclasses
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_prep import DataConfig
 from sampling.sampler import Sampler
 from training.config import TrainConfig
 
 STAGES = ("data", "train", "evaluate", "curves", "samples", "report")
+# Where the data lies; what is in it is compared by its hashes.
+PLACES = {"data_dir", "data_source", "valid_source"}
 
 
 @dataclass
@@ -78,3 +84,65 @@ PRESETS = {
     "full": dict(model_config="xlarge", batch_tokens=524_288, grad_accum_steps=2, max_steps=20_000,
                  ema_decay=0.9995, valid_rows=4096, save_every=500),
 }
+
+
+class KeptSettings:
+    """settings.json of a run: its settings, its sessions, and the hashes of its data.
+
+    `config` has the stored settings of the folder's run, or the preset, and the `given` flags on
+    top. `changed` names the given ones that the run had otherwise; `say` is told of them.
+    """
+
+    NOT_KEPT = dict(from_stage=None, skip_data_prep=False, overwrite=False, resume=False)
+
+    def __init__(self, config: LongConfig, given: set[str], say: Callable[[str], None]):
+        folder = Path(config.checkpoint_dir)
+        self.path = folder / "settings.json"
+        self.sessions: list[dict] = []
+        self.changed: set[str] = set()
+        self.known_data: dict | None = None  # hashes of what the run was trained on
+        require(not {"minutes", "max_steps"} <= given,
+                "--minutes and --max_steps: give one of them")
+        require(not config.resume or (folder / "last.pt").exists(),
+                f"--resume: no {folder / 'last.pt'} to continue from")
+        config.check_used(given)
+        if self.path.exists() and not config.overwrite:
+            config = self.go_on(config, given, say)
+        else:
+            require(config.overwrite or not (folder / "last.pt").exists(),
+                    f"{folder} holds a run of train.py: name another --checkpoint_dir, or "
+                    "give --overwrite")
+            settled = given | ({"minutes"} if "max_steps" in given else set())
+            config = preset(config, PRESETS[config.preset], settled)
+        if config.data_dir is None:
+            config.data_dir = str(folder / "data")
+        config.check()
+        self.config = config
+
+    def go_on(self, config: LongConfig, given: set[str], say: Callable[[str], None]) -> LongConfig:
+        """The stored settings with the given flags on top; sets what else is stored."""
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            base, self.sessions = stored["settings"], stored["sessions"]
+            self.known_data = stored.get("data")
+            config = LongConfig(**{**base, **{name: getattr(config, name) for name in given}})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} does not hold a run's settings; name another "
+                            "--checkpoint_dir, or give --overwrite") from error
+        self.changed = {name for name in given - set(self.NOT_KEPT)
+                        if base.get(name) != getattr(config, name)}
+        require("preset" not in self.changed, f"--preset {config.preset}: the run in "
+                f"{self.path.parent} was started with {base['preset']}; name another "
+                "--checkpoint_dir, or give --overwrite")
+        for name in sorted(self.changed - PLACES):
+            say(f"--{name} changes from {base.get(name)} to {getattr(config, name)}")
+        if "max_steps" in given:
+            config.minutes = 0.0
+        return config
+
+    def store(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.path, "w") as file:
+            kept = dataclasses.replace(self.config, **self.NOT_KEPT)
+            json.dump({"settings": dataclasses.asdict(kept), "sessions": self.sessions,
+                       "data": self.known_data}, file, indent=1)

@@ -14,7 +14,7 @@ on: its learning rate rises again to where the longer decay has it. The presets 
 train_config_long.py.
 """
 
-from cli import UserError, atomic_file, check_writable, lock, parse, preset, require, run
+from cli import atomic_file, check_writable, lock, parse, require, run
 
 import contextlib
 import dataclasses
@@ -35,13 +35,13 @@ from kinds.kind import drawn_lengths
 from kinds.registry import kind_of
 from measuring import likelihood
 from network.hardware import machine
-from train import refuse_changes
-from train_config_long import PRESETS, STAGES, LongConfig
-from training.config import TrainConfig
+from train_config_long import PLACES, STAGES, KeptSettings, LongConfig
+from training.building import COMPILE_FROM, check_same_data
+from training.config import TrainConfig, refuse_changes
 from training.log import MetricsLog
 from training.processes import Processes, start_processes
 from training.speed import EnergyMeter
-from training.trainer import COMPILE_FROM, Trainer, check_same_data
+from training.trainer import Trainer
 
 TIMED_STEPS = 8
 # Of --minutes: what validations while training and what the stages after it take, seen on 2 cores.
@@ -50,8 +50,6 @@ VALIDATION_SHARE, CLOSING_SHARE = 0.04, 0.10
 STAGE_SETTINGS = {"evaluate": {"draws", "evaluate_rows", "compared_stories", "precision"},
                   "samples": {"written_stories", "written_steps", "sample_temperature",
                               "sample_order"}}
-# Where the data lies; what is in it is compared by its hashes.
-PLACES = {"data_dir", "data_source", "valid_source"}
 # What a finished training may be called again with: nothing else would be in the report's figures.
 HARMLESS = {"max_steps", "device", "compile", "fsdp", "wandb", "log_every", "save_every"}.union(
     PLACES, *STAGE_SETTINGS.values())
@@ -63,11 +61,8 @@ class LongRun:
     def __init__(self, config: LongConfig, given: set[str], processes: Processes):
         self.processes, self.started = processes, time.perf_counter()
         self.folder = Path(config.checkpoint_dir)
-        self.sessions: list[dict] = []
-        self.changed: set[str] = set()  # settings of a run that was here before
-        self.known_data: dict | None = None  # hashes of what it was trained on
-        self.config = self.settle(config, given)
-        self.config.check()
+        self.settings = KeptSettings(config, given, self.say)
+        self.config, self.changed = self.settings.config, self.settings.changed
         self.again = STAGES[STAGES.index(self.config.from_stage or "report"):]
         self.check_data(given)
         stale = sorted(self.changed & {field.name for field in dataclasses.fields(TrainConfig)}
@@ -75,45 +70,6 @@ class LongRun:
         require(not stale or "train" in self.again or not self.finished("train"),
                 f"--{' --'.join(stale)}: the training in {self.folder} is finished; give more "
                 "--max_steps or --minutes too, or --from_stage train, or another --checkpoint_dir")
-
-    # ---- settings --------------------------------------------------------------------------------
-
-    def settle(self, config: LongConfig, given: set[str]) -> LongConfig:
-        """The stored settings of this folder's run, or the preset, and the given flags on top."""
-        path = self.folder / "settings.json"
-        once = {"from_stage", "skip_data_prep", "overwrite", "resume"}  # not kept
-        require(not {"minutes", "max_steps"} <= given,
-                "--minutes and --max_steps: give one of them")
-        require(not config.resume or (self.folder / "last.pt").exists(),
-                f"--resume: no {self.folder / 'last.pt'} to continue from")
-        config.check_used(given)
-        if path.exists() and not config.overwrite:
-            try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
-                base, self.sessions = stored["settings"], stored["sessions"]
-                self.known_data = stored.get("data")
-                config = LongConfig(**{**base, **{name: getattr(config, name) for name in given}})
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} does not hold a run's settings; name another "
-                                "--checkpoint_dir, or give --overwrite") from error
-            self.changed = {name for name in given - once
-                            if base.get(name) != getattr(config, name)}
-            require("preset" not in self.changed, f"--preset {config.preset}: the run in "
-                    f"{self.folder} was started with {base['preset']}; name another "
-                    "--checkpoint_dir, or give --overwrite")
-            for name in sorted(self.changed - PLACES):
-                self.say(f"--{name} changes from {base.get(name)} to {getattr(config, name)}")
-            if "max_steps" in given:
-                config.minutes = 0.0
-        else:
-            require(config.overwrite or not (self.folder / "last.pt").exists(),
-                    f"{self.folder} holds a run of train.py: name another --checkpoint_dir, or "
-                    "give --overwrite")
-            settled = given | ({"minutes"} if "max_steps" in given else set())
-            config = preset(config, PRESETS[config.preset], settled)
-        if config.data_dir is None:
-            config.data_dir = str(self.folder / "data")
-        return config
 
     def check_data(self, given: set[str]) -> None:
         """Refuses data that is not what the flags say, and to replace data that is another's."""
@@ -134,8 +90,8 @@ class LongRun:
             return
         mend = "name another --data_dir, or give --from_stage data to prepare it again"
         require(not other, f"{path}: {other}: {mend}")
-        if "train" not in self.again and self.known_data:
-            check_same_data(self.known_data, config, meta)
+        if "train" not in self.again and self.settings.known_data:
+            check_same_data(self.settings.known_data, config, meta)
         different = {name for name in given & {"vocab_size", "seq_len"}
                      if meta["config"][name] != getattr(config, name)}
         require(not different, f"{path} was prepared with another "
@@ -143,12 +99,7 @@ class LongRun:
 
     def store_settings(self) -> None:
         if self.processes.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_file(self.folder / "settings.json", "w") as file:
-                kept = dataclasses.replace(self.config, from_stage=None, skip_data_prep=False,
-                                           overwrite=False, resume=False)
-                json.dump({"settings": dataclasses.asdict(kept), "sessions": self.sessions,
-                           "data": self.known_data}, file, indent=1)
+            self.settings.store()
 
     # ---- stages ----------------------------------------------------------------------------------
 
@@ -224,28 +175,28 @@ class LongRun:
             require(seconds < 60 * config.minutes, f"--minutes {config.minutes:g}: the run in "
                     f"{self.folder} has trained for {seconds / 60:.0f} already; give more")
             config.max_steps = step + self.steps_that_fit(seconds)
-        settings = config.train_config(
+        stage_config = config.train_config(
             overwrite=start_again, resume=resumed,
             valid_every=config.valid_every or max(1, config.max_steps // 10))
         if resumed:
-            refuse_changes(checkpoint["train_config"], dataclasses.asdict(settings),
+            refuse_changes(checkpoint["train_config"], dataclasses.asdict(stage_config),
                            config.checkpoint_dir)
             self.say(f"going on from {last}")
         else:
-            self.sessions = []
-        trainer = Trainer(settings, checkpoint, processes)
-        self.known_data = content_hashes(trainer.meta)
+            self.settings.sessions = []
+        trainer = Trainer(stage_config, checkpoint, processes)
+        self.settings.known_data = content_hashes(trainer.data.meta)
         self.store_settings()
-        before = trainer.seconds
-        with EnergyMeter(trainer.device) as energy:
+        network, before = trainer.network, trainer.progress.seconds
+        with EnergyMeter(network.device) as energy:
             try:
                 trainer.run(locked=True)
             finally:
-                self.sessions.append({
+                self.settings.sessions.append({
                     "command": shlex.join(sys.argv),
-                    "machine": machine(trainer.device), "processes": processes.world,
-                    "precision": trainer.precision, "compiled": trainer.compiled,
-                    "seconds": trainer.seconds - before,
+                    "machine": machine(network.device), "processes": processes.world,
+                    "precision": network.precision, "compiled": network.compiled,
+                    "seconds": trainer.progress.seconds - before,
                     "joules": energy.joules() if processes.world == 1 else None})
                 self.store_settings()
 
@@ -275,9 +226,9 @@ class LongRun:
             seconds = []
             for _ in range(TIMED_STEPS):
                 started = time.perf_counter()
-                trainer.train_step()
+                trainer.steps.take()
                 seconds.append(time.perf_counter() - started)
-        return trainer.compiled, statistics.mean(seconds[2:])
+        return trainer.network.compiled, statistics.mean(seconds[2:])
 
     def do_evaluate(self) -> None:
         config, path = self.config, self.folder / "best.pt"
@@ -310,7 +261,7 @@ class LongRun:
     def do_report(self) -> None:
         checkpoint = load_checkpoint(self.folder / "best.pt", kind=None)
         evaluation = json.loads((self.folder / "evaluation.json").read_text(encoding="utf-8"))
-        text = report_text(self.config, self.sessions, checkpoint, evaluation,
+        text = report_text(self.config, self.settings.sessions, checkpoint, evaluation,
                            MetricsLog(self.folder).lines())
         text += (self.folder / "samples.md").read_text(encoding="utf-8").replace("# ", "## ", 1)
         with atomic_file(self.folder / "report.md", "w") as file:
@@ -340,7 +291,7 @@ def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, eval
     rows = [
         ("bits/byte", f"{numbers['bits_per_byte']:.4f} ± "
                       f"{numbers['bits_per_byte_standard_error']:.4f}"),
-        (f"{kind_of(checkpoint).likelihood_name}, nats/token",
+        (f"{kind_of(evaluation).likelihood_name}, nats/token",
          f"{numbers['nelbo_nats_per_token']:.4f} ± {numbers['nelbo_standard_error']:.4f}"),
         ("perplexity", f"{numbers['perplexity']:.2f}")]
     for name, average in evaluation.get("averages_over_t", {}).items():

@@ -1,8 +1,8 @@
 """Do the tests notice? Changes the code in small ways, one at a time, and runs the tests on each.
 
-    python tests/mutate.py                              # 60 mutants of each file, about an hour
-    python tests/mutate.py --files sampler.py --sample 0            # all mutants of one file
-    python tests/mutate.py --files sampler.py --only 12 57          # these, by their numbers
+    python tests/mutate.py                              # 60 mutants of each file, some hours
+    python tests/mutate.py --files sampling/loop.py --sample 0      # all of one file
+    python tests/mutate.py --files sampling/loop.py --only 12 57    # these, by number
 
 Writes mutants.json: what was sampled, and every mutant that survived. Those that tests/mutants.json
 explains are no fault; any other one ends in status 1. A mutant is known by its place (function and
@@ -38,18 +38,30 @@ STEPS = ("accumulation or schedule or clipped or counts or reads_its or learns o
          "learning_rate or average or finite or bit_identical or overflow or broken_weights or "
          "promises or test_optimizers or other_recipes or same_bits or muons or its_share or "
          "seeded or drops_out")
+OF_DIFFUSION = ["tests/test_diffusion.py", "tests/test_autoregressive.py",
+                "tests/test_conditional.py"]
+OF_SAMPLING = ["tests/test_sampler.py", "tests/test_diffusion.py", "tests/test_generate.py", "-k",
+               IN_PROCESS]
+OF_NETWORK = ["tests/test_layers.py", "tests/test_model.py", "tests/test_generate.py",
+              "tests/test_conditional.py", "tests/test_optimizers.py", "-k", IN_PROCESS]
+OF_STEPS = ["tests/test_train.py", "tests/test_parallel.py", "-k", STEPS]
 TARGETS = {
-    "diffusion.py": ((), ["tests/test_diffusion.py", "tests/test_autoregressive.py",
-                          "tests/test_conditional.py"]),
-    "sampler.py": ((), ["tests/test_sampler.py", "tests/test_diffusion.py",
-                        "tests/test_generate.py", "-k", IN_PROCESS]),
-    "layers.py": ((), ["tests/test_layers.py", "tests/test_model.py", "tests/test_generate.py",
-                       "tests/test_conditional.py", "tests/test_optimizers.py", "-k", IN_PROCESS]),
-    "optimizers.py": ((), ["tests/test_optimizers.py", "tests/test_train.py",
-                           "tests/test_parallel.py", "-k", STEPS]),
-    "train.py": (("Trainer.learning_rate", "Trainer.train_step", "Trainer.update_average",
-                  "Trainer.synchronise_gradients"),
-                 ["tests/test_train.py", "tests/test_parallel.py", "-k", STEPS]),
+    "diffusion.py": ((), OF_DIFFUSION),
+    "kinds/likelihood.py": ((), OF_DIFFUSION),
+    "sampling/step.py": ((), OF_DIFFUSION),
+    "sampling/sampler.py": ((), OF_SAMPLING),
+    "sampling/loop.py": ((), OF_SAMPLING),
+    "sampling/noise.py": ((), OF_SAMPLING),
+    "sampling/paces.py": ((), OF_SAMPLING),
+    "sampling/rows.py": (("blank_story", "condition_row", "draw_length"), OF_SAMPLING),
+    "network/layers.py": ((), OF_NETWORK),
+    "network/attention.py": ((), OF_NETWORK),
+    "network/dropout.py": ((), OF_NETWORK),
+    "network/transformer.py": (("Block",), OF_NETWORK),
+    "training/optimizers.py": ((), ["tests/test_optimizers.py", *OF_STEPS]),
+    "training/steps.py": (("Steps.learning_rate", "Steps.take", "Steps.gradients", "Steps.update"),
+                          OF_STEPS),
+    "training/building.py": (("Network.synchronise_gradients",), OF_STEPS),
 }
 TIMEOUT = 400  # seconds; a mutant that hangs is noticed too
 

@@ -344,13 +344,13 @@ def test_every_stage_resumes_bit_identically(stage, settings, tmp_path, checkpoi
     folders = [str(tmp_path / name) for name in ("whole", "stopped")]
     Trainer(TrainConfig(**{**settings, "checkpoint_dir": folders[0]})).run()
     trainer = Trainer(TrainConfig(**{**settings, "checkpoint_dir": folders[1]}))
-    step = trainer.train_step
+    step = trainer.steps.take
 
     def and_stop():
-        if trainer.step == 3:
+        if trainer.progress.step == 3:
             trainer.stop_signal = 15
         return step()
-    trainer.train_step = and_stop
+    trainer.steps.take = and_stop
     with pytest.raises(Stopped, match="stopped after step 4"):
         trainer.run()
     train.main(["--checkpoint_dir", folders[1], "--resume"])
@@ -361,13 +361,13 @@ def test_every_stage_resumes_bit_identically(stage, settings, tmp_path, checkpoi
 
 def test_dropped_conditions_are_a_share_of_the_rows(settings, tmp_path):
     trainer = Trainer(TrainConfig(**settings))
-    assert all(bool((trainer.loader.next().corrupted.condition[:, 0] == BOS).all())
+    assert all(bool((trainer.steps.loader.next().corrupted.condition[:, 0] == BOS).all())
                for _ in range(5))
     trainer.run()
     third = Trainer(TrainConfig(**{**settings, "stage": 3, "condition_dropout": 0.5,
                                    "checkpoint_dir": str(tmp_path / "stage3"),
                                    "decoder_checkpoint": str(tmp_path / "stage2" / "last.pt")}))
-    told = torch.cat([third.loader.next().corrupted.condition[:, 0] for _ in range(60)])
+    told = torch.cat([third.steps.loader.next().corrupted.condition[:, 0] for _ in range(60)])
     share = float((told == PAD).float().mean())
     assert abs(share - 0.5) < 4 * (0.25 / len(told)) ** 0.5
 
@@ -397,8 +397,9 @@ def test_the_condition_is_learned():
 def test_an_encoder_of_another_size(settings):
     settings = {**settings, "encoder_config": "micro"}
     trainer = Trainer(TrainConfig(**settings))
-    assert trainer.model.encoder.config.width == 128 and trainer.model.config.width == 32
-    trainer.train_step()
+    model = trainer.network.model
+    assert model.encoder.config.width == 128 and model.config.width == 32
+    trainer.steps.take()
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -440,23 +441,24 @@ def test_conditions_longer_than_an_encoder_reads(settings, conditional_checkpoin
 
 def test_every_row_of_a_batch_comes_with_its_own_condition(settings):
     trainer = Trainer(TrainConfig(**settings))
-    told = {tuple(row): tuple(trainer.told[i]) for i, row in enumerate(trainer.rows)}
+    told = {tuple(row): tuple(trainer.data.conditions[i])
+            for i, row in enumerate(trainer.data.rows)}
     assert len(set(told.values())) > 20
     for _ in range(5):
-        batch = trainer.loader.next().corrupted
+        batch = trainer.steps.loader.next().corrupted
         for row, condition in zip(batch.tokens.numpy(), batch.condition.numpy(), strict=True):
             assert told[tuple(row[row != PAD])] == tuple(condition[condition != PAD])
     asked = []
-    trainer.average.encode = lambda rows: asked.append(rows) or None
-    trainer.valid_bound()
-    chosen = [i for part in trainer.valid_batches for i in part]
+    trainer.network.average.encode = lambda rows: asked.append(rows) or None
+    trainer.validation.bound()
+    chosen = [i for part in trainer.validation.batches for i in part]
     rows = [tuple(row[row != PAD]) for batch in asked for row in batch.numpy()]
-    assert set(rows) == {tuple(trainer.valid_told[i]) for i in chosen}
+    assert set(rows) == {tuple(trainer.data.valid_conditions[i]) for i in chosen}
 
 
 def test_no_more_stories_are_shown_than_there_are_conditions(settings):
     trainer = Trainer(TrainConfig(**{**settings, "num_samples": 1000}))
-    assert len(trainer.stories()) == len(trainer.valid) < 1000
+    assert len(trainer.validation.stories()) == len(trainer.data.valid) < 1000
 
 
 def test_a_stage_is_resumed_as_that_stage(settings, fails):

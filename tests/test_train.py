@@ -28,11 +28,11 @@ from corpus import rows, tokens
 from kinds.checkpoints import load_checkpoint
 from network import hardware
 from train import main
-from training import log
-from training import trainer as trainer_module
+from training import building, log
 from training.config import TrainConfig
 from training.processes import Processes
 from training.speed import train_flops
+from training.steps import Steps
 from training.trainer import Trainer
 
 
@@ -98,15 +98,15 @@ def test_a_run_writes_what_it_promises(settings, capsys):
 def test_validation_repeats_itself(settings):
     trainer = Trainer(TrainConfig(**settings))
     assert trainer.validate() == trainer.validate()
-    before = trainer.stories()
-    assert trainer.stories() == before
+    before = trainer.validation.stories()
+    assert trainer.validation.stories() == before
 
 
 def test_the_model_learns(settings):
     trainer = Trainer(TrainConfig(**{**settings, "max_steps": 150, "lr": 0.02}))
     start = trainer.validate()["valid_nelbo"]
-    while trainer.step < 150:
-        trainer.train_step()
+    while trainer.progress.step < 150:
+        trainer.steps.take()
     assert trainer.validate()["valid_nelbo"] < start - 1.5
 
 
@@ -114,10 +114,10 @@ def test_accumulation_changes_nothing(settings):
     losses, gradients = {}, {}
     for parts in (1, 3):
         trainer = Trainer(TrainConfig(**settings, grad_accum_steps=parts))
-        for optimizer in trainer.optimizers:
+        for optimizer in trainer.steps.optimizers:
             optimizer.zero_grad = lambda: None
-        losses[parts] = trainer.train_step()["loss"]
-        gradients[parts] = [p.grad for p in trainer.model.parameters()]
+        losses[parts] = trainer.steps.take()["loss"]
+        gradients[parts] = [p.grad for p in trainer.network.model.parameters()]
     assert losses[1] == pytest.approx(losses[3], rel=1e-5)
     for a, b in zip(gradients[1], gradients[3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -127,7 +127,7 @@ def test_a_step_reads_its_device_once(settings, monkeypatch):
     """Reading a number waits for the GPU: all of a step's are read together, after the gradients.
     """
     trainer = Trainer(TrainConfig(**settings, grad_accum_steps=3))
-    trainer.train_step()
+    trainer.steps.take()
     read = []
 
     class Readings(TorchDispatchMode):
@@ -138,7 +138,7 @@ def test_a_step_reads_its_device_once(settings, monkeypatch):
     monkeypatch.setattr(Processes, "sum", lambda self, values: read.append(len(values))
                         or real(self, values))
     with Readings():
-        metrics = trainer.train_step()
+        metrics = trainer.steps.take()
     assert read[0] == 3 + 1 and [entry for entry in read if entry != "item"] == [4]
     assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
 
@@ -152,40 +152,39 @@ def test_every_recipe_trains(settings, changes):
     trainer = Trainer(TrainConfig(**{**settings, "max_steps": 30, "warmup_steps": 0, **changes}))
     first = trainer.validate()["valid_nelbo"]
     for _ in range(30):
-        trainer.train_step()
+        trainer.steps.take()
     assert trainer.validate()["valid_nelbo"] < first
 
 
 def test_learning_rate_rises_and_falls(settings):
     trainer = Trainer(TrainConfig(**{**settings, "max_steps": 100, "lr": 1.0}, min_lr_ratio=0.1))
-    rates = [trainer.learning_rate(step) for step in range(101)]
+    rates = [trainer.steps.learning_rate(step) for step in range(101)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[52] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 47 / 95)) / 2)
     assert rates[100] == pytest.approx(0.1)
-    assert trainer.learning_rate(130) == pytest.approx(0.1)  # it does not rise again
+    assert trainer.steps.learning_rate(130) == pytest.approx(0.1)  # it does not rise again
     # no step is left for the decay, or one
     for warmup, last in ((8, 1.0), (7, 0.1)):
         short = Trainer(TrainConfig(**{**settings, "lr": 1.0}, warmup_steps=warmup,
                                     min_lr_ratio=0.1))
-        assert short.learning_rate(warmup - 1) == 1 and short.learning_rate(8) == (
+        assert short.steps.learning_rate(warmup - 1) == 1 and short.steps.learning_rate(8) == (
             pytest.approx(last))
-    assert trainer.Trainer(TrainConfig(**{**settings, "checkpoint_dir": settings["checkpoint_dir"]},
-                                     optimizer="adamw")).peak_lr == 0.001
+    assert Trainer(TrainConfig(**settings, optimizer="adamw")).steps.peak_lr == 0.001
 
 
 @pytest.mark.parametrize("name, groups", [("muon", 2), ("adamw", 2)])
 def test_every_group_of_every_optimizer_moves_at_the_schedules_rate(settings, name, groups):
     trainer = Trainer(TrainConfig(**settings, optimizer=name, lr=0.01, warmup_steps=3))
     used = []
-    for optimizer in trainer.optimizers:
+    for optimizer in trainer.steps.optimizers:
         optimizer.register_step_pre_hook(lambda optimizer, *args: used.extend(
             group["lr"] for group in optimizer.param_groups))
-    rates = [trainer.learning_rate(step) for step in range(6)]
+    rates = [trainer.steps.learning_rate(step) for step in range(6)]
     assert len(set(rates)) > 4 and rates[0] < 0.004 and rates[5] < rates[3]
     for step, rate in enumerate(rates):
         used.clear()
-        assert trainer.step == step and trainer.train_step()["lr"] == rate
+        assert trainer.progress.step == step and trainer.steps.take()["lr"] == rate
         assert used == [rate] * groups
 
 
@@ -193,66 +192,66 @@ def test_every_group_of_every_optimizer_moves_at_the_schedules_rate(settings, na
 def test_gradients_are_clipped_before_they_are_used_and_forgotten_after(settings, clip):
     trainer = Trainer(TrainConfig(**settings, grad_clip=clip, grad_accum_steps=2))
     used = []
-    for optimizer in trainer.optimizers:
+    for optimizer in trainer.steps.optimizers:
         optimizer.register_step_pre_hook(lambda optimizer, *args: used.append([
             p.grad.square().sum() for group in optimizer.param_groups for p in group["params"]]))
     for _ in range(2):
         used.clear()
-        norm = trainer.train_step()["grad_norm"]  # that before clipping
+        norm = trainer.steps.take()["grad_norm"]  # that before clipping
         assert len(used) == 2 and norm > 0.02
         expected = 0.01 if clip == 0.01 else norm
         assert torch.stack(sum(used, [])).sum().sqrt().item() == pytest.approx(expected, rel=1e-3)
-        assert all(p.grad is None for p in trainer.model.parameters())
+        assert all(p.grad is None for p in trainer.network.model.parameters())
 
 
 def test_a_step_after_a_validation_drops_out_again(settings):
     trainer = Trainer(TrainConfig(**settings, ema_decay=0, dropout=0.5))
     trainer.validate()
-    assert trainer.average is trainer.model and not trainer.model.training
-    trainer.train_step()
-    assert trainer.model.training
+    assert trainer.network.average is trainer.network.model and not trainer.network.model.training
+    trainer.steps.take()
+    assert trainer.network.model.training
 
 
 def test_a_step_counts_what_it_did(settings):
     trainer = Trainer(TrainConfig(**settings))
-    batches, counted, following = [], [], trainer.loader.next
-    trainer.loader.next = lambda: batches.append(following()) or batches[-1]
-    trainer.speed.count = lambda tokens, flops: counted.append((tokens, flops))
+    batches, counted, following = [], [], trainer.steps.loader.next
+    trainer.steps.loader.next = lambda: batches.append(following()) or batches[-1]
+    trainer.steps.speed.count = lambda tokens, flops: counted.append((tokens, flops))
     for _ in range(2):
-        trainer.train_step()
-    tokens = [int((batch.corrupted.tokens != tokens.PAD).sum()) for batch in batches]
-    assert trainer.step == 2 and trainer.tokens_seen == sum(tokens)
+        trainer.steps.take()
+    real = [int((batch.corrupted.tokens != tokens.PAD).sum()) for batch in batches]
+    assert trainer.progress.step == 2 and trainer.progress.tokens_seen == sum(real)
     assert counted == [(count, train_flops(
-        trainer.model, *batch.corrupted.tokens.shape, int(batch.corrupted.masked.sum())))
-        for count, batch in zip(tokens, batches, strict=True)]
+        trainer.network.model, *batch.corrupted.tokens.shape, int(batch.corrupted.masked.sum())))
+        for count, batch in zip(real, batches, strict=True)]
 
 
 def test_a_step_counts_the_condition_too(settings, checkpoint, pairs_dir):
     del settings["model_config"]  # a later stage goes on with the model that it is given
     trainer = Trainer(TrainConfig(**settings | dict(
         data_dir=str(pairs_dir), batch_tokens=1024, stage=2, decoder_checkpoint=str(checkpoint))))
-    told, following = [], trainer.loader.next
+    told, following = [], trainer.steps.loader.next
 
     def batch():
         told.append(following())
         return told[-1]
-    trainer.loader.next = batch
+    trainer.steps.loader.next = batch
     counted = []
-    trainer.speed.count = lambda tokens, flops: counted.append(flops)
-    trainer.train_step()
+    trainer.steps.speed.count = lambda tokens, flops: counted.append(flops)
+    trainer.steps.take()
     corrupted = told[0].corrupted
-    assert counted == [train_flops(trainer.model, *corrupted.tokens.shape, told[0].predicted,
-                                   corrupted.condition.shape[1])]
+    assert counted == [train_flops(trainer.network.model, *corrupted.tokens.shape,
+                                   told[0].predicted, corrupted.condition.shape[1])]
     assert corrupted.condition.shape[1] > 1
 
 
 def test_average_follows_the_weights(settings):
     trainer = Trainer(TrainConfig(**settings, ema_decay=0.5))
-    before = trainer.average.embedding.weight.clone()
-    trainer.train_step()
+    before = trainer.network.average.embedding.weight.clone()
+    trainer.steps.take()
     decay = min(0.5, 1 / 10)
-    expected = decay * before + (1 - decay) * trainer.model.embedding.weight
-    torch.testing.assert_close(trainer.average.embedding.weight, expected)
+    expected = decay * before + (1 - decay) * trainer.network.model.embedding.weight
+    torch.testing.assert_close(trainer.network.average.embedding.weight, expected)
 
 
 # ---- resuming ------------------------------------------------------------------------------------
@@ -264,14 +263,14 @@ def test_resume_is_bit_identical(settings, tmp_path, capsys):
     # stop in the middle by a signal, at a step that is no save and no validation
     stopped = tmp_path / "stopped"
     trainer = Trainer(TrainConfig(**{**dropout, "checkpoint_dir": str(stopped), "save_every": 100}))
-    step = trainer.train_step
+    step = trainer.steps.take
 
     def and_stop():
         metrics = step()
-        if trainer.step == 5:
+        if trainer.progress.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return metrics
-    trainer.train_step = and_stop
+    trainer.steps.take = and_stop
     with pytest.raises(Stopped, match="after step 5.*--resume") as stop:
         trainer.run()
     assert stop.value.status == 130
@@ -304,7 +303,7 @@ def test_the_precision_that_was_measured_is_said_and_kept(settings, monkeypatch,
     processes = Processes(rank=1, world=1)
     monkeypatch.setattr(Processes, "gather", lambda self, value: [("fp16", "why"), value])
     trainer = Trainer(TrainConfig(**settings | {"precision": "auto"}), None, processes)
-    assert (trainer.precision, trainer.precision_reason) == ("fp16", "why")
+    assert (trainer.network.precision, trainer.network.precision_reason) == ("fp16", "why")
 
 
 def test_two_signals_do_not_wait(settings):
@@ -391,27 +390,27 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(settings, fails, 
 @pytest.mark.parametrize("broken", ["gradient", "loss"])
 def test_one_of_loss_and_gradient_not_finite_changes_no_weight(settings, monkeypatch, broken):
     trainer = Trainer(TrainConfig(**settings))
-    trainer.train_step()
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.steps.take()
+    before = {name: value.clone() for name, value in trainer.network.model.state_dict().items()}
     if broken == "gradient":
-        trainer.model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
+        trainer.network.model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
     else:
         real = diffusion.DiscreteDiffusion.loss
         monkeypatch.setattr(diffusion.DiscreteDiffusion, "loss",
                             lambda *args: real(*args) + torch.tensor(math.inf))
     with pytest.raises(Stopped, match="not finite at step 1"):
-        trainer.train_step()
-    assert trainer.step == 1 and same(before, trainer.model.state_dict())
+        trainer.steps.take()
+    assert trainer.progress.step == 1 and same(before, trainer.network.model.state_dict())
 
 
 def test_broken_weights_never_replace_a_good_file(settings, fails, monkeypatch):
-    real = Trainer.update_average
+    real = Steps.update_average
 
     def update(self):
         real(self)
-        if self.step == 5:  # as if this very update had overflowed; step 6 would be saved
-            self.model.embedding.weight.data[5, 5] = math.inf
-    monkeypatch.setattr(Trainer, "update_average", update)
+        if self.progress.step == 5:  # as if this very update had overflowed; step 6 would be saved
+            self.network.model.embedding.weight.data[5, 5] = math.inf
+    monkeypatch.setattr(Steps, "update_average", update)
     error = fails(main, *argv(settings, save_every=3), status=1)
     assert "weights are not finite after step 6" in error
     good = load_checkpoint(Path(settings["checkpoint_dir"]) / "last.pt")
@@ -421,12 +420,12 @@ def test_broken_weights_never_replace_a_good_file(settings, fails, monkeypatch):
 
 def test_fp16_overflow_skips_the_step(settings):
     trainer = Trainer(TrainConfig(**{**settings, "precision": "fp16"}))
-    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0 ** 40})
-    before = trainer.model.blocks[0].up.weight.clone()
-    metrics = trainer.train_step()
+    trainer.steps.scaler.load_state_dict({**trainer.steps.scaler.state_dict(), "scale": 2.0 ** 40})
+    before = trainer.network.model.blocks[0].up.weight.clone()
+    metrics = trainer.steps.take()
     assert not math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"])
-    assert torch.equal(trainer.model.blocks[0].up.weight, before)
-    assert trainer.scaler.get_scale() == 2.0 ** 39
+    assert torch.equal(trainer.network.model.blocks[0].up.weight, before)
+    assert trainer.steps.scaler.get_scale() == 2.0 ** 39
 
 
 def test_a_run_in_the_folder_is_kept(settings, fails):
@@ -454,7 +453,8 @@ def test_data_is_known_by_its_content(settings, data_dir, tmp_path, fails, monke
     for name in (tmp_path / "copy", "./copy/", f"{data_dir}/."):
         trainer = Trainer(TrainConfig(**{**checkpoint["train_config"], "data_dir": str(name)}),
                           checkpoint)
-        assert trainer.best == checkpoint["best"] and trainer.loader.cursor == checkpoint["cursor"]
+        assert trainer.progress.best == checkpoint["best"]
+        assert trainer.steps.loader.cursor == checkpoint["cursor"]
     # other rows of the same tokenizer: refused in one line, nothing touched
     meta = json.loads((tmp_path / "copy" / "meta.json").read_text())
     meta["splits"]["train"], meta["splits"]["val"] = (meta["splits"][name]
@@ -517,23 +517,23 @@ def test_a_full_disk_ends_a_run_only_when_it_stays_full(settings, monkeypatch, c
     assert "No space left" in error and "last.pt" in error
     assert not list(folder.glob("*.pt*"))
     # full at steps 2 and 3, free again at 4: the run goes on, and says what it could not write
-    step = Trainer.train_step
+    step = Steps.take
 
-    def fill_up(trainer):
-        metrics = step(trainer)
-        disk.room = not 2 <= trainer.step <= 3
+    def fill_up(steps):
+        metrics = step(steps)
+        disk.room = not 2 <= steps.progress.step <= 3
         return metrics
-    monkeypatch.setattr(Trainer, "train_step", fill_up)
+    monkeypatch.setattr(Steps, "take", fill_up)
     disk.room = 1
     main(argv(often, overwrite=True))
     assert "step 2: not written" in capsys.readouterr().err and disk.tried
     assert load_checkpoint(folder / "last.pt")["step"] == often["max_steps"]
 
-    def stay_full(trainer):
-        metrics = step(trainer)
-        disk.room = trainer.step < 5
+    def stay_full(steps):
+        metrics = step(steps)
+        disk.room = steps.progress.step < 5
         return metrics
-    monkeypatch.setattr(Trainer, "train_step", stay_full)
+    monkeypatch.setattr(Steps, "take", stay_full)
     disk.room = 1
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: main(argv(often, overwrite=True)))
@@ -543,7 +543,7 @@ def test_a_full_disk_ends_a_run_only_when_it_stays_full(settings, monkeypatch, c
     assert "--resume" in error[-1]
     assert load_checkpoint(folder / "last.pt")["step"] == 4 and not list(folder.glob("*.partial"))
     disk.room = 1
-    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(Steps, "take", step)
     left = folder / "last.pt.12345.partial"  # of a run that was killed
     left.touch()
     main(["--resume", "--checkpoint_dir", str(folder)])
@@ -555,10 +555,10 @@ def test_best_is_what_best_pt_holds(settings, monkeypatch):
     trainer = Trainer(TrainConfig(**settings))
     disk = FullDisk(monkeypatch, 0)
     trainer.validate()
-    assert trainer.best == math.inf and disk.tried
+    assert trainer.progress.best == math.inf and disk.tried
     disk.room = 1
     trainer.validate()
-    assert trainer.best < math.inf and (trainer.folder / "best.pt").exists()
+    assert trainer.progress.best < math.inf and (trainer.folder / "best.pt").exists()
 
 
 @posix
@@ -714,17 +714,18 @@ def test_quick_uses_its_own_folder_and_may_be_repeated(tmp_path, monkeypatch, ca
 def test_compile_is_asked_for_or_decided_by_the_length_of_the_run(settings, monkeypatch, capsys,
                                                                   fails):
     asked, reason = [], None
-    monkeypatch.setattr(trainer_module, "compile_blocks", lambda model, *args: asked.append(
+    monkeypatch.setattr(building, "compile_blocks", lambda model, *args: asked.append(
         model) or reason)
     trainer = Trainer(TrainConfig(**settings, compile=True))
-    assert asked == [trainer.model] and trainer.compiled
-    assert not Trainer(TrainConfig(**settings)).compiled
+    assert asked == [trainer.network.model] and trainer.network.compiled
+    assert not Trainer(TrainConfig(**settings)).network.compiled
     long = {**settings, "max_steps": 1000}
-    assert not Trainer(TrainConfig(**long, compile=False)).compiled and len(asked) == 1
-    assert Trainer(TrainConfig(**long)).compiled and len(asked) == 2
+    assert not Trainer(TrainConfig(**long, compile=False)).network.compiled
+    assert len(asked) == 1
+    assert Trainer(TrainConfig(**long)).network.compiled and len(asked) == 2
     # where it does not work: a reason, and a run all the same if nobody insisted
     reason = "no compiler here"
-    assert not Trainer(TrainConfig(**long)).compiled
+    assert not Trainer(TrainConfig(**long)).network.compiled
     assert "not compiled" in (text := capsys.readouterr().out) and reason in text
     assert reason in fails(main, *argv(settings, compile=True))
 

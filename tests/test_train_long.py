@@ -218,7 +218,7 @@ def test_killed_anywhere_it_goes_on(argv):
 def test_minutes_decide_the_steps_of_this_machine(argv, monkeypatch, capsys):
     at = argv.index("--max_steps")
     argv[at:at + 2] = ["--minutes", "0.2"]
-    monkeypatch.setattr("train.compile_blocks", lambda *args: "not in this test")
+    monkeypatch.setattr("training.building.compile_blocks", lambda *args: "not in this test")
     main(argv)
     text = capsys.readouterr().out
     settings = json.loads((folder_of(argv) / "settings.json").read_text())

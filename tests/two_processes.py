@@ -41,9 +41,10 @@ def steps(data_dir: str, folder: str, processes: Processes, **changes) -> tuple[
         data_dir=data_dir, checkpoint_dir=folder, model_config="micro", batch_tokens=512,
         max_steps=4, warmup_steps=0, device="cpu", valid_rows=8, num_samples=0, grad_accum_steps=2,
         **{"precision": "fp32", "compile": False, **changes}), None, processes)
-    taken = [trainer.train_step() for _ in range(4)]
+    taken = [trainer.steps.take() for _ in range(4)]
     trainer.log.close()
-    weights = {name: whole(weight).clone() for name, weight in trainer.model.state_dict().items()}
+    weights = {name: whole(weight).clone()
+               for name, weight in trainer.network.model.state_dict().items()}
     return {key: [step[key] for step in taken] for key in ("loss", "grad_norm")}, weights
 
 

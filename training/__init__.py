@@ -1,14 +1,11 @@
-"""A training run: its settings, its steps, its log.
+"""Training: what a run does between its settings and its checkpoints.
 
-    config.py      the settings
-    trainer.py     the steps, validations and checkpoints of a run
-    loader.py      batches with hidden tokens, prepared while the network computes
-    optimizers.py  Muon, and what it updates
-    processes.py   several processes that train one model
-    compiling.py   compiled blocks, and the rows that they take
-    speed.py       operations of a step, the machine's peak, memory, energy
-    log.py         metrics.jsonl, Weights & Biases, the curves of a run
+config.py has the settings and trainer.py the run, whose parts stand beside it: building.py (data
+and network), steps.py (batches of loader.py, updates of optimizers.py), validation.py, saving.py,
+progress.py and log.py. processes.py has what several processes share, compiling.py torch.compile,
+speed.py the clocks and counts of operations, memory and energy.
 
-For train.py, train_long.py and measuring, which times its steps and draws its logs. It imports
-kinds and what is below them, and never what measures or exports.
+train.py and train_long.py import it, and measuring/ for optimizers, speed, compiling and logs. Of
+the top level it imports the libraries model.py and diffusion.py, never a command; and it never
+imports measuring or jetson.
 """

@@ -1,4 +1,6 @@
-"""TODO"""
+"""torch.compile for the blocks of a network, where it works. A library: training/building.py and
+the benchmark of a training step compile with it.
+"""
 
 import shutil
 import sys
@@ -7,8 +9,6 @@ import torch
 
 from corpus.tokens import EOS
 from model import DiffusionTransformer
-
-# ---- compiling -----------------------------------------------------------------------------------
 
 # Share of the activations that the compiler keeps for the backward pass; what is cheap it works out
 # again. At 1.0, 0.6, 0.5, 0.4 and 0 a step of the small model (16 x 256 tokens, one thread of a

@@ -5,18 +5,23 @@ Every field is a flag of the same name and lands in the checkpoint.
 
 from cli import UserError, flag, require
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from diffusion import SCHEDULES
 from kinds.kind import NETWORK_SETTINGS
-from kinds.registry import kind_of_run
+from kinds.registry import KINDS, kind_of_run
 from model import MODEL_CONFIGS
 from network.layers import PRECISIONS
 from sampling.sampler import ORDERS, Sampler
 from training.optimizers import DEFAULT_LR, OPTIMIZERS
 
 STAGE_LR = {1: 1.0, 2: 1.0, 3: 2 / 3}  # share of the default: in stage 3 all has learned already
+# A run cannot go on with another value of these: the weights, the optimizers' state or the place in
+# the data would not fit.
+FIXED = (*NETWORK_SETTINGS, "stage", "encoder_config", "decoder_checkpoint", "optimizer", "seed",
+         "batch_tokens")
 
 
 @dataclass
@@ -98,7 +103,7 @@ class TrainConfig:
                 f"--warmup_steps {self.warmup_steps}: must be 0 or more")
         require(self.encoder_config in (None, *MODEL_CONFIGS), f"--encoder_config "
                 f"{self.encoder_config}: unknown size, choose from {', '.join(MODEL_CONFIGS)}")
-        kind_of_run(self)
+        kind_of_run(self)  # refuses what no kind of model trains
         require(self.stage == 1 or self.decoder_checkpoint or self.resume, f"--stage "
                 f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
         for name in ("dropout", "ema_decay", "condition_dropout"):
@@ -131,6 +136,21 @@ class TrainConfig:
     def sampler(self) -> Sampler:
         return Sampler(steps=self.sample_steps, temperature=self.sample_temperature,
                        order=self.sample_order)
+
+
+def refuse_changes(stored: dict, changed: dict, folder: str) -> None:
+    """Refuses new values of settings with which the run in `folder` cannot go on (UserError).
+
+    `stored` are the settings that it was started with, `changed` those asked for now, by their
+    names.
+    """
+    stored = dataclasses.asdict(TrainConfig()) | stored  # an older run lacks the newest ones
+    for name, value in changed.items():
+        other_kind = name == "objective" and not any(
+            {value, stored[name]} <= {*kind.objectives} for kind in KINDS.values())
+        require(name not in FIXED and not other_kind or value == stored[name], f"--{name} {value}: "
+                f"the run in {folder} was started with {stored[name]}, which cannot change; choose "
+                "another --checkpoint_dir")
 
 
 QUICK = dict(data_dir="quick_run/data", data_source=["sample"], checkpoint_dir="quick_run",

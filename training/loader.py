@@ -1,4 +1,6 @@
-"""TODO"""
+"""The batches of training rows, a pure function of seed and step. A library: training/steps.py
+takes them, of which the next is prepared while a step runs.
+"""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from corpus.rows import TokenRows, bucket_batches
-from corpus.tokens import BUCKET, PAD
+from corpus.tokens import PAD
 from kinds.likelihood import Corrupted
 from network.encoders import Conditions
 
@@ -19,14 +21,13 @@ class BatchStream:
     """Endless training batches: a pure function of (seed, epoch, position).
 
     `epoch` and `position` (batches of this epoch already given) are the whole state: store them
-    and build the stream again with them to continue in the middle of an epoch. With `world` ranks
-    each global batch is dealt out row by row; rank r gets rows r, r + world, ...
+    and build the stream again with them to continue in the middle of an epoch.
     """
 
     def __init__(self, rows: TokenRows, batch_tokens: int, seed: int = 0, epoch: int = 0,
-                 position: int = 0, rank: int = 0, world: int = 1):
+                 position: int = 0):
         self.rows, self.batch_tokens, self.seed = rows, batch_tokens, seed
-        self.epoch, self.position, self.rank, self.world = epoch, position, rank, world
+        self.epoch, self.position = epoch, position
         self.indices = np.zeros(0, np.int64)  # the rows of the batch last given
         self._batches = self._epoch_batches()
 
@@ -40,14 +41,13 @@ class BatchStream:
         return self
 
     def __next__(self) -> np.ndarray:
-        """The next batch, (B, L) int64; with several ranks B may be 0 for the last ones."""
+        """The next batch, (B, L) int64."""
         if self.position >= len(self._batches):
             self.epoch, self.position = self.epoch + 1, 0
             self._batches = self._epoch_batches()
-        self.indices = self._batches[self.position][self.rank::self.world]
+        self.indices = self._batches[self.position]
         self.position += 1
-        return (self.rows.batch(self.indices) if len(self.indices)
-                else np.zeros((0, BUCKET), np.int64))
+        return self.rows.batch(self.indices)
 
     @property
     def epochs(self) -> float:
@@ -96,9 +96,9 @@ class BatchLoader:
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         corrupted = self.corrupt(tokens, generator)
         if self.conditions is not None:
-            batch = torch.from_numpy(self.conditions.batch(self.stream.indices))
-            dropped = torch.rand(len(batch), generator=generator) < self.dropout
-            corrupted.condition = self.without(batch, dropped)
+            conditions = torch.from_numpy(self.conditions.batch(self.stream.indices))
+            dropped = torch.rand(len(conditions), generator=generator) < self.dropout
+            corrupted.condition = self.without(conditions, dropped)
         return Batch(corrupted, int((tokens != PAD).sum()), int(corrupted.masked.sum()),
                      *self._position())
 

@@ -1,12 +1,9 @@
-"""The log of a training run: metrics.jsonl, Weights & Biases, and the curves drawn from it.
+"""The log of a run: metrics.jsonl, its training_curves.png, and Weights & Biases. A library: a
+training run writes it, train_long.py and measuring/curves.py read it.
 
-    python metrics.py --checkpoint_dir checkpoints    # draws training_curves.png again
-    python metrics.py --compare checkpoints checkpoints_ar --output diffusion_vs_ar.png
-
---compare draws the best validation bits/byte so far of several runs against epochs over the data.
 metrics.jsonl has one JSON object a line with `step` and whatever was measured then: training lines
-every `log_every` steps (loss, lr, grad_norm), validation lines (valid_*), both with tokens, epoch
-and seconds.
+every `log_every` steps (loss, lr, grad_norm, tokens_per_second, mfu), validation lines (valid_*),
+both with tokens, epoch and seconds.
 """
 
 from cli import UserError, atomic_file, is_of_the_machine
@@ -16,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -66,8 +64,9 @@ class MetricsLog:
                             if line.endswith("\n") and json.loads(line)["step"] <= step)
 
     def lines(self) -> list[dict]:
+        """What was logged, in its order; without a last line that is cut off."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # one may be cut off
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def plot(self) -> None:
         """Draws training_curves.png."""

@@ -154,12 +154,12 @@ def start_processes(device: str = "auto") -> Processes:
 class LossOf(nn.Module):
     """The training loss as a module's forward, where DDP hooks in."""
 
-    def __init__(self, process: Any, model: nn.Module):
+    def __init__(self, kind: Any, model: nn.Module):
         super().__init__()
-        self.process, self.model = process, model
+        self.kind, self.model = kind, model
 
     def forward(self, batch: Any) -> Tensor:
-        return self.process.loss(self.model, batch)
+        return self.kind.loss(self.model, batch)
 
 
 def shard(model: DiffusionTransformer, device: torch.device) -> None:
