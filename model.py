@@ -191,13 +191,13 @@ class ConditionalTransformer(DiffusionTransformer):
             raise RuntimeError("these are not the weights of this denoiser")
 
     def start_encoder(self) -> None:
-        """Gives the encoder what the denoiser has learned already, and the cross-attention the
-        weights of the self-attention beside it, so that the condition is first read as if it stood
-        before the text. Both must have the same width.
+        """Gives the encoder what the denoiser has learned already and, where that makes them alike,
+        the cross-attention the weights of the self-attention beside it, so that the condition is
+        first read as if it stood before the text.
         """
-        self.encoder.start_from(self)
-        for block in self.blocks:
-            block.cross.load_state_dict(block.cross.state_dict() | block.attention.state_dict())
+        if self.encoder.start_from(self):
+            for block in self.blocks:
+                block.cross.load_state_dict(block.cross.state_dict() | block.attention.state_dict())
 
     def freeze_decoder(self) -> None:
         """Leaves only the encoder and the cross-attention to be trained."""

@@ -73,8 +73,10 @@ class ConditionEncoder(nn.Module):
     def check_decoder(self, decoder: ModelConfig) -> None:
         """Raises UserError for a denoiser that it cannot serve."""
 
-    def start_from(self, decoder: Transformer) -> None:
-        """Takes over what a trained denoiser knows already, where that helps."""
+    def start_from(self, decoder: Transformer) -> bool:
+        """Takes over what a trained denoiser knows already; returns whether its states are now like
+        those that the denoiser's own blocks read."""
+        return False
 
     # ---- conditions ----
 
@@ -149,11 +151,12 @@ class TextEncoder(Transformer, ConditionEncoder):
         require(decoder.vocab_size == self.config.vocab_size, "encoder and denoiser must have the "
                                                               "same vocabulary")
 
-    def start_from(self, decoder: Transformer) -> None:
+    def start_from(self, decoder: Transformer) -> bool:
         """The denoiser's first blocks, which have learned to read already. Both must have the same
         width."""
         learned = decoder.state_dict()
         self.load_state_dict({name: learned[name] for name in self.state_dict()})
+        return True
 
     def conditions_of(self, rows: TokenRows, path: Any = "this model") -> TokenRows:
         conditions = rows.conditions()

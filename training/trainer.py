@@ -161,7 +161,7 @@ class Trainer:
             self.log.plot()
             print(f"trained {progress.step:,} steps, {progress.tokens_seen:,} tokens, "
                   f"{self.steps.loader.epochs:.1f} epochs in {progress.seconds / 60:.1f} minutes; "
-                  f"best validation {self.validation.likelihood_name} {progress.best:.3f} "
+                  f"best validation {self.network.kind.likelihood_name} {progress.best:.3f} "
                   f"nats/token; wrote {self.folder}")
         self.processes.barrier()
 
