@@ -35,11 +35,11 @@ def train_flops(model: DiffusionTransformer, rows: int, length: int, predicted: 
     if condition_length:
         encoder = model.encoder.config
         between = [part for block in model.blocks for part in (block.cross.key, block.cross.value)]
-        told = weight_flops(model.encoder.blocks) + sum(map(weight_flops, between))
-        told += 12 * encoder.layers * condition_length * encoder.width
+        each = weight_flops(model.encoder.blocks) + sum(map(weight_flops, between))
+        each += 12 * encoder.layers * condition_length * encoder.width
         once -= sum(map(weight_flops, between))
         attention += 12 * config.layers * condition_length * config.width
-        total += rows * condition_length * told
+        total += rows * condition_length * each
     return rows * length * (once + attention) + total
 
 
