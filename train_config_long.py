@@ -141,6 +141,7 @@ class KeptSettings:
         return config
 
     def store(self) -> None:
+        """Writes settings.json, whole or not at all; makes the folder."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path, "w") as file:
             kept = dataclasses.replace(self.config, **self.NOT_KEPT)

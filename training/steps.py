@@ -127,10 +127,11 @@ class Steps:
                 "scaler": self.scaler.state_dict()}
 
     def restore(self, checkpoint: dict) -> None:
+        """Takes what `state` gave, with the weight decay that this run is given."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer"], strict=True):
             decays = [group["weight_decay"] for group in optimizer.param_groups]
             optimizer.load_state_dict(spread_state(state, optimizer))
             for group, decay in zip(optimizer.param_groups, decays, strict=True):
-                group["weight_decay"] = decay  # this run's, which may differ from the stored one
+                group["weight_decay"] = decay
         if checkpoint["scaler"]:  # empty if the run was not in FP16 until now
             self.scaler.load_state_dict(checkpoint["scaler"])

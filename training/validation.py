@@ -39,6 +39,7 @@ class Validation:
                 "valid_masked_ce": bound.masked_ce, "valid_masked_accuracy": bound.masked_accuracy}
 
     def in_words(self, figures: dict) -> str:
+        """One line of what `figures` gave."""
         name = self.network.kind.likelihood_name
         return (f"{figures['valid_bits_per_byte']:.3f} bits/byte, {name} "
                 f"{figures['valid_nelbo']:.3f} ± {figures['valid_nelbo_se']:.3f} nats/token, "
