@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class Command:
     """One command line. In its words {out} is a folder of the cell, and {data}, {model}, {bundle},
     {text}, {file} and {folder} are there already."""
 
-    script: str
+    script: str  # or -m and a module
     args: str  # how it is called; a short run
     long: str = ""  # what is added so that a signal finds it at work
     files: tuple[str, ...] = ()  # what it leaves in {out}; nothing: it prints its result
@@ -101,10 +100,6 @@ COMMANDS = {
         "--repeats 1000000", ("b.json",), "--json {folder}", "--json {file}/b.json"),
     "benchmark.py device": Command(
         "benchmark.py", "device --bundle {bundle} --nfe 2 --repeats 1 --output {out}/d.json",
-        "--repeats 1000000", ("d.json", "d.png"), "--output {folder}", "--bundle {file}",
-        made=True),
-    "benchmark_device.py": Command(
-        "benchmark_device.py", "device --bundle {bundle} --nfe 2 --repeats 1 --output {out}/d.json",
         "--repeats 1000000", ("d.json", "d.png"), "--output {folder}", "--bundle {file}", NUMPY,
         made=True),
     "benchmark.py roofline": Command("benchmark.py", "roofline", folder="--measured {folder}"),
@@ -120,11 +115,11 @@ COMMANDS = {
         "generate.py", "--onnx {bundle}/step_fp32.onnx --num_samples 2 --steps 2 --length 8 "
         "--trace {out}/t.html", "--num_samples 1000000", ("t.html",), "--trace {folder}.html",
         "--trace {file}/t.html", NUMPY),
-    "metrics.py": Command(
-        "metrics.py", "--compare {run} --output {out}/c.png", "", ("c.png",), "--output {folder}",
-        "--compare {file}", NUMPY),
-    "sample_stories.py": Command("sample_stories.py", "--count 2000", "--count 100000",
-                                 starts=0.1),
+    "measuring.curves": Command(
+        "-m measuring.curves", "--compare {run} --output {out}/c.png", "", ("c.png",),
+        "--output {folder}", "--compare {file}", NUMPY),
+    "corpus.sample_stories": Command("-m corpus.sample_stories", "--count 2000", "--count 100000",
+                                     starts=0.1),
 }
 
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}
@@ -135,7 +130,6 @@ SITUATIONS = (
 
 SHORT = "it is over in a tenth of a second"
 PRINTS = "it writes no file"
-SAME = "the same code as benchmark_device.py, whose row has it"
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{(name, "full stdout"): "as for a reader that goes: what it prints is not its result"
        for name, command in COMMANDS.items() if command.files and name != "data_prep.py"
@@ -144,11 +138,9 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
        for situation in ("read-only place", "full disk", "largest file", "dangling link")},
     **{(name, situation): SHORT for name, command in COMMANDS.items() if not command.long
        for situation in (*SIGNALS, "SIGHUP under nohup")},
-    **{("benchmark.py device", situation): SAME for situation in SITUATIONS
-       if situation not in ("closed stdout", "| head -1", "SIGTERM")},
-    **{(name, "SIGHUP under nohup"): "cli.py sets the handlers of all; one of each kind is enough"
-       for name in COMMANDS if name not in ("train.py", "data_prep.py", "sample_stories.py")},
-    **{("sample_stories.py", situation): "it reads no file"
+    **{(name, "SIGHUP under nohup"): "cli sets the handlers of all; one of each kind is enough"
+       for name in COMMANDS if name not in ("train.py", "data_prep.py", "corpus.sample_stories")},
+    **{("corpus.sample_stories", situation): "it reads no file"
        for situation in ("a folder as file", "a file as folder")},
     ("benchmark.py roofline", "a file as folder"): "it reads no folder",
     **{(name, "Ctrl-C at the start"): "its libraries are read in a tenth of a second"
@@ -199,18 +191,12 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Table:
-    """Runs cells, two at a time, and keeps how they ended."""
+    """Runs cells."""
 
     def __init__(self, base: Path, places: dict[str, object]):
         self.base, self.places = base, places
         self.mounts: list[Path] = []
-        self.pool = ThreadPoolExecutor(2)
-        self.futures: dict[tuple[str, str], Future] = {}
         self.read_only = self.make_read_only()
-
-    def start(self, cells: list[tuple[str, str]]) -> None:
-        for cell in cells:
-            self.futures[cell] = self.pool.submit(self.run, *cell)
 
     def mount(self, path: Path, size: int) -> bool:
         path.mkdir()
@@ -237,7 +223,6 @@ class Table:
         return None
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
         for path in self.mounts:
             subprocess.run(["umount", "-l", str(path)], capture_output=True)
 
@@ -248,7 +233,7 @@ class Table:
         out = folder / "out"
         told = {"ignored": [], "closed": [], "largest": 0}
         added = ""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if situation in SIGNALS or situation == "Ctrl-C at the start":
             added = command.long
         elif situation == "SIGHUP under nohup":
@@ -278,8 +263,9 @@ class Table:
         if command.made and situation not in ("read-only place", "dangling link"):
             out.mkdir()
         words = f"{command.args} {added}".format(out=out, **self.places).split()
-        return self.process(situation, command, [str(ROOT / command.script), *words], told,
-                            environment, folder, out)
+        script = (command.script.split() if command.script.startswith("-m") else
+                  [str(ROOT / command.script)])
+        return self.process(situation, command, [*script, *words], told, environment, folder, out)
 
     def process(self, situation: str, command: Command, words: list[str], told: dict,
                 environment: dict, folder: Path, out: Path) -> Ended:
@@ -337,7 +323,7 @@ class Table:
 
 
 @pytest.fixture(scope="session")
-def table(request, tmp_path_factory, long_data_dir, checkpoint, bundle) -> Iterator[Table]:
+def table(tmp_path_factory, long_data_dir, checkpoint, bundle) -> Iterator[Table]:
     base = tmp_path_factory.mktemp("hostile")
     (base / "text.txt").write_text(f"\n{SEPARATOR}\n".join(
         f"Story {i}: the café was so small that Tom {'ran ' * (i % 7)}home." for i in range(400)),
@@ -348,8 +334,6 @@ def table(request, tmp_path_factory, long_data_dir, checkpoint, bundle) -> Itera
     table = Table(base, dict(
         data=long_data_dir, model=checkpoint, run=checkpoint.parent, bundle=bundle,
         text=base / "text.txt", file=base / "file", folder=base / "folder"))
-    table.start([item.callspec.params["cell"] for item in request.session.items
-                 if "cell" in getattr(getattr(item, "callspec", None), "params", {})])
     yield table
     table.close()
 
@@ -373,7 +357,7 @@ def expected_status(name: str, situation: str) -> set[int]:
 def test_a_command_in_hostile_surroundings(cell, table):
     name, situation = cell
     command = COMMANDS[name]
-    ended = table.futures[cell].result()
+    ended = table.run(*cell)
     shown = f"status {ended.status}, signalled at {ended.signalled}\n{ended.stderr}"
     # 1. The status, and one line that says why.
     assert ended.status in expected_status(name, situation), shown
@@ -421,7 +405,9 @@ def goes_on(name: str, out: Path, table: Table) -> None:
 
 
 def test_every_script_is_in_the_table(capsys):
-    scripts = {path.name for path in ROOT.glob("*.py")
+    packages = {path.parent for path in ROOT.glob("*/__init__.py")}
+    scripts = {path.name if folder == ROOT else f"-m {folder.name}.{path.stem}"
+               for folder in (ROOT, *packages) for path in folder.glob("*.py")
                if "__main__" in path.read_text(encoding="utf-8")}
     assert {command.script for command in COMMANDS.values()} == scripts
     # and every benchmark
