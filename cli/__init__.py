@@ -104,8 +104,6 @@ def choose(doc: str | None, commands: dict[str, str], argv: Sequence[str] | None
         parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          usage=f"%(prog)s {{{','.join(commands)}}} [flags]", allow_abbrev=False)
         parser.add_argument("command", choices=list(commands), metavar="command")
-        if not argv:
-            parser.error(f"say which: {', '.join(commands)}")
         name, argv = parser.parse_args(argv[:1]).command, argv[1:]
     else:
         name = default
