@@ -6,6 +6,7 @@ With several workers (pytest-xdist) each has one thread, and so have the process
 import cli
 
 import dataclasses
+import functools
 import itertools
 import os
 import shutil
@@ -39,6 +40,13 @@ if WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that are started
 ROOT = Path(__file__).parent.parent
 SMALL = layers.ModelConfig(width=32, heads=2, layers=2)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """For a whole folder one worker more than there are cores, for some tests wait; for single
+    files and tests none, as each worker takes seconds to read torch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores + 1, 8) if all(Path(arg).is_dir() for arg in config.args) else 0
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +88,18 @@ def once(tmp_path_factory) -> Callable:
         return folder
 
     return folder_of
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_trainings():
+    """What the small trainings of this process would spend most of their time on: how fast matrix
+    products are is measured once, and the parts of a figure keep the places where they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "peak_flops", functools.cache(
+            functools.partial(trainer.peak_flops, seconds=0.05)))
+        patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute",
+                      lambda engine, figure: None)
+        yield
 
 
 def made_up_data(path: Path, **settings) -> Path:

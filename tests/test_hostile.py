@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"),
 SECONDS = 240  # that a process may take on a busy machine
 TORCH, NUMPY = 1.5, 0.4  # CPU-seconds until a script has read its libraries, roughly
 TOOLS = ("--precision", "fp32", "--device", "cpu")
-TRAINING = ("--model_config", "micro", "--batch_tokens", "512", "--valid_every", "2",
+TRAINING = ("--model_config", "micro", "--batch_tokens", "512", "--valid_every", "3",
             "--valid_rows", "4", "--num_samples", "1", "--sample_steps", "2", *TOOLS)
 OUTPUTS = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.png")
 
@@ -413,7 +413,7 @@ def test_every_script_is_in_the_table(capsys):
     # and every benchmark
     with pytest.raises(SystemExit):
         benchmark.main(["--help"])
-    usage = re.search(r"benchmark\.py \{([a-z,]+)\}", capsys.readouterr().out)[1]
+    usage = re.search(r"\{([a-z,]+)\} \[flags\]", capsys.readouterr().out)[1]
     assert {name.split()[1] for name in COMMANDS if name.startswith("benchmark.py")} == {
         *usage.split(",")}
 
