@@ -1,10 +1,19 @@
-"""Shared fixtures: a small data folder, a small checkpoint, a network that can be enumerated."""
+"""Shared fixtures: a small data folder, a small checkpoint, a network that can be enumerated.
+
+With several workers (pytest-xdist) each has one thread, and so have the processes that it starts.
+"""
 
 import cli
 
 import dataclasses
+import functools
 import itertools
+import os
+import shutil
 import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +35,72 @@ from network.attention import GATE_SPEED, take
 from network.encoders import TextEncoder
 from training import config, trainer
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that are started
 ROOT = Path(__file__).parent.parent
 SMALL = layers.ModelConfig(width=32, heads=2, layers=2)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """For a whole folder one worker more than there are cores, for some tests wait; for single
+    files and tests none, as each worker takes seconds to read torch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores + 1, 8) if all(Path(arg).is_dir() for arg in config.args) else 0
 
 
 @pytest.fixture(autouse=True)
 def quiet_bars(monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+@contextmanager
+def alone(path: Path):
+    """Waits until no other worker is between these lines for that path."""
+    with open(path.with_suffix(".lock"), "w") as file:
+        while True:
+            try:
+                cli.lock_file(file)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable:
+    """Gives this worker a folder of its own as `make(folder)` fills it: the first worker that asks
+    for that name has it made, the others get a copy."""
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder = tmp_path_factory.mktemp("shared") / name
+        if not WORKER:
+            make(folder)
+            return folder
+        kept = tmp_path_factory.getbasetemp().parent / name
+        with alone(kept):
+            if kept.exists():
+                shutil.copytree(kept, folder)
+            else:
+                make(folder)
+                shutil.copytree(folder, kept.with_suffix(".copy"), dirs_exist_ok=True)
+                kept.with_suffix(".copy").rename(kept)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_trainings():
+    """What the small trainings of this process would spend most of their time on: how fast matrix
+    products are is measured once, and the parts of a figure keep the places where they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "peak_flops", functools.cache(
+            functools.partial(trainer.peak_flops, seconds=0.05)))
+        patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute",
+                      lambda engine, figure: None)
+        yield
 
 
 def made_up_data(path: Path, **settings) -> Path:
@@ -121,28 +189,25 @@ def sharp_checkpoint(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def bundle(sharp_checkpoint, long_data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared") / "bundle"
-    export_jetson.main(["--checkpoint", str(sharp_checkpoint), "--data_dir", str(long_data_dir),
-                        "--out_dir", str(folder), "--report_rows", "6", "--calibration_rows", "6"])
-    return folder
+def bundle(sharp_checkpoint, long_data_dir, once):
+    return once("bundle", lambda folder: export_jetson.main([
+        "--checkpoint", str(sharp_checkpoint), "--data_dir", str(long_data_dir), "--out_dir",
+        str(folder), "--report_rows", "6", "--calibration_rows", "6"]))
 
 
 @pytest.fixture(scope="session")
-def dynamic_bundle(conditional_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared") / "dynamic"
-    export_jetson.main(["--checkpoint", str(conditional_checkpoint), "--out_dir", str(folder),
-                        "--dynamic", "--report_rows", "3", "--precisions", "fp32", "--batch", "3"])
-    return folder
+def dynamic_bundle(conditional_checkpoint, once):
+    return once("dynamic", lambda folder: export_jetson.main([
+        "--checkpoint", str(conditional_checkpoint), "--out_dir", str(folder), "--dynamic",
+        "--report_rows", "3", "--precisions", "fp32", "--batch", "3"]))
 
 
 @pytest.fixture(scope="session")
-def twin(long_data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("twin")
-    train.main(["--objective", "autoregressive", "--model_config", "tiny", "--max_steps", "4",
-                "--data_dir", str(long_data_dir), "--checkpoint_dir", str(folder), "--device",
-                "cpu", "--batch_tokens", "1024", "--num_samples", "0", "--valid_rows", "8"])
-    return folder / "best.pt"
+def twin(long_data_dir, once):
+    return once("twin", lambda folder: train.main([
+        "--objective", "autoregressive", "--model_config", "tiny", "--max_steps", "4", "--data_dir",
+        str(long_data_dir), "--checkpoint_dir", str(folder), "--device", "cpu", "--batch_tokens",
+        "1024", "--num_samples", "0", "--valid_rows", "8"])) / "best.pt"
 
 
 @pytest.fixture

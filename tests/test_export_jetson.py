@@ -36,12 +36,11 @@ ROWS = [blank_story(20), blank_story(40), blank_story(37)]
 
 
 @pytest.fixture(scope="session")
-def told_bundle(conditional_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared") / "told"
-    main(["--checkpoint", str(conditional_checkpoint), "--out_dir", str(folder), "--guided",
-          "--report_rows", "3", "--calibration_rows", "3", "--batch", "2", "--precisions", "fp32",
-          "int8"])
-    return folder
+def told_bundle(conditional_checkpoint, once):
+    return once("told", lambda folder: main([
+        "--checkpoint", str(conditional_checkpoint), "--out_dir", str(folder), "--guided",
+        "--report_rows", "3", "--calibration_rows", "3", "--batch", "2", "--precisions", "fp32",
+        "int8"]))
 
 
 def stories(step, sampler: Sampler, rows=ROWS) -> list[list[list[int]]]:
@@ -386,8 +385,8 @@ def test_a_bundle_is_replaced_only_when_asked(sharp_checkpoint, bundle, tmp_path
                                         "--overwrite")
 
 
-def test_the_graphs_compile_for_nvidia(bundle, told_bundle, capsys):
+def test_the_graphs_compile_for_nvidia(request, capsys):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu12 is not installed")
-    for folder in (bundle, told_bundle):
-        main(["--check", "rtx", "--out_dir", str(folder)])
+    for bundle in ("bundle", "told_bundle"):
+        main(["--check", "rtx", "--out_dir", str(request.getfixturevalue(bundle))])
     assert capsys.readouterr().out.count("no warning") == 6

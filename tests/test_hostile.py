@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +35,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"),
 SECONDS = 240  # that a process may take on a busy machine
 TORCH, NUMPY = 1.5, 0.4  # CPU-seconds until a script has read its libraries, roughly
 TOOLS = ("--precision", "fp32", "--device", "cpu")
-TRAINING = ("--model_config", "micro", "--batch_tokens", "512", "--valid_every", "2",
+TRAINING = ("--model_config", "micro", "--batch_tokens", "512", "--valid_every", "3",
             "--valid_rows", "4", "--num_samples", "1", "--sample_steps", "2", *TOOLS)
 OUTPUTS = ("last.pt", "best.pt", "final.pt", "metrics.jsonl", "training_curves.png")
 
@@ -46,7 +45,7 @@ class Command:
     """One command line. In its words {out} is a folder of the cell, and {data}, {model},
     {conditional}, {bundle}, {text}, {file} and {folder} are there already."""
 
-    script: str
+    script: str  # or -m and a module
     args: str  # how it is called; a short run
     long: str = ""  # what is added so that a signal finds it at work
     files: tuple[str, ...] = ()  # what it leaves in {out}; nothing: it prints its result
@@ -115,10 +114,6 @@ COMMANDS = {
         "--repeats 1000000", ("b.json",), "--json {folder}", "--json {file}/b.json"),
     "benchmark.py device": Command(
         "benchmark.py", "device --bundle {bundle} --nfe 2 --repeats 1 --output {out}/d.json",
-        "--repeats 1000000", ("d.json", "d.png"), "--output {folder}", "--bundle {file}",
-        made=True),
-    "benchmark_device.py": Command(
-        "benchmark_device.py", "device --bundle {bundle} --nfe 2 --repeats 1 --output {out}/d.json",
         "--repeats 1000000", ("d.json", "d.png"), "--output {folder}", "--bundle {file}", NUMPY,
         made=True),
     "benchmark.py roofline": Command("benchmark.py", "roofline", folder="--measured {folder}"),
@@ -134,8 +129,8 @@ COMMANDS = {
         "generate.py", "--onnx {bundle}/step_fp32.onnx --num_samples 2 --steps 2 --length 8 "
         "--trace {out}/t.html", "--num_samples 1000000", ("t.html",), "--trace {folder}.html",
         "--trace {file}/t.html", NUMPY),
-    "sample_stories.py": Command("sample_stories.py", "--count 2000", "--count 100000",
-                                 starts=0.1),
+    "corpus.sample_stories": Command("-m corpus.sample_stories", "--count 2000", "--count 100000",
+                                     starts=0.1),
 }
 
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}
@@ -146,7 +141,6 @@ SITUATIONS = (
 
 SHORT = "it is over in a tenth of a second"
 PRINTS = "it writes no file"
-SAME = "the same code as benchmark_device.py, whose row has it"
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{(name, "full stdout"): "as for a reader that goes: what it prints is not its result"
        for name, command in COMMANDS.items() if command.files and name != "data_prep.py"
@@ -155,14 +149,12 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
        for situation in ("read-only place", "full disk", "largest file", "dangling link")},
     **{(name, situation): SHORT for name, command in COMMANDS.items() if not command.long
        for situation in (*SIGNALS, "SIGHUP under nohup")},
-    **{("benchmark.py device", situation): SAME for situation in SITUATIONS
-       if situation not in ("closed stdout", "| head -1", "SIGTERM")},
     **{(name, situation): "the same code as evaluate.py likelihood, whose row has it"
        for name in ("evaluate.py samplers", "evaluate.py infilling", "evaluate.py condition")
        for situation in SITUATIONS if situation not in ("closed stdout", "full disk", "SIGTERM")},
-    **{(name, "SIGHUP under nohup"): "cli.py sets the handlers of all; one of each kind is enough"
-       for name in COMMANDS if name not in ("train.py", "data_prep.py", "sample_stories.py")},
-    **{("sample_stories.py", situation): "it reads no file"
+    **{(name, "SIGHUP under nohup"): "cli sets the handlers of all; one of each kind is enough"
+       for name in COMMANDS if name not in ("train.py", "data_prep.py", "corpus.sample_stories")},
+    **{("corpus.sample_stories", situation): "it reads no file"
        for situation in ("a folder as file", "a file as folder")},
     ("benchmark.py roofline", "a file as folder"): "it reads no folder",
     **{(name, "Ctrl-C at the start"): "its libraries are read in a tenth of a second"
@@ -213,18 +205,12 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Table:
-    """Runs cells, two at a time, and keeps how they ended."""
+    """Runs cells."""
 
     def __init__(self, base: Path, places: dict[str, object]):
         self.base, self.places = base, places
         self.mounts: list[Path] = []
-        self.pool = ThreadPoolExecutor(2)
-        self.futures: dict[tuple[str, str], Future] = {}
         self.read_only = self.make_read_only()
-
-    def start(self, cells: list[tuple[str, str]]) -> None:
-        for cell in cells:
-            self.futures[cell] = self.pool.submit(self.run, *cell)
 
     def mount(self, path: Path, size: int) -> bool:
         path.mkdir()
@@ -251,7 +237,6 @@ class Table:
         return None
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
         for path in self.mounts:
             subprocess.run(["umount", "-l", str(path)], capture_output=True)
 
@@ -262,7 +247,7 @@ class Table:
         out = folder / "out"
         told = {"ignored": [], "closed": [], "largest": 0}
         added = ""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if situation in SIGNALS or situation == "Ctrl-C at the start":
             added = command.long
         elif situation == "SIGHUP under nohup":
@@ -292,8 +277,9 @@ class Table:
         if command.made and situation not in ("read-only place", "dangling link"):
             out.mkdir()
         words = f"{command.args} {added}".format(out=out, **self.places).split()
-        return self.process(situation, command, [str(ROOT / command.script), *words], told,
-                            environment, folder, out)
+        script = (command.script.split() if command.script.startswith("-m") else
+                  [str(ROOT / command.script)])
+        return self.process(situation, command, [*script, *words], told, environment, folder, out)
 
     def process(self, situation: str, command: Command, words: list[str], told: dict,
                 environment: dict, folder: Path, out: Path) -> Ended:
@@ -351,7 +337,7 @@ class Table:
 
 
 @pytest.fixture(scope="session")
-def table(request, tmp_path_factory, long_data_dir, checkpoint, conditional_checkpoint, bundle,
+def table(tmp_path_factory, long_data_dir, checkpoint, conditional_checkpoint, bundle,
           ) -> Iterator[Table]:
     base = tmp_path_factory.mktemp("hostile")
     (base / "text.txt").write_text(f"\n{SEPARATOR}\n".join(
@@ -364,8 +350,6 @@ def table(request, tmp_path_factory, long_data_dir, checkpoint, conditional_chec
         data=long_data_dir, model=checkpoint, conditional=conditional_checkpoint,
         run=checkpoint.parent, bundle=bundle,
         text=base / "text.txt", file=base / "file", folder=base / "folder"))
-    table.start([item.callspec.params["cell"] for item in request.session.items
-                 if "cell" in getattr(getattr(item, "callspec", None), "params", {})])
     yield table
     table.close()
 
@@ -389,7 +373,7 @@ def expected_status(name: str, situation: str) -> set[int]:
 def test_a_command_in_hostile_surroundings(cell, table):
     name, situation = cell
     command = COMMANDS[name]
-    ended = table.futures[cell].result()
+    ended = table.run(*cell)
     shown = f"status {ended.status}, signalled at {ended.signalled}\n{ended.stderr}"
     # 1. The status, and one line that says why.
     assert ended.status in expected_status(name, situation), shown
@@ -437,7 +421,9 @@ def goes_on(name: str, out: Path, table: Table) -> None:
 
 
 def test_every_script_is_in_the_table(capsys):
-    scripts = {path.name for path in ROOT.glob("*.py")
+    packages = {path.parent for path in ROOT.glob("*/__init__.py")}
+    scripts = {path.name if folder == ROOT else f"-m {folder.name}.{path.stem}"
+               for folder in (ROOT, *packages) for path in folder.glob("*.py")
                if "__main__" in path.read_text(encoding="utf-8")}
     assert {command.script for command in COMMANDS.values()} == scripts
     # and every command of those that have several

@@ -3,15 +3,19 @@
     optimizers = make_optimizers(model, "muon", lr=0.006, weight_decay=0.0, precision="bf16")
 """
 
+import sys
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from model import DiffusionTransformer
 from network.layers import PRECISIONS
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 OPTIMIZERS = ("muon", "adamw")
 DEFAULT_LR = {"muon": 0.006, "adamw": 0.001}
@@ -83,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         if world == 1:
             return orthogonalise(directions(params))
         shares = [len(share) for share in torch.arange(len(params)).tensor_split(world)]
-        if isinstance(params[0], DTensor):
+        if is_spread(params[0]):
             return orthogonalised_rows(directions(params), shares, params[0])
         first, own = sum(shares[:dist.get_rank()]), shares[dist.get_rank()]
         shape = params[0].shape
@@ -122,17 +126,24 @@ def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 # ---- parameters that FSDP has spread over the processes ------------------------------------------
 
+def is_spread(x: object) -> bool:
+    """Whether it is a DTensor. Only FSDP makes them: where nobody has read their module, which
+    takes half a second, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def whole(x: Tensor) -> Tensor:
     """The whole tensor of which every process holds a part (a collective call), or `x` itself."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_spread(x) else x
 
 
 def local(x: Tensor) -> Tensor:
     """The part of it that this process holds."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_spread(x) else x
 
 
-def orthogonalised_rows(rows: Tensor, shares: list[int], like: DTensor) -> Tensor:
+def orthogonalised_rows(rows: Tensor, shares: list[int], like: "DTensor") -> Tensor:
     """Orthogonalises matrices of which every process holds some rows, (N, own rows, columns), and
     gives those rows of the result.
 

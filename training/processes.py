@@ -21,11 +21,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import DiffusionTransformer
 from network.hardware import pick_device
-from training.optimizers import whole
+from training.optimizers import is_spread, whole
 
 # How long a collective call may wait: rank 0 prepares data and writes checkpoints meanwhile.
 PATIENCE = datetime.timedelta(minutes=30)
@@ -184,18 +183,19 @@ def whole_state(state: Any) -> Any:
         return {key: whole_state(value) for key, value in state.items()}
     if isinstance(state, list):
         return [whole_state(value) for value in state]
-    return whole(state).cpu() if isinstance(state, DTensor) else state
+    return whole(state).cpu() if is_spread(state) else state
 
 
 def spread_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """A whole optimizer state, spread as the parameters of `optimizer` are."""
+    from torch.distributed.tensor import distribute_tensor
     params = [p for group in optimizer.param_groups for p in group["params"]]
     spread = {}
     for index, values in state["state"].items():
         p = params[index]
         spread[index] = {
             name: distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-            if isinstance(p, DTensor) and value.shape == p.shape else value
+            if is_spread(p) and value.shape == p.shape else value
             for name, value in values.items()}
     return {**state, "state": spread}
 
