@@ -174,6 +174,22 @@ class TokenRows:
         return pad_rows([self[i] for i in indices])
 
 
+def reported_split(meta: dict) -> str:
+    """The split that figures come from unless another is asked for: nothing is chosen on "test".
+    """
+    return "test" if meta["splits"].get("test", {}).get("shards") else "val"
+
+
+def open_rows(data_dir: str, split: str | None) -> TokenRows:
+    """The rows of a split, by default of `reported_split`. Raises UserError for one that the data
+    folder has not."""
+    meta = load_meta(data_dir)
+    split = split or reported_split(meta)
+    require(split in meta["splits"], f"--split {split}: {data_dir} has no such split, only "
+            f"{', '.join(name for name in SPLITS if name in meta['splits'])}")
+    return TokenRows(data_dir, split)
+
+
 def evenly_spread(count: int, rows: int) -> np.ndarray:
     """Numbers of `count` of the rows (of all, if there are fewer): the beginning of a split may be
     of another kind than its end."""

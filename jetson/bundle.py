@@ -22,7 +22,7 @@ SCRIPTS = (
     "generate.py", "export_jetson.py", "benchmark.py",
     "cli/__init__.py", "cli/commands.py", "cli/errors.py", "cli/files.py", "cli/flags.py",
     "cli/locks.py", "cli/streams.py",
-    "corpus/__init__.py", "corpus/tokens.py", "corpus/files.py",
+    "corpus/__init__.py", "corpus/tokens.py", "corpus/files.py", "corpus/conditions.py",
     "sampling/__init__.py", "sampling/sampler.py", "sampling/noise.py", "sampling/paces.py",
     "sampling/loop.py", "sampling/rows.py", "sampling/viewer.py", "sampling/viewer.html",
     "jetson/__init__.py", "jetson/settings.py", "jetson/engine_runtime.py",
@@ -43,7 +43,7 @@ def export(config: ExportConfig, folder: Path) -> dict:
     import onnx
     import torch
 
-    from corpus.rows import TokenRows
+    from corpus.rows import TokenRows, open_rows
     from jetson.step_graph import LIKELIEST
     from kinds.checkpoints import (
         check_tokenizer,
@@ -52,7 +52,6 @@ def export(config: ExportConfig, folder: Path) -> dict:
         model_from_checkpoint,
     )
     from kinds.registry import kind_of, kinds_that
-    from measuring.held_out import open_rows
     kinds = kinds_that(lambda kind: kind.unmasks)
     path = find_checkpoint(config.checkpoint, kinds)
     checkpoint = load_checkpoint(path, kinds)

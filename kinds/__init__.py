@@ -1,7 +1,10 @@
-"""What a network is trained for: its loss, its likelihood, how it is sampled; and its file.
+"""The kinds of model there are, an object for each: network, loss, likelihood, how it writes.
 
-    likelihood.py      batches with hidden tokens, their loss and the nats measured on them
+    kind.py            what every kind answers
+    registry.py        the kinds there are, and which one a run or a checkpoint is of
     autoregressive.py  the causal twin
+    conditional.py     diffusion with a condition
+    likelihood.py      batches with hidden tokens, their loss and the nats measured on them
     checkpoints.py     the .pt files of every kind
 
 diffusion.py, the kind that this is all about, belongs to this layer. For training, measuring,

@@ -1,10 +1,11 @@
 """How good a model is, and how fast: what evaluate.py and benchmark.py run.
 
-    common.py          settings, splits and rows that evaluations share
+    held_out.py        a checkpoint opened beside held-out rows, and the flags for that
     likelihood.py      the likelihood bound and the diversity of samples
     samplers.py        samplers compared, at each number of network evaluations
     infilling.py       the middle sentence of real stories filled in
-    conditions.py      what a condition is worth, at every guidance
+    condition.py       what a condition is worth, by condition_pairs.py (texts and conditions),
+                       condition_likelihood.py (by reader) and condition_texts.py (at each guidance)
     curves.py          the curves of training runs, and several in one figure
     quality.py         perplexity under the twin as a judge, diversity
     overlap.py         how much of a text stands in the training text
@@ -14,6 +15,6 @@
     device.py          an exported step, where it runs; without torch
     roofline.py        what a device could do at best, worked out
 
-For evaluate.py, benchmark.py, train_long.py and the report of an export. It imports training, kinds
+For evaluate.py, benchmark.py and train_long.py. It imports training, kinds
 and what is below them, and jetson.engine_runtime, whose sessions device.py times.
 """

@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from corpus.rows import TokenRows, content_hashes, load_meta
+from corpus.rows import TokenRows, content_hashes, open_rows
 from corpus.tokens import row_kind
 from kinds.checkpoints import (
     check_tokenizer,
@@ -117,22 +117,6 @@ def output_file(output: str | None, path: Path, name: str,
 
 
 # ---- rows and models -----------------------------------------------------------------------------
-
-def reported_split(meta: dict) -> str:
-    """The split that figures come from unless another is asked for: nothing is chosen on "test".
-    """
-    return "test" if meta["splits"].get("test", {}).get("shards") else "val"
-
-
-def open_rows(data_dir: str, split: str | None) -> TokenRows:
-    """The rows of a split, by default of `reported_split`. Raises UserError for one that the data
-    folder has not."""
-    meta = load_meta(data_dir)
-    split = split or reported_split(meta)
-    require(split in meta["splits"], f"--split {split}: {data_dir} has no such split, only "
-            f"{', '.join(name for name in SPLITS if name in meta['splits'])}")
-    return TokenRows(data_dir, split)
-
 
 def choose_stories(rows: TokenRows, count: int, seed: int) -> np.ndarray:
     """Numbers of `count` rows that hold whole stories, or of all where there are fewer: a random

@@ -4,10 +4,11 @@
     attention.py    attention to a row and to a condition, with rotary positions
     dropout.py      dropout that keeps nothing for the backward pass
     transformer.py  the block; embedding and blocks
-    encoders.py     what reads a condition
+    encoders.py     what reads a condition: the seam for other sorts than text
     head_loss.py    vocabulary head and cross-entropy in one, in chunks
     hardware.py     the device to compute on and in which precision
 
 For model.py and whatever runs a network. Nothing here knows of diffusion: it imports cli and
-corpus.tokens, and never model.py, which puts the parts together.
+corpus.tokens (encoders.py more of corpus, whose conditions it reads), and never model.py, which
+puts the parts together.
 """

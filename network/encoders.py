@@ -80,8 +80,9 @@ class ConditionEncoder(nn.Module):
 
     # ---- conditions ----
 
-    def conditions_of(self, rows: TokenRows, path: Any = "this model") -> Conditions:
-        """Those of a split's rows; UserError where it cannot read them. `path` names the model."""
+    def conditions_of(self, rows: TokenRows, path: Any = None) -> Conditions:
+        """Those of a split's rows. With `path`, the model's, UserError if this encoder cannot read
+        all of them."""
         raise NotImplementedError
 
     def read(self, texts: Sequence[str], tokenizer: Any) -> np.ndarray:
@@ -158,10 +159,10 @@ class TextEncoder(Transformer, ConditionEncoder):
         self.load_state_dict({name: learned[name] for name in self.state_dict()})
         return True
 
-    def conditions_of(self, rows: TokenRows, path: Any = "this model") -> TokenRows:
+    def conditions_of(self, rows: TokenRows, path: Any = None) -> TokenRows:
         conditions = rows.conditions()
         longest = int(conditions.lengths.max())
-        require(longest <= self.config.max_len, f"{rows.data_dir} has conditions of up to "
+        require(path is None or longest <= self.config.max_len, f"{rows.data_dir} has conditions of up to "
                 f"{longest} tokens, {path} reads at most {self.config.max_len}: prepare them with "
                 f"--condition_len {self.config.max_len}")
         return conditions

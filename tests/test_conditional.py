@@ -441,7 +441,7 @@ def test_conditions_longer_than_an_encoder_reads(settings, conditional_checkpoin
 
 def test_every_row_of_a_batch_comes_with_its_own_condition(settings):
     trainer = Trainer(TrainConfig(**settings))
-    told = {tuple(row): tuple(trainer.data.conditions[i])
+    told = {tuple(row): tuple(trainer.network.conditions[i])
             for i, row in enumerate(trainer.data.rows)}
     assert len(set(told.values())) > 20
     for _ in range(5):

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "cli": (),
     "corpus": ("cli",),
     "network": ("cli", "corpus.tokens"),
+    "network.encoders": ("cli", "corpus"),
     "model": ("cli", "corpus.tokens", "network"),
     "sampling": ("cli", "corpus.tokens"),
     "sampling.step": ("cli", "corpus.tokens", "network"),
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "diffusion": (*BELOW_KINDS, "kinds"),  # of the same layer
     "training": (*BELOW_KINDS, "kinds", "diffusion"),
     "measuring": (*BELOW_KINDS, "kinds", "diffusion", "training", "jetson.engine_runtime"),
-    "jetson": (*BELOW_KINDS, "kinds", "diffusion", "measuring.common"),
+    "jetson": (*BELOW_KINDS, "kinds", "diffusion"),
     "jetson.settings": ("cli",),
     "jetson.engine_builder": ("cli", "corpus.tokens", "sampling"),
     "jetson.engine_runtime": ("cli", "corpus.tokens", "sampling"),

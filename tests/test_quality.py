@@ -8,7 +8,9 @@ from conftest import TableModel
 
 from corpus.rows import TokenRows
 from corpus.tokens import BOS, EOS, MASK, decode, load_tokenizer
+from diffusion import DiscreteDiffusion
 from evaluate import main
+from kinds.autoregressive import Autoregressive
 from kinds.likelihood import ratio_error
 from measuring import overlap, quality
 from measuring.infilling import gap_nats, hide_middle, middle_sentence
@@ -162,18 +164,19 @@ def test_nats_of_a_gap_are_those_given_what_is_seen():
     coin.config = ModelConfig(causal=True)
     rows = [np.array([BOS, 4, 5, 6, EOS])]
     gaps = [np.array([BOS, MASK, MASK, 6, EOS])]
-    assert nats_per_token(coin, rows, gaps, 1, 0) == pytest.approx(
+    assert nats_per_token(Autoregressive(), coin, rows, gaps, 1, 0) == pytest.approx(
         -(math.log(2 / 9) + math.log(1 / 9)) / 2)
     table = TableModel()
     table.config = ModelConfig()
     last = [np.array([BOS, 4, MASK, 6, EOS])]
     first, second, both = (table.probabilities(seen) for seen in (
         (MASK, 5, 6), (4, MASK, 6), (MASK, MASK, 6)))
-    assert nats_per_token(table, rows, last, 1, 0) == pytest.approx(-math.log(second[1, 1]),
+    diffusion = DiscreteDiffusion(), table, rows
+    assert nats_per_token(*diffusion, last, 1, 0) == pytest.approx(-math.log(second[1, 1]),
                                                                     rel=1e-5)
     # two tokens: the mean over both orders
     orders = [-math.log(both[0, 0] * second[1, 1]), -math.log(both[1, 1] * first[0, 0])]
-    assert nats_per_token(table, rows, gaps, 4000, 0) == pytest.approx(sum(orders) / 4, rel=0.03)
+    assert nats_per_token(*diffusion, gaps, 4000, 0) == pytest.approx(sum(orders) / 4, rel=0.03)
 
 
 def test_infilling_of_both_sides(checkpoint, twin, long_data_dir, tmp_path, capsys):

@@ -79,7 +79,7 @@ class LengthEncoder(ConditionEncoder):
             raise RuntimeError("the weights are of another size")
         return cls(**settings)
 
-    def conditions_of(self, rows, path="this model") -> Lengths:
+    def conditions_of(self, rows, path=None) -> Lengths:
         return Lengths(rows.conditions().lengths)
 
     def read(self, texts, tokenizer) -> np.ndarray:
