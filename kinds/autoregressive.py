@@ -37,6 +37,7 @@ class Autoregressive(Kind):
     causal = exact = True
     unmasks = False
     unused = frozenset(("schedule", "sample_order", "sample_steps"))
+    unused_for = "the twin writes from left to right"
 
     def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Corrupted:
         """Input and targets of next-token prediction for rows (B, L); nothing is random."""

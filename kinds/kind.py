@@ -37,7 +37,8 @@ class Kind:
     exact: ClassVar[bool] = False  # whether `nelbo` is the likelihood itself, not a bound
     unmasks: ClassVar[bool] = True  # fills whatever is hidden, in any order: generate.py, exports
     conditional: ClassVar[bool] = False  # attends to a condition
-    unused: ClassVar[frozenset[str]] = frozenset()  # flags of train.py that change nothing
+    unused: ClassVar[frozenset[str]] = frozenset()  # flags of train.py that change nothing,
+    unused_for: ClassVar[str] = "without effect for this kind of model"  # and why
 
     @classmethod
     def of_run(cls, config: Any) -> "Kind":

@@ -162,9 +162,9 @@ class TextEncoder(Transformer, ConditionEncoder):
     def conditions_of(self, rows: TokenRows, path: Any = None) -> TokenRows:
         conditions = rows.conditions()
         longest = int(conditions.lengths.max())
-        require(path is None or longest <= self.config.max_len, f"{rows.data_dir} has conditions of up to "
-                f"{longest} tokens, {path} reads at most {self.config.max_len}: prepare them with "
-                f"--condition_len {self.config.max_len}")
+        most = self.config.max_len
+        require(path is None or longest <= most, f"{rows.data_dir} has conditions of up to {longest} "
+                f"tokens, {path} reads at most {most}: prepare them with --condition_len {most}")
         return conditions
 
     def read(self, texts: Sequence[str], tokenizer: Any) -> np.ndarray:

@@ -453,7 +453,7 @@ def test_every_row_of_a_batch_comes_with_its_own_condition(settings):
     trainer.validation.bound()
     chosen = [i for part in trainer.validation.batches for i in part]
     rows = [tuple(row[row != PAD]) for batch in asked for row in batch.numpy()]
-    assert set(rows) == {tuple(trainer.data.valid_conditions[i]) for i in chosen}
+    assert set(rows) == {tuple(trainer.network.valid_conditions[i]) for i in chosen}
 
 
 def test_no_more_stories_are_shown_than_there_are_conditions(settings):

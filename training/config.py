@@ -122,9 +122,9 @@ class TrainConfig:
                              ("condition_dropout", (3,))):
             require(name not in given or self.stage in stages, f"--{name} belongs to --stage "
                     f"{' or '.join(map(str, stages))}: leave it out of stage {self.stage}")
-        unused = sorted(given & kind_of_run(self).unused)
-        require(not unused, f"--{' --'.join(unused)}: without effect for --objective "
-                            f"{self.objective}; leave it out")
+        kind = kind_of_run(self)
+        unused = sorted(given & kind.unused)
+        require(not unused, f"--{' --'.join(unused)}: {kind.unused_for}; leave it out")
         unused = sorted(given & set(NETWORK_SETTINGS)) if self.stage > 1 else []
         require(not unused, f"--{' --'.join(unused)}: stage {self.stage} goes on with the model of "
                             f"{self.decoder_checkpoint}; leave it out")
