@@ -163,8 +163,9 @@ class TextEncoder(Transformer, ConditionEncoder):
         conditions = rows.conditions()
         longest = int(conditions.lengths.max())
         most = self.config.max_len
-        require(path is None or longest <= most, f"{rows.data_dir} has conditions of up to {longest} "
-                f"tokens, {path} reads at most {most}: prepare them with --condition_len {most}")
+        require(path is None or longest <= most, f"{rows.data_dir} has conditions of up to "
+                f"{longest} tokens, {path} reads at most {most}: prepare them with --condition_len "
+                f"{most}")
         return conditions
 
     def read(self, texts: Sequence[str], tokenizer: Any) -> np.ndarray:
