@@ -12,5 +12,5 @@
 For export_jetson.py, generate.py and measuring/device.py. settings.py, engine_builder.py and
 engine_runtime.py go into the bundle: Python 3.10, no torch, nothing of ours but cli, corpus.tokens
 and the part of sampling without torch. The others import kinds and what is below them, and
-measuring.common for the rows of the report; they are read only where something is exported.
+measuring.held_out for the rows of the report; they are read only where something is exported.
 """
