@@ -66,7 +66,7 @@ def wrong_entries(meta: dict) -> list[str]:
             "sha256" not in source or source["sha256"] is None
             or isinstance(source["sha256"], str) and type(source.get("bytes")) is int)
 
-    splits, told, sources = meta["splits"], meta.get("condition"), meta.get("sources", [])
+    splits, condition, sources = meta["splits"], meta.get("condition"), meta.get("sources", [])
     size = meta["bytes_per_token"]
     right = {
         **{key: isinstance(meta[key], str) for key in ("source", "licence", "tokenizer_sha256")},
@@ -76,7 +76,8 @@ def wrong_entries(meta: dict) -> list[str]:
         "length_histogram": is_length_histogram(meta["length_histogram"], ROW_KINDS),
         "splits": isinstance(splits, dict) and all(map(is_split, splits.values())),
         "sources": isinstance(sources, list) and all(map(is_source, sources)),
-        "condition": told is None or isinstance(told, dict) and is_count(told.get("max_len"))}
+        "condition": condition is None
+        or isinstance(condition, dict) and is_count(condition.get("max_len"))}
     return [key for key, fine in right.items() if not fine]
 
 
@@ -136,8 +137,8 @@ class TokenRows:
         size = binary.stat().st_size
         require(size == 2 * tokens and int(offsets[-1]) == tokens,
                 f"{binary} is truncated: {2 * tokens} bytes expected, {size} found; {again}")
-        told = self.meta.get("condition") if self.split.endswith("_condition") else None
-        longest = told["max_len"] if told else self.meta["seq_len"]
+        condition = self.meta.get("condition") if self.split.endswith("_condition") else None
+        longest = condition["max_len"] if condition else self.meta["seq_len"]
         lengths = np.diff(offsets)
         require(header[2:].tolist() == [rows, tokens] and offsets[0] == 0 and lengths.min() >= 1
                 and lengths.max() <= longest, f"{index} is damaged: its rows are not one behind "
@@ -207,14 +208,14 @@ def bucket_batches(lengths: np.ndarray, batch_tokens: int, order: np.ndarray | N
     """
     order = np.arange(len(lengths)) if order is None else order
     buckets = round_up(lengths[order])
-    batches, left = [], order[:0]
+    batches, leftover = [], order[:0]
     for width in np.unique(buckets):
-        rows = np.concatenate([left, order[buckets == width]])
+        rows = np.concatenate([leftover, order[buckets == width]])
         size = max(1, batch_tokens // int(width))
         whole = len(rows) // size * size if merge else len(rows)
         batches += [rows[i:i + size] for i in range(0, whole, size)]
-        left = rows[whole:]
-    return batches + ([left] if len(left) else [])
+        leftover = rows[whole:]
+    return batches + ([leftover] if len(leftover) else [])
 
 
 def padding_share(lengths: np.ndarray, batches: list[np.ndarray]) -> float:

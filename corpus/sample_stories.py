@@ -265,7 +265,7 @@ def _cast(plot: _Plot, pick: Pick) -> dict[str, str]:
     return slots | {column: _expand(slots[column], slots, pick) for column in plot.columns}
 
 
-def _tell(plot: _Plot, pick: Pick) -> str:
+def _story(plot: _Plot, pick: Pick) -> str:
     slots = _cast(plot, pick)
     paragraphs = []
     for block in (_OPENING.strip() + plot.text.rstrip()).split("\n\n"):
@@ -288,11 +288,11 @@ def _generate(count: int, seed: int) -> Iterator[str]:
     def pick(items: Sequence) -> Any:
         return items[int(draw() * len(items))]
 
-    told: set[str] = set()
-    while len(told) < count:
-        story = _tell(pick(_PLOTS), pick)
-        if story not in told:
-            told.add(story)
+    seen: set[str] = set()
+    while len(seen) < count:
+        story = _story(pick(_PLOTS), pick)
+        if story not in seen:
+            seen.add(story)
             yield story
 
 

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from jetson.engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, OnnxSession
 from jetson.graphs import OPSET, encoder_graph, operators, step_graph, without_logits
@@ -17,7 +18,10 @@ from jetson.report import NoisyRows, compare, line_of
 from jetson.settings import ExportConfig
 from sampling.sampler import PRESETS
 
-HERE = Path(__file__).parent.parent
+if TYPE_CHECKING:
+    from model import DiffusionTransformer
+
+ROOT = Path(__file__).parent.parent
 SCRIPTS = (
     "generate.py", "export_jetson.py", "benchmark.py",
     "cli/__init__.py", "cli/commands.py", "cli/errors.py", "cli/files.py", "cli/flags.py",
@@ -38,72 +42,115 @@ cuda-python>=12.6,<13
 """
 
 
+class Source(NamedTuple):
+    """A checkpoint to export, and the rows for it."""
+
+    checkpoint: dict
+    model: "DiffusionTransformer"  # in FP32, as it is judged against
+    length: int  # tokens of a row
+    condition_len: int | None  # tokens of a condition; None: the model takes none
+    judged: NoisyRows | None  # of the report, where there is to be one
+    calibration: NoisyRows | None  # for INT8's scales, where they are needed
+
+
 def export(config: ExportConfig, folder: Path) -> dict:
     """Fills the folder and returns the content of bundle.json."""
     import onnx
-    import torch
+    source = open_source(config)
+    files, reports = write_steps(config, source, folder)
+    if source.condition_len is not None:
+        onnx.save(encoder_graph(source.model), folder / "encoder.onnx")
+        files["encoder"] = file_entry(folder / "encoder.onnx")
+    contents = describe(config, source, files, reports)
+    write_device_files(folder, source.checkpoint["tokenizer"], contents)
+    write_text(folder / "bundle.json", json.dumps(contents, indent=1))
+    return contents
 
-    from corpus.rows import TokenRows, open_rows
-    from jetson.step_graph import LIKELIEST
-    from kinds.checkpoints import (
-        check_tokenizer,
-        find_checkpoint,
-        load_checkpoint,
-        model_from_checkpoint,
-    )
+
+def open_source(config: ExportConfig) -> Source:
+    """Raises UserError for a checkpoint or data that cannot be exported with these settings."""
+    from kinds.checkpoints import find_checkpoint, load_checkpoint, model_from_checkpoint
     from kinds.registry import kind_of, kinds_that
     kinds = kinds_that(lambda kind: kind.unmasks)
     path = find_checkpoint(config.checkpoint, kinds)
     checkpoint = load_checkpoint(path, kinds)
-    reference = model_from_checkpoint(checkpoint).for_inference()
+    model = model_from_checkpoint(checkpoint).for_inference()
     conditional = kind_of(checkpoint).conditional
-    require(not conditional or reference.encoder.sort == "text", f"{path} takes conditions of the "
-            f"sort {reference.encoder.sort!r}: only text can be told to an exported step"
-            if conditional else "")
-    require(conditional or not config.guided, f"--guided: {path} is a model without a condition")
-    length = config.length or reference.config.max_len
-    require(length <= reference.config.max_len, f"--length {length}: {path} has rows of at most "
-                                                f"{reference.config.max_len}")
-    condition_len = reference.encoder.config.max_len if conditional else None
-    noisy = calibration = None
+    if conditional:
+        require(model.encoder.sort == "text", f"{path} takes conditions of the sort "
+                f"{model.encoder.sort!r}: only text can be told to an exported step")
+    else:
+        require(not config.guided, f"--guided: {path} is a model without a condition")
+    length = config.length or model.config.max_len
+    require(length <= model.config.max_len, f"--length {length}: {path} has rows of at most "
+                                            f"{model.config.max_len}")
+    return Source(checkpoint, model, length,
+                  model.encoder.config.max_len if conditional else None,
+                  *open_noisy_rows(config, path, checkpoint, length, conditional))
+
+
+def open_noisy_rows(config: ExportConfig, path: Path, checkpoint: dict, length: int,
+                    conditional: bool) -> tuple[NoisyRows | None, NoisyRows | None]:
+    """The rows of the report and those for INT8's scales, each where the settings need them."""
+    from corpus.rows import TokenRows, open_rows
+    from kinds.checkpoints import check_tokenizer
+    judged = calibration = None
     if config.report_rows or "int8" in config.precisions:
         data_dir = config.data_dir or checkpoint.get("train_config", {}).get("data_dir", "data")
         rows = open_rows(data_dir, None)
         check_tokenizer(path, checkpoint, data_dir, rows.meta)
         if config.report_rows:
-            noisy = NoisyRows(rows, config.report_rows, length, conditional)
+            judged = NoisyRows(rows, config.report_rows, length, conditional)
         if "int8" in config.precisions:  # never of the rows that it is judged on
             calibration = NoisyRows(TokenRows(data_dir, "train"), config.calibration_rows, length,
                                     conditional, draws=1)
-    for what, used in (("judged on", noisy), ("INT8's scales are from", calibration)):
+    for what, used in (("judged on", judged), ("INT8's scales are from", calibration)):
         if used:
             print(f"{what} {used.count} rows of {used.split}", flush=True)
+    return judged, calibration
+
+
+def write_steps(config: ExportConfig, source: Source, folder: Path) -> tuple[dict, dict]:
+    """Writes the step's graph of each precision; returns {precision: entry of its file} and
+    {precision: report}, as bundle.json has them."""
+    import onnx
     files, reports = {}, {}
     for precision in config.precisions:
         started = time.perf_counter()
-        graph = step_graph(config, checkpoint, precision, length, calibration, condition_len)
-        name = f"step_{precision}.onnx"
-        onnx.save(without_logits(graph), folder / name)
-        report = {"megabytes": (folder / name).stat().st_size / 1e6, "opset": OPSET,
+        graph = step_graph(config, source.checkpoint, precision, source.length, source.calibration,
+                           source.condition_len)
+        path = folder / f"step_{precision}.onnx"
+        onnx.save(without_logits(graph), path)
+        report = {"megabytes": path.stat().st_size / 1e6, "opset": OPSET,
                   "operators": operators(graph)}
-        if noisy:
+        if source.judged:
             with tempfile.TemporaryDirectory() as scratch:
-                onnx.save(graph, Path(scratch) / name)
-                report |= compare(OnnxSession(Path(scratch) / name), reference, noisy,
-                                  condition_len)
-        reports[precision] = report
-        files[precision] = {"name": name, "sha256": sha256_of(folder / name)}
+                onnx.save(graph, Path(scratch) / path.name)
+                report |= compare(OnnxSession(Path(scratch) / path.name), source.model,
+                                  source.judged, source.condition_len)
+        files[precision], reports[precision] = file_entry(path), report
         print(line_of(precision, report, time.perf_counter() - started), flush=True)
-    if conditional:
-        onnx.save(encoder_graph(reference), folder / "encoder.onnx")
-        files["encoder"] = {"name": "encoder.onnx", "sha256": sha256_of(folder / "encoder.onnx")}
-    contents = {
-        "format": BUNDLE_FORMAT, "format_version": BUNDLE_VERSION, "kind": reference.kind,
-        "files": files, "batch": config.batch, "length": length, "dynamic": config.dynamic,
-        "condition_len": condition_len,
+    return files, reports
+
+
+def file_entry(path: Path) -> dict[str, str]:
+    return {"name": path.name, "sha256": sha256_of(path)}
+
+
+def describe(config: ExportConfig, source: Source, files: dict, reports: dict) -> dict:
+    """The content of bundle.json."""
+    import onnx
+    import torch
+
+    from jetson.step_graph import LIKELIEST
+    checkpoint = source.checkpoint
+    return {
+        "format": BUNDLE_FORMAT, "format_version": BUNDLE_VERSION, "kind": checkpoint["kind"],
+        "files": files, "batch": config.batch, "length": source.length, "dynamic": config.dynamic,
+        "condition_len": source.condition_len,
         "guided": config.guided, "likeliest": LIKELIEST, "reports": reports,
-        "judged_on": noisy.split if noisy else None,
-        "calibrated_on": calibration.split if calibration else None,
+        "judged_on": source.judged.split if source.judged else None,
+        "calibrated_on": source.calibration.split if source.calibration else None,
         "model_config": checkpoint["model_config"], "step": checkpoint.get("step"),
         "length_histogram": checkpoint["length_histogram"],
         "tokenizer_sha256": checkpoint["tokenizer_sha256"],
@@ -111,15 +158,18 @@ def export(config: ExportConfig, folder: Path) -> dict:
         "data_source": checkpoint.get("data_source"), "licence": checkpoint.get("licence"),
         "versions": {"torch": str(torch.__version__), "onnx": onnx.__version__},
         "config": dataclasses.asdict(config)}
-    write_text(folder / "tokenizer.json", checkpoint["tokenizer"])
+
+
+def write_device_files(folder: Path, tokenizer: str, contents: dict) -> None:
+    """Writes what the device needs besides the graphs and bundle.json."""
+    write_text(folder / "tokenizer.json", tokenizer)
     for script in SCRIPTS:
         (folder / script).parent.mkdir(exist_ok=True)
-        shutil.copyfile(HERE / script, folder / script)
+        shutil.copyfile(ROOT / script, folder / script)
     write_text(folder / "requirements-jetson.txt", REQUIREMENTS + (
-        "onnxruntime  # for the encoder of the condition\n" if conditional else ""))
+        "onnxruntime  # for the encoder of the condition\n"
+        if contents["condition_len"] is not None else ""))
     write_text(folder / "README.md", device_readme(contents))
-    write_text(folder / "bundle.json", json.dumps(contents, indent=1))
-    return contents
 
 
 def write_text(path: Path, text: str) -> None:

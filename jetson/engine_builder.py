@@ -43,6 +43,23 @@ def build_engine(path: Path, workspace_mb: int) -> Path:
             note["engine_sha256"] == sha256_of(engine)):
         print(f"{engine} is there already, and fits")
         return engine
+    started = time.perf_counter()
+    plan = build_plan(path, contents, workspace_mb, trt)
+    with atomic_file(engine) as file:
+        file.write(plan)
+    seconds = time.perf_counter() - started
+    with atomic_file(engine.with_suffix(".engine.json"), "w") as file:
+        json.dump({"key": key, "engine_sha256": sha256_of(engine), "seconds": seconds}, file,
+                  indent=1)
+    print(f"wrote {engine} in {seconds:.0f} s")
+    return engine
+
+
+def build_plan(path: Path, contents: dict, workspace_mb: int, trt: Any) -> bytes:
+    """The engine of the graph at `path`, as a file holds it; keeps TensorRT's timings beside it.
+
+    Raises UserError if TensorRT cannot build it, KeyboardInterrupt if Ctrl-C stopped it.
+    """
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     flags = 0
@@ -60,27 +77,19 @@ def build_engine(path: Path, workspace_mb: int) -> Path:
         settings.add_optimization_profile(open_profile(builder, network, contents))
     settings.clear_flag(trt.BuilderFlag.TF32)  # or products in FP32 would have 10 bits
     timing = path.with_name("timing.cache")
-    cache = settings.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-    if cache is None or not settings.set_timing_cache(cache, False):  # of another TensorRT
-        cache = settings.create_timing_cache(b"")
-        settings.set_timing_cache(cache, False)
+    timings = settings.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
+    if timings is None or not settings.set_timing_cache(timings, False):  # of another TensorRT
+        timings = settings.create_timing_cache(b"")
+        settings.set_timing_cache(timings, False)
     settings.progress_monitor = monitor = progress(trt)
-    started = time.perf_counter()
     plan = builder.build_serialized_network(network, settings)
     if monitor.stopped:
         raise KeyboardInterrupt
     require(plan is not None, f"TensorRT could not build {path}: most often the memory is too "
                               "small; close other programs, or lower --workspace_mb")
     with atomic_file(timing) as file:
-        file.write(bytes(cache.serialize()))
-    with atomic_file(engine) as file:
-        file.write(bytes(plan))
-    seconds = time.perf_counter() - started
-    with atomic_file(engine.with_suffix(".engine.json"), "w") as file:
-        json.dump({"key": key, "engine_sha256": sha256_of(engine), "seconds": seconds}, file,
-                  indent=1)
-    print(f"wrote {engine} in {seconds:.0f} s")
-    return engine
+        file.write(bytes(timings.serialize()))
+    return bytes(plan)
 
 
 def open_profile(builder: Any, network: Any, contents: dict) -> Any:
@@ -99,6 +108,7 @@ def open_profile(builder: Any, network: Any, contents: dict) -> Any:
 
 
 def progress(trt: Any) -> Any:
+    """What shows how far TensorRT is; `stopped` says that Ctrl-C ended the build."""
     from tqdm import tqdm
 
     class Progress(trt.IProgressMonitor):
@@ -127,6 +137,7 @@ def progress(trt: Any) -> Any:
 
 @cache  # TensorRT keeps the first logger of a process
 def rtx_log(trt: Any) -> Any:
+    """A logger of TensorRT-RTX that keeps warnings and errors in `lines`."""
     class Log(trt.ILogger):
         def __init__(self):
             super().__init__()
@@ -149,7 +160,6 @@ def check_rtx(folder: Path) -> None:
     except ImportError as error:
         raise UserError("--check rtx needs TensorRT-RTX: pip install tensorrt-rtx-cu12"
                         ) from error
-
     log = rtx_log(trt)
     for entry in contents["files"].values():
         started = time.perf_counter()

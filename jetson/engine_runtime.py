@@ -14,6 +14,7 @@ import ctypes
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,20 @@ class Bundle:
         found = self.session.inputs.get("tokens", (None, None))[0]
         require(found == shape, f"{path} takes rows of shape {found}, its bundle.json says "
                                 f"{shape}: {AGAIN}")
+        require(("keys" in self.session.inputs) == self.conditional, f"{path} takes "
+                f"{'no' if self.conditional else 'a'} condition, its bundle.json says otherwise: "
+                f"{AGAIN}")
         self.encoder = None
 
-    def check(self, sampler: Sampler, told: bool) -> None:
-        """Raises UserError for a sampler that this graph cannot run."""
+    def check(self, sampler: Sampler, conditional: bool) -> None:
+        """Raises UserError for a sampler that this graph cannot run, with conditions or without.
+        """
         likeliest = self.contents["likeliest"]
         require(sampler.pace != "entropy_bound", "--pace entropy_bound needs the entropy of every "
                 "position, which an exported step does not give: choose another one")
         require(sampler.top_k <= likeliest, f"--top_k {sampler.top_k}: an exported step draws "
                                             f"among the {likeliest} likeliest tokens at most")
-        require(not told or sampler.guidance in (0, 1) or self.contents["guided"],
+        require(not conditional or sampler.guidance in (0, 1) or self.contents["guided"],
                 f"--guidance {sampler.guidance:g} needs both sides of the model in one step: "
                 "export it with --guided")
 
@@ -78,58 +83,60 @@ class Bundle:
             sampler.guidance], np.float32)
         context = self.contexts(None if sampler.guidance == 0 else conditions)
 
-        def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray):
+        def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
+                ) -> tuple[np.ndarray, np.ndarray]:
             new = tokens.copy()
             confidence = np.zeros(tokens.shape, np.float32)
             width = tokens.shape[1]
             length = width if self.dynamic else self.max_len
             for start in range(0, len(tokens), self.batch):
                 part = slice(start, start + self.batch)
-                here = len(tokens[part])  # a batch that is not full has empty rows behind it
-                size = here if self.dynamic else self.batch
+                filled = len(tokens[part])  # a batch that is not full has empty rows behind them
+                size = filled if self.dynamic else self.batch
                 padded = np.full((size, length), PAD, np.int64)
-                padded[:here, :width] = tokens[part]
+                padded[:filled, :width] = tokens[part]
                 uniform = np.zeros((size, 2, length), np.float32)
                 # just below 1, where FP32 rounds up to it
-                uniform[:here, :, :width] = np.minimum(noise[part], np.float32(1 - 2**-24))
+                uniform[:filled, :, :width] = np.minimum(noise[part], np.float32(1 - 2**-24))
                 counts = np.zeros(size, np.int64)
-                counts[:here] = count[part]
-                told = context(rows[part], size)
-                new_tokens, sure = self.session.run(dict(
-                    tokens=padded, count=counts, noise=uniform, options=options, **told))
-                new[part], confidence[part] = new_tokens[:here, :width], sure[:here, :width]
+                counts[:filled] = count[part]
+                outputs = self.session.run(dict(
+                    tokens=padded, count=counts, noise=uniform, options=options,
+                    **context(rows[part], size)))
+                new[part], confidence[part] = (array[:filled, :width] for array in outputs)
             return new, confidence
 
         return run
 
-    def contexts(self, conditions: np.ndarray | None) -> Any:
-        """(rows' numbers, size of the batch) -> the graph's inputs for their conditions."""
+    def contexts(self, conditions: np.ndarray | None,
+                 ) -> Callable[[np.ndarray, int], dict[str, np.ndarray]]:
+        """A function (rows' numbers, size of the batch) -> the graph's inputs for their conditions,
+        beside them in a larger batch those of none."""
         if not self.conditional:
             return lambda rows, size: {}
         names = ("keys", "values", "bias")
 
-        def none(size: int) -> list[np.ndarray]:  # values of zero: no condition
-            return [np.zeros([size if axis == (name != "bias") else n for axis, n in
-                              enumerate(self.session.inputs[name][0])], np.float32)
-                    for name in names]
+        def without(size: int) -> dict[str, np.ndarray]:  # values of zero: no condition
+            return {name: np.zeros([size if axis == (name != "bias") else n for axis, n in
+                                    enumerate(self.session.inputs[name][0])], np.float32)
+                    for name in names}
 
         if conditions is None:
-            return lambda rows, size: dict(zip(names, none(size), strict=True))
+            return lambda rows, size: without(size)
         if self.encoder is None:
             path = self.folder / self.contents["files"]["encoder"]["name"]
             self.encoder = OnnxSession(checked_path(path, self.contents))
-        kept = RowCache(lambda row: self.encoder.run({"condition": conditions[row:row + 1]}))
+        encoded = RowCache(lambda row: self.encoder.run({"condition": conditions[row:row + 1]}))
 
-        def of(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
-            filled = none(size)
-            for i, parts in enumerate(kept.of(rows)):
-                for name, array, part in zip(names, filled, parts, strict=True):
-                    # the batch is the second axis but for the bias
-                    array[(slice(None),) * (name != "bias") + (i,)] = (
-                        part[0] if name == "bias" else part[:, 0])
-            return dict(zip(names, filled, strict=True))
+        def context(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
+            inputs = without(size)
+            for i, (keys, values, bias) in enumerate(encoded.of(rows)):
+                # the batch is the second axis but for the bias
+                inputs["keys"][:, i], inputs["values"][:, i] = keys[:, 0], values[:, 0]
+                inputs["bias"][i] = bias[0]
+            return inputs
 
-        return of
+        return context
 
 
 def read_bundle(folder: Path) -> dict:
@@ -159,12 +166,12 @@ def wrong_entries(contents: dict) -> list[str]:
                 and all(isinstance(entry.get(key), str) for key in ("name", "sha256"))
                 and re.fullmatch(r"\w[\w.]*", entry["name"], re.ASCII) is not None)
 
-    files, told = contents["files"], contents["kind"] == "conditional"
+    files, condition_len = contents["files"], contents["condition_len"]
     right = {
-        "kind": contents["kind"] in ("diffusion", "conditional"),
+        "kind": isinstance(contents["kind"], str),
         "files": isinstance(files, dict) and all(map(is_file, files.values()))
-        and (not told or "encoder" in files),
-        "condition_len": is_count(contents["condition_len"], 2**20) or not told,
+        and (condition_len is None or "encoder" in files),
+        "condition_len": condition_len is None or is_count(condition_len, 2**20),
         "length_histogram": is_length_histogram(contents["length_histogram"]),
         "tokenizer_sha256": isinstance(contents["tokenizer_sha256"], str),
         **{key: is_count(contents[key], 2**20) for key in ("batch", "length", "likeliest")},
@@ -267,13 +274,14 @@ def tensorrt() -> Any:
 
 def device_name(runtime: Any) -> str:
     """The GPU's name, which several boards share, and what tells them apart."""
-    of = checked(runtime.cudaGetDeviceProperties(0), "cudaGetDeviceProperties")
-    name = of.name.decode() if isinstance(of.name, bytes) else str(of.name)
-    return f"{name}, sm_{of.major}{of.minor}, {of.multiProcessorCount} multiprocessors"
+    device = checked(runtime.cudaGetDeviceProperties(0), "cudaGetDeviceProperties")
+    name = device.name.decode() if isinstance(device.name, bytes) else str(device.name)
+    return (f"{name}, sm_{device.major}{device.minor}, {device.multiProcessorCount} "
+            "multiprocessors")
 
 
 def checked(result: tuple, what: str) -> Any:
-    """What a CUDA call gives behind its status."""
+    """What a CUDA call gives behind its status; UserError if that is an error."""
     status, *values = result if isinstance(result, tuple) else (result,)
     require(int(status) == 0, f"{what} failed (CUDA error {int(status)}): the GPU's memory may be "
                               "used up; close other programs and try again")
@@ -290,9 +298,30 @@ def engine_note(engine: Path) -> dict | None:
 
 
 def engine_key(onnx_sha256: str, trt: Any, runtime: Any) -> dict:
-    """What an engine is good for, and nothing else: it does not run on another device or version
-    ("serialized engines are not portable across platforms")."""
+    """What an engine can be used for, and nothing else: it does not run on another device or
+    version ("serialized engines are not portable across platforms")."""
     return {"onnx_sha256": onnx_sha256, "tensorrt": trt.__version__, "device": device_name(runtime)}
+
+
+def building(engine: Path) -> str:
+    """What to do for an engine that is of no use here."""
+    return ("build it here: python export_jetson.py --build_engine "
+            f"{engine.with_suffix('.onnx')}")
+
+
+def check_engine(path: Path, trt: Any, runtime: Any) -> None:
+    """Raises UserError for an engine that is damaged, or was built for another device, TensorRT or
+    graph than those that are here."""
+    note = engine_note(path)
+    require(note, f"{path}.json is missing or damaged, so nobody knows where {path} was built: "
+                  f"{building(path)}")
+    built, onnx = note["key"], path.with_suffix(".onnx")
+    here = engine_key(sha256_of(onnx) if onnx.is_file() else built["onnx_sha256"], trt, runtime)
+    other = ", ".join(f"{name} {built.get(name)}, here {here[name]}" for name in here
+                      if built.get(name) != here[name])
+    require(not other, f"{path} was built for something else ({other}): {building(path)}")
+    require(sha256_of(path) == note["engine_sha256"], f"{path} is damaged (checksum): "
+                                                      f"{building(path)}")
 
 
 class TensorRTSession:
@@ -302,27 +331,15 @@ class TensorRTSession:
     def __init__(self, path: Path):
         self.cuda = cuda_runtime()
         trt = tensorrt()
-        onnx = path.with_suffix(".onnx")
-        build = f"build it here: python export_jetson.py --build_engine {onnx}"
-        note = engine_note(path)
-        require(note, f"{path}.json is missing or damaged, so nobody knows where {path} was built: "
-                      f"{build}")
-        built = note["key"]
-        here = engine_key(sha256_of(onnx) if onnx.is_file() else built["onnx_sha256"], trt,
-                          self.cuda)
-        other = ", ".join(f"{name} {built.get(name)}, here {here[name]}" for name in here
-                          if built.get(name) != here[name])
-        require(not other, f"{path} was built for something else ({other}): {build}")
-        require(sha256_of(path) == note["engine_sha256"], f"{path} is damaged (checksum): {build}")
-        logger = trt.Logger(trt.Logger.ERROR)
-        self.runtime = trt.Runtime(logger)
+        check_engine(path, trt, self.cuda)
+        self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
-        require(self.engine is not None, f"TensorRT cannot read {path}: {build}")
+        require(self.engine is not None, f"TensorRT cannot read {path}: {building(path)}")
         self.context = self.engine.create_execution_context()
         require(self.context is not None, f"no memory for {path}: close other programs, or take a "
                                           "smaller precision")
         self.stream = checked(self.cuda.cudaStreamCreate(), "cudaStreamCreate")
-        largest: list[int] = []
+        tokens_shape: list[int] = []
         types = {trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16,
                  trt.DataType.INT32: np.int32}
         self.inputs, self.outputs, self.buffers = {}, [], {}
@@ -332,13 +349,13 @@ class TensorRTSession:
             dtype = np.dtype(types[self.engine.get_tensor_dtype(name)])
             if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
                 self.inputs[name] = (shape, dtype.type)
-                most = shape if None not in shape else list(
+                largest = shape if None not in shape else list(
                     self.engine.get_tensor_profile_shape(name, 0)[2])
-                largest = most if name == "tokens" else largest
+                tokens_shape = largest if name == "tokens" else tokens_shape
             else:
                 self.outputs.append(name)
-                most = largest  # tokens and confidences have the shape of the tokens
-            self._allocate(name, most, dtype)
+                largest = tokens_shape  # new tokens and confidences have it too
+            self._allocate(name, largest, dtype)
         self.graph, self.runs, self.shapes = None, 0, None
 
     def _allocate(self, name: str, shape: list[int], dtype: np.dtype) -> None:

@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from jetson.engine_builder import DYNAMIC_AXES
-from jetson.report import NoisyRows, calibration_inputs
+from jetson.report import NoisyRows, calibration_runs
 from jetson.settings import ExportConfig
 
 if TYPE_CHECKING:
@@ -41,19 +41,20 @@ def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"
     tokens[:, 0], tokens[:, -1] = BOS, EOS
     inputs = dict(tokens=tokens, count=torch.full((batch,), 4, dtype=torch.int32),
                   noise=torch.rand(batch, 2, length), options=torch.tensor([1.0, 1, 64, 0, 2, 1]))
-    if model.kind == "conditional":
-        config, told = model.config, model.encoder.config.max_len
-        shape = (config.layers, batch, config.heads, told, config.width // config.heads)
+    encoder = getattr(model, "encoder", None)
+    if encoder is not None:
+        config, condition_len = model.config, encoder.config.max_len
+        shape = (config.layers, batch, config.heads, condition_len, config.width // config.heads)
         inputs |= dict(keys=torch.zeros(shape), values=torch.zeros(shape),
-                       bias=torch.zeros(batch, 1, 1, told))
+                       bias=torch.zeros(batch, 1, 1, condition_len))
     return inputs
 
 
 def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], outputs: list[str],
-            most: tuple[int, int] | None = None) -> "onnx.ModelProto":
+            largest: tuple[int, int] | None = None) -> "onnx.ModelProto":
     """The module as a graph of these shapes, checked to be one that TensorRT reads.
 
-    With `most`, the largest batch and length, these two stay open.
+    With `largest`, the largest batch and length, these two stay open.
     """
     import logging
     import warnings
@@ -62,9 +63,9 @@ def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], output
     import torch
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     shapes = None
-    if most:
-        dims = (torch.export.Dim("batch", max=max(2, most[0])),
-                16 * torch.export.Dim("sixteens", max=most[1] // 16))
+    if largest:
+        dims = (torch.export.Dim("batch", max=max(2, largest[0])),
+                16 * torch.export.Dim("sixteens", max=largest[1] // 16))
         axes = [{axis: dims[which] for axis, which in DYNAMIC_AXES[name].items()}
                 for name in inputs]
         # behind the fourth all are one argument, *context
@@ -84,6 +85,7 @@ def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], output
 
 
 def operators(graph: "onnx.ModelProto") -> list[str]:
+    """Their names, sorted. Raises RuntimeError for one that TensorRT lacks."""
     found = sorted({node.op_type for node in graph.graph.node})
     missing = [name for name in found if name not in TENSORRT_OPERATORS]
     if missing:
@@ -102,6 +104,7 @@ def without_logits(graph: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def encoder_graph(model: Any) -> "onnx.ModelProto":
+    """The model's encoder: condition (1, S) int32 -> what the blocks attend to, in FP32."""
     import torch
 
     class Encode(torch.nn.Module):
@@ -117,7 +120,7 @@ def encoder_graph(model: Any) -> "onnx.ModelProto":
 
 def step_graph(config: ExportConfig, checkpoint: dict, precision: str, length: int,
                calibration: NoisyRows | None, condition_len: int | None) -> "onnx.ModelProto":
-    """The unmasking step in that precision, which tells its logits too."""
+    """The unmasking step in that precision, with the logits as a third output."""
     import onnx
 
     from jetson.int8 import activation_scales, balance, quantize
@@ -125,16 +128,16 @@ def step_graph(config: ExportConfig, checkpoint: dict, precision: str, length: i
     from kinds.checkpoints import model_from_checkpoint
     model = model_from_checkpoint(checkpoint)
     if precision == "int8":
-        balance(model, calibration_inputs(model, calibration, condition_len))
-        even = copy.deepcopy(model).for_inference()
+        balance(model, calibration_runs(model, calibration, condition_len))
+        balanced = copy.deepcopy(model).for_inference()  # in FP32
     model.set_precision("fp32" if precision == "fp32" else "fp16").for_inference()
     step = DeviceStep(model, config.guided)
-    step.tell_logits = True
-    most = (config.batch, length) if config.dynamic else None
-    inputs = step_inputs(model, max(2, config.batch) if most else config.batch, length)
-    graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"], most)
+    step.with_logits = True
+    largest = (config.batch, length) if config.dynamic else None
+    inputs = step_inputs(model, max(2, config.batch) if largest else config.batch, length)
+    graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"], largest)
     if precision == "int8":
-        quantize(graph, even, activation_scales(even, calibration_inputs(
-            even, calibration, condition_len)))
+        quantize(graph, balanced, activation_scales(balanced, calibration_runs(
+            balanced, calibration, condition_len)))
         onnx.checker.check_model(graph)
     return graph

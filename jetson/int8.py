@@ -91,6 +91,7 @@ def activation_scales(model: DiffusionTransformer, runs: Iterable[Callable[[], T
 
 
 def best_scale(values: np.ndarray, largest: float) -> float:
+    """The one of `activation_scales` for these absolute values, (N,)."""
     candidates = largest * np.geomspace(0.02, 1.0, 32) / LEVELS
     errors = [np.square(np.minimum(np.round(values / scale), LEVELS) * scale - values).mean()
               for scale in candidates]

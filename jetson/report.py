@@ -4,11 +4,26 @@ bundle.py, and of graphs.py, which takes INT8's scales from such rows.
 
 from cli import require
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jetson.engine_runtime import OnnxSession
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class NoisyRow(NamedTuple):
+    """A row with some of its tokens hidden."""
+
+    clean: np.ndarray  # (W,) int64
+    noisy: "Tensor"  # (1, W) int64, with [MASK] for what is hidden
+    masked: np.ndarray  # (W,) bool, what is hidden
+    hidden: int  # how many are
+    maskable: int  # how many could be
+    condition: np.ndarray | None  # (1, S) int64
 
 
 class NoisyRows:
@@ -24,15 +39,16 @@ class NoisyRows:
         require(len(usable), f"{rows.data_dir} has no row of at most {length} tokens in its "
                              f"{rows.split} split")
         self.split, self.count = rows.split, min(count, len(usable))
-        told = rows.conditions() if conditional else None
-        self.items = []  # clean, noisy (1, W), masked (W,), k, n, condition (1, S)
+        conditions = rows.conditions() if conditional else None
+        self.items: list[NoisyRow] = []
         for i in usable[evenly_spread(count, len(usable))]:
             clean = torch.from_numpy(pad_rows([rows[i]]))
             for draw in range(draws):
-                masked, k, n = stratified_masks(clean, np.array([i]), draw, draws, 0)
-                self.items.append((clean[0].numpy(), clean.masked_fill(masked, MASK),
-                                   masked[0].numpy(), int(k), int(n),
-                                   None if told is None else told.batch([i])))
+                masked, hidden, maskable = stratified_masks(clean, np.array([i]), draw, draws, 0)
+                self.items.append(NoisyRow(
+                    clean[0].numpy(), clean.masked_fill(masked, MASK), masked[0].numpy(),
+                    int(hidden), int(maskable),
+                    None if conditions is None else conditions.batch([i])))
         self.first_text = EOS + 1  # ids below it are never predicted
 
 
@@ -43,49 +59,59 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def compare(session: OnnxSession, reference: Any, noisy: NoisyRows, condition_len: int | None,
             ) -> dict:
-    """What the graph (with its logits told) makes of the rows, beside the FP32 torch model."""
+    """What the graph, of which logits are the third output, makes of the rows, beside the FP32
+    torch model."""
     import torch
-
-    from corpus.tokens import pad_rows
     fixed = session.inputs["tokens"][0]  # None where the graph leaves it open
-    worst, agree, nats, plain_nats, tokens = 0.0, [], 0.0, 0.0, 0.0
-    for clean, hidden, masked, k, n, told in noisy.items:
-        context, parts = None, {}
-        batch, length = (fixed[0] or 1, fixed[1] or hidden.shape[1])
-        if told is not None:
-            padded = pad_rows(list(told), condition_len)
-            context = reference.encode(torch.from_numpy(padded))
+    worst, agree, nats, torch_nats, tokens = 0.0, [], 0.0, 0.0, 0.0
+    for item in noisy.items:
+        width = item.noisy.shape[1]
+        batch, length = (fixed[0] or 1, fixed[1] or width)
+        context, parts = encoded(reference, item, condition_len), {}
+        if context is not None:
             parts = {name: np.repeat(part.numpy(), batch, axis=0 if name == "bias" else 1)
                      for name, part in zip(("keys", "values", "bias"), context, strict=True)}
         with torch.no_grad():
-            expected = reference(hidden, torch.tensor([k / n]), context)[0].numpy()
+            expected = reference(item.noisy, ratio(item), context)[0].numpy()
         row = np.zeros((batch, length), np.int64)
-        row[:, :hidden.shape[1]] = hidden.numpy()
+        row[:, :width] = item.noisy.numpy()
         got = session.run(dict(
             tokens=row, count=np.ones(batch, np.int64), noise=np.zeros((batch, 2, length)),
-            options=np.array([1, 1, 64, 0, 2, 1]), **parts))[2][0, :hidden.shape[1]]
-        a, b = (logits[masked][:, noisy.first_text:] for logits in (expected, got))
+            options=np.array([1, 1, 64, 0, 2, 1]), **parts))[2][0, :width]
+        a, b = (logits[item.masked][:, noisy.first_text:] for logits in (expected, got))
         worst = max(worst, float(np.abs(a - b).max()))
         agree.append(a.argmax(-1) == b.argmax(-1))
-        target = (np.arange(masked.sum()), clean[masked] - noisy.first_text)
-        plain_nats -= n / k * log_softmax(a)[target].sum()
-        nats -= n / k * log_softmax(b)[target].sum()
-        tokens += n
+        target = (np.arange(item.masked.sum()), item.clean[item.masked] - noisy.first_text)
+        weight = item.maskable / item.hidden
+        torch_nats -= weight * log_softmax(a)[target].sum()
+        nats -= weight * log_softmax(b)[target].sum()
+        tokens += item.maskable
     return {"rows": len(noisy.items), "hidden_tokens": int(sum(map(len, agree))),
             "max_logit_difference": worst, "argmax_agreement": float(np.concatenate(agree).mean()),
-            "nelbo": nats / tokens, "nelbo_torch_fp32": plain_nats / tokens}
+            "nelbo": nats / tokens, "nelbo_torch_fp32": torch_nats / tokens}
 
 
-def calibration_inputs(model: Any, noisy: NoisyRows, condition_len: int | None):
-    """What `activation_scales` runs: hidden rows, and with a condition its context."""
+def encoded(model: Any, row: NoisyRow, condition_len: int | None) -> Any:
+    """The context that the model's encoder makes of the row's condition; None without one."""
     import torch
 
     from corpus.tokens import pad_rows
-    for _, hidden, _, k, n, told in noisy.items:
-        context = () if told is None else (model.encode(torch.from_numpy(
-            pad_rows(list(told), condition_len))),)
-        yield lambda hidden=hidden, k=k, n=n, context=context: model.hidden(
-            hidden, torch.tensor([k / n]), *context)
+    return None if row.condition is None else model.encode(
+        torch.from_numpy(pad_rows(list(row.condition), condition_len)))
+
+
+def ratio(row: NoisyRow) -> "Tensor":
+    """(1,) float32: the share that is hidden."""
+    import torch
+    return torch.tensor([row.hidden / row.maskable])
+
+
+def calibration_runs(model: Any, noisy: NoisyRows, condition_len: int | None,
+                     ) -> Iterator[Callable[[], "Tensor"]]:
+    """What `balance` and `activation_scales` run: the model on each of the rows."""
+    for row in noisy.items:
+        context = encoded(model, row, condition_len)
+        yield lambda row=row, context=context: model.hidden(row.noisy, ratio(row), context)
 
 
 def line_of(precision: str, report: dict, seconds: float) -> str:

@@ -19,7 +19,8 @@ OPTIONS = ("temperature", "top_p", "top_k", "order", "threshold", "guidance")
 
 
 class DeviceStep(nn.Module):
-    """`sampling.step.UnmaskStep` with the sampler's settings as inputs; logits never leave it.
+    """`sampling.step.UnmaskStep` with the sampler's settings as inputs. Logits leave it only for
+    the exporter's report.
 
     A row may be longer than its story: what lies behind the story's own padding is hidden from the
     network, which sees the very row that the torch step gives it.
@@ -28,10 +29,10 @@ class DeviceStep(nn.Module):
     def __init__(self, model: DiffusionTransformer, guided: bool = False):
         super().__init__()
         self.model, self.guided = model, guided
-        self.tell_logits = False  # as a third output, for the exporter's report
+        self.with_logits = False  # as a third output
 
     def forward(self, tokens: Tensor, count: Tensor, noise: Tensor, options: Tensor,
-                *context: Tensor) -> tuple[Tensor, Tensor]:
+                *context: Tensor) -> tuple[Tensor, ...]:
         """
         Args:
             tokens: (B, L) int32, hidden ones are [MASK].
@@ -41,7 +42,8 @@ class DeviceStep(nn.Module):
                 least as probable as `threshold` are uncovered beyond the count (2: none).
             context: keys, values and bias of the condition, of a model with one.
         Returns: the new tokens (B, L) int32, and confidence (B, L) float32: the probability of each
-            token drawn now, at temperature 1; 0 elsewhere.
+            token drawn now, at temperature 1; 0 elsewhere. With `with_logits` the logits (B, L, V)
+            float32 too.
         """
         temperature, top_p, top_k, order, threshold, guidance = options.unbind()
         tokens = tokens.long()
@@ -50,14 +52,14 @@ class DeviceStep(nn.Module):
         norm = logits.logsumexp(-1)  # (B, L)
         best, ids = logits.topk(min(LIKELIEST, logits.shape[-1]), dim=-1)  # (B, L, 64)
         # 1. Which positions: those of the highest score, of equals the leftmost.
-        sure = (best[..., 0] - norm).exp()
+        largest = (best[..., 0] - norm).exp()  # probability of the likeliest token, (B, L)
         log_p = logits - norm[..., None]
-        scores = dict(random=noise[:, 0], confidence=sure,
-                      margin=sure - (best[..., 1] - norm).exp(),
+        scores = dict(random=noise[:, 0], confidence=largest,
+                      margin=largest - (best[..., 1] - norm).exp(),
                       entropy=(log_p.exp() * log_p).sum(-1))
         score = sum(torch.where(order == i, scores[name], 0.0) for i, name in enumerate(ORDERS))
         score = torch.where(masked, score, HIDDEN)
-        wanted = masked & ((rank(score) < count[:, None]) | (sure >= threshold))
+        wanted = masked & ((rank(score) < count[:, None]) | (largest >= threshold))
         # 2. Which token: the distribution function over the likeliest, in the order of their ids,
         #    inverted at the uniform.
         place = torch.arange(best.shape[-1], device=tokens.device)
@@ -73,13 +75,13 @@ class DeviceStep(nn.Module):
         cumulative = probability @ up_to  # (B, L, 64)
         target = noise[:, 1, :, None] * cumulative[..., -1:]
         index = (cumulative <= target).sum(-1, keepdim=True)
-        last = ((cumulative < cumulative[..., -1:]).sum(-1, keepdim=True))  # of those it may draw
+        last = (cumulative < cumulative[..., -1:]).sum(-1, keepdim=True)  # of those it may draw
         drawn = candidates.gather(-1, torch.minimum(index, last))[..., 0]  # (B, L)
         drawn = torch.where(temperature > 0, drawn, ids[..., 0])
         chosen = logits.gather(-1, drawn[..., None])[..., 0]
         confidence = torch.where(wanted, (chosen - norm).exp(), 0.0)
         new = torch.where(wanted, drawn, tokens).int()
-        return (new, confidence, logits) if self.tell_logits else (new, confidence)
+        return (new, confidence, logits) if self.with_logits else (new, confidence)
 
     def logits(self, tokens: Tensor, masked: Tensor, context: tuple[Tensor, ...],
                guidance: Tensor) -> Tensor:
@@ -89,10 +91,10 @@ class DeviceStep(nn.Module):
         width = (length / BUCKET).ceil() * BUCKET  # of the row as the torch step has it
         seen = torch.arange(tokens.shape[1], device=tokens.device) < width[:, None]  # (B, L)
         bias = torch.where(seen, 0.0, HIDDEN)[:, None, None].to(self.model.compute_dtype)
-        with_it = (Context(*(part.to(self.model.compute_dtype) for part in context)) if context
-                   else None)
+        condition = (Context(*(part.to(self.model.compute_dtype) for part in context)) if context
+                     else None)
         view = self.model.view(tokens.shape[1], bias)
-        logits = self.model.head(self.model.hidden(tokens, ratio, with_it, view=view)).float()
+        logits = self.model.head(self.model.hidden(tokens, ratio, condition, view=view)).float()
         if self.guided:
             plain = self.model.head(self.model.hidden(tokens, ratio, view=view)).float()
             logits = plain + guidance * (logits - plain)
@@ -101,7 +103,7 @@ class DeviceStep(nn.Module):
 
 def rank(score: Tensor) -> Tensor:
     """(B, L): how many positions of the row come before each, the highest score first."""
-    here = torch.arange(score.shape[1], device=score.device)
-    mine, others = score[:, :, None], score[:, None, :]
-    before = (others > mine) | ((others == mine) & (here[None, :] < here[:, None]))
+    place = torch.arange(score.shape[1], device=score.device)
+    own, others = score[:, :, None], score[:, None, :]
+    before = (others > own) | ((others == own) & (place[None, :] < place[:, None]))
     return before.sum(-1)

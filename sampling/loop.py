@@ -78,11 +78,11 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         uncovered = masked & (new != MASK)
         confidence[active] = np.where(uncovered[active], drawn, confidence[active])
         # what was there before the step, or for the corrector also what came with it
-        there = wanted & (new != MASK) & (pacing.corrector | ~uncovered)
-        gone = pacing.choose(k, there, again, confidence)
-        new[gone], confidence[gone] = MASK, 0
-        state = State(k + 1, state.nfe + 1, new, uncovered & ~gone, gone & ~masked, confidence,
-                      counts > 0)
+        candidates = wanted & (new != MASK) & (pacing.corrector | ~uncovered)
+        remasked = pacing.choose(k, candidates, again, confidence)
+        new[remasked], confidence[remasked] = MASK, 0
+        state = State(k + 1, state.nfe + 1, new, uncovered & ~remasked, remasked & ~masked,
+                      confidence, counts > 0)
         yield state
 
 

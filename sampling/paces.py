@@ -21,10 +21,10 @@ def plan(hidden: np.ndarray, steps: int, pace: str) -> np.ndarray:
     s = np.arange(steps + 1)
     if pace != "linear":
         # 1e-9: at the last step the cosine is 6e-17, and 1/2 must not fall to 0.49999.
-        left = np.floor(hidden[:, None] * np.cos(np.pi / 2 * s / steps) + 1e-9).astype(np.int64)
+        still = np.floor(hidden[:, None] * np.cos(np.pi / 2 * s / steps) + 1e-9).astype(np.int64)
     else:
-        left = hidden[:, None] * (steps - s) // steps
-    return left[:, :-1] - left[:, 1:]
+        still = hidden[:, None] * (steps - s) // steps
+    return still[:, :-1] - still[:, 1:]
 
 
 def hitting_plan(hidden: np.ndarray, steps: int, seed: int, rows: Sequence[int]) -> np.ndarray:
@@ -61,43 +61,43 @@ class Pacing:
         steps = -(-sampler.steps // 2) if self.corrector else sampler.steps
         self.plan = (hitting_plan(hidden, steps, seed, rows) if sampler.pace == "first_hitting"
                      else plan(hidden, steps, sampler.pace))  # (B, K)
-        self.left = hidden[:, None] - self.plan.cumsum(1)  # (B, K) hidden after each step
+        self.hidden_after = hidden[:, None] - self.plan.cumsum(1)  # (B, K), of each step
 
     def counts(self, k: int, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How many to uncover in step k, at least, and then to hide again, with `hidden` (B,)
         hidden now."""
         none = np.zeros_like(hidden)
         if self.sampler.pace in ADAPTIVE_PACES:
-            return np.where(hidden > 0, np.maximum(hidden - self.left[:, k], 1), 0), none
+            return np.where(hidden > 0, np.maximum(hidden - self.hidden_after[:, k], 1), 0), none
         if self.corrector:
-            left = self.left[:, k // 2]
+            after = self.hidden_after[:, k // 2]
             if k % 2:  # what the step before hid comes back
-                return hidden - left, none
+                return hidden - after, none
             last = k + 1 == self.sampler.steps  # no evaluation left to bring anything back
-            return hidden - left, none if last else self.amount(
-                k, self.sampler.eta * (self.total - left))
+            return hidden - after, none if last else self.amount(
+                k, self.sampler.eta * (self.total - after))
         if self.sampler.remask == "none":
             return self.plan[:, k], none
-        there, left = self.total - hidden, self.left[:, k]
-        most = np.minimum(1.0, left / np.maximum(there, 1))
-        sigma = (np.minimum(self.sampler.eta, most) if self.sampler.remask == "remdm_cap"
-                 else self.sampler.eta * most)
-        again = self.amount(k, sigma * there)
-        return hidden - left + again, again
+        uncovered, after = self.total - hidden, self.hidden_after[:, k]
+        sigma_max = np.minimum(1.0, after / np.maximum(uncovered, 1))
+        sigma = (np.minimum(self.sampler.eta, sigma_max) if self.sampler.remask == "remdm_cap"
+                 else self.sampler.eta * sigma_max)
+        again = self.amount(k, sigma * uncovered)
+        return hidden - after + again, again
 
     def amount(self, k: int, expected: np.ndarray) -> np.ndarray:
         """`expected` (B,) rounded up or down at random, so that its mean is kept."""
         uniform = [self._random(row, k).random() for row in self.rows]
         return np.floor(expected + uniform).astype(np.int64)
 
-    def choose(self, k: int, there: np.ndarray, again: np.ndarray, confidence: np.ndarray,
-               ) -> np.ndarray:
-        """`again` (B,) of the tokens marked in `there` (B, L), as bool (B, L)."""
-        chosen = np.zeros_like(there)
+    def choose(self, k: int, candidates: np.ndarray, again: np.ndarray,
+               confidence: np.ndarray) -> np.ndarray:
+        """`again` (B,) of the tokens marked in `candidates` (B, L), as bool (B, L)."""
+        chosen = np.zeros_like(candidates)
         for i in np.flatnonzero(again):
             rng = self._random(self.rows[i], k)
             rng.random()  # the one of `amount`
-            positions = np.flatnonzero(there[i])
+            positions = np.flatnonzero(candidates[i])
             weight = np.exp(-confidence[i, positions], dtype=np.float64)
             if self.sampler.remask != "remdm_confidence":
                 weight = np.ones(len(positions))

@@ -190,13 +190,14 @@ def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None
     temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
     # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.
     precision = torch.float32 if device.type == "mps" else torch.float64
-    kept = None if conditions is None else RowCache(lambda row: model.encode(
+    contexts = None if conditions is None else RowCache(lambda row: model.encode(
         torch.from_numpy(conditions[row:row + 1]).to(device)))
 
     @torch.no_grad()  # (FSDP does not know inference mode)
     def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray):
         most_hidden = int((tokens == MASK).sum(1).max())
-        context = None if kept is None or sampler.guidance == 0 else together(kept.of(rows))
+        context = (None if contexts is None or sampler.guidance == 0
+                   else together(contexts.of(rows)))
         new, confidence = step(
             torch.from_numpy(tokens).to(device), torch.from_numpy(count).to(device), temperature,
             torch.from_numpy(noise).to(precision).to(device), most_hidden, int(count.max()),
@@ -218,16 +219,17 @@ def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | No
     step, device = UnmaskStep(model, sampler), device_of(model)
     temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
     precision = torch.float32 if device.type == "mps" else torch.float64
-    kept = None if conditions is None else RowCache(lambda row: model.encode(
+    contexts = None if conditions is None else RowCache(lambda row: model.encode(
         torch.from_numpy(conditions[row:row + 1]).to(device)))
 
     @torch.no_grad()
     def run(tokens: np.ndarray, place: np.ndarray, allowed: np.ndarray, uniform: np.ndarray,
             rows: np.ndarray):
-        context = None if kept is None or sampler.guidance == 0 else together(kept.of(rows))
-        there = torch.from_numpy(tokens).to(device)
-        ratio = (there == MASK).sum(1) / maskable(there).sum(1)
-        logits = step.logits(there, torch.from_numpy(place).to(device)[:, None], ratio, context)
+        context = (None if contexts is None or sampler.guidance == 0
+                   else together(contexts.of(rows)))
+        ids = torch.from_numpy(tokens).to(device)
+        ratio = (ids == MASK).sum(1) / maskable(ids).sum(1)
+        logits = step.logits(ids, torch.from_numpy(place).to(device)[:, None], ratio, context)
         logits = logits[:, 0].masked_fill(~torch.from_numpy(allowed).to(device), -math.inf)
         drawn = draw(logits, torch.from_numpy(uniform).to(precision).to(device), temperature,
                      sampler.top_k, sampler.top_p)  # (B,)

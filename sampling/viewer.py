@@ -65,7 +65,7 @@ class Trace:
             start = end
         return texts
 
-    def _told(self, story: dict) -> dict:
+    def _with_texts(self, story: dict) -> dict:
         """A story with texts in place of ids, for the page."""
         last, start = story["last"], story["start"]
         texts = self._texts(last)
@@ -86,7 +86,7 @@ class Trace:
         if path.suffix == ".gif":
             self._write_gif(path, title)
             return
-        data = json.dumps({"title": title, "stories": [self._told(s) for s in self.stories]},
+        data = json.dumps({"title": title, "stories": [self._with_texts(s) for s in self.stories]},
                           ensure_ascii=False)
         # "</script>" and "<!--" in a story must not end the data
         page = VIEWER.read_text(encoding="utf-8").replace("{{DATA}}", data.replace("<", "\\u003c"))
@@ -96,7 +96,7 @@ class Trace:
     def _frames(self) -> list[str]:
         """The text of the first story at the start and after every step, hidden tokens as blocks,
         its lines broken where those of the finished story are, so that nothing moves."""
-        story = self._told(self.stories[0])
+        story = self._with_texts(self.stories[0])
         final, now = self._texts(self.stories[0]["last"]), list(story["tokens"])
         ends = np.cumsum([0, *map(len, final)])
         whole = break_lines("".join(final), GIF_WIDTH)

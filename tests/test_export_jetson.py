@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT, python
+from toys import HalfMasked, PlacedTransformer
 
 import export_jetson
 import generate
@@ -24,8 +25,10 @@ from jetson.engine_runtime import Bundle, OnnxSession
 from jetson.graphs import operators, step_inputs, to_onnx
 from jetson.int8 import LEVELS, balance, best_scale, block_products, quantize
 from jetson.step_graph import DeviceStep
-from kinds.checkpoints import load_checkpoint, model_from_checkpoint
+from kinds import registry
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint, save_checkpoint
 from model import MODEL_CONFIGS, ConditionalTransformer, DiffusionTransformer
+from network.encoders import TextEncoder
 from network.layers import ModelConfig
 from sampling.loop import unmask_rows
 from sampling.rows import blank_story
@@ -99,7 +102,7 @@ def test_weights_that_both_sides_share_are_found_where_they_are_turned():
     """From some size on the exporter does not turn a weight itself that is used twice."""
     config = ModelConfig(width=128, heads=2, layers=2, vocab_size=300, max_len=32)
     torch.manual_seed(0)
-    model = ConditionalTransformer(config, config)
+    model = ConditionalTransformer(config, TextEncoder(config))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model.for_inference()
@@ -113,6 +116,23 @@ def test_weights_that_both_sides_share_are_found_where_they_are_turned():
                for x in graph.graph.initializer) == 2 * (6 + 2)
     assert not any(x.name.startswith("model.blocks") and len(x.dims) == 2
                    for x in graph.graph.initializer)
+
+
+def test_a_kind_of_another_name_is_exported(sharp_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.KINDS, HalfMasked.name, HalfMasked)
+    source = load_checkpoint(sharp_checkpoint)
+    model = PlacedTransformer(ModelConfig(**source["model_config"]))
+    model.load_state_dict(source["weights"], strict=False)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(model.places, std=0.5)
+    save_checkpoint(tmp_path / "toy.pt", model, source["tokenizer"], source["length_histogram"],
+                    kind=HalfMasked.name)
+    main(["--checkpoint", str(tmp_path / "toy.pt"), "--out_dir", str(tmp_path / "bundle"),
+          "--precisions", "fp32", "--report_rows", "0"])
+    exported, sampler = Bundle(tmp_path / "bundle" / "step_fp32.onnx"), Sampler(steps=5, top_k=64)
+    assert (exported.kind, exported.conditional) == ("half_masked", False)
+    assert stories(exported.step(sampler), sampler) == stories(
+        numpy_step(model.for_inference(), sampler), sampler)
 
 
 def test_open_shapes_of_a_single_row(sharp_checkpoint, tmp_path):
@@ -351,6 +371,12 @@ def test_damaged_bundles(bundle, tmp_path, fails):
                              (dict(length=128), "its bundle.json says [1, 128]"),
                              (dict(dynamic=True), "its bundle.json says [None, None]"),
                              (dict(format="x"), "not the description of a bundle"),
+                             (dict(kind=None), "is damaged (kind)"),
+                             (dict(condition_len=32), "is damaged (files)"),
+                             (dict(condition_len=0), "is damaged (files, condition_len)"),
+                             (dict(condition_len=32, files={
+                                 **contents["files"], "encoder": contents["files"]["fp32"]}),
+                              "takes no condition, its bundle.json says otherwise"),
                              (dict(files={}), "is not in the bundle.json")):
         (folder / "bundle.json").write_text(json.dumps({**contents, **changes}))
         assert message in told(folder)
@@ -361,6 +387,14 @@ def test_damaged_bundles(bundle, tmp_path, fails):
     assert "no bundle.json" in told(folder)
     with pytest.raises(Exception, match="no graph that ONNX Runtime can run"):
         OnnxSession(bundle / "tokenizer.json")
+
+
+def test_a_step_with_a_condition_needs_one_in_its_bundle_json(told_bundle, tmp_path, fails):
+    folder = shutil.copytree(told_bundle, tmp_path / "copy")
+    contents = json.loads((folder / "bundle.json").read_text())
+    (folder / "bundle.json").write_text(json.dumps({**contents, "condition_len": None}))
+    assert "takes a condition, its bundle.json says otherwise" in fails(
+        generate.main, "--onnx", folder / "step_fp32.onnx")
 
 
 @pytest.mark.parametrize(("words", "message"), [

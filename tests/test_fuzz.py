@@ -358,7 +358,7 @@ def test_any_bundle_json_is_refused_or_read(small_bundle, monkeypatch, spoil):
         read_bundle(folder)
         bundle = Bundle(folder / "step_fp32.onnx")
         bundle.step(Sampler())
-        bundle.check(Sampler(top_k=3, guidance=2.0), told=True)
+        bundle.check(Sampler(top_k=3, guidance=2.0), conditional=True)
         draw_length(bundle.contents["length_histogram"], 0, 0)
         assert bundle.max_len == 16 and bundle.batch == 1
     except UserError as error:

@@ -29,7 +29,7 @@ class MetricsLog:
         self.path, self.curves = folder / "metrics.jsonl", folder / "training_curves.png"
         self.wandb_run = wandb_run
         self.waiting = b""  # lines that the disk did not take yet
-        self.told = False  # that there are some
+        self.failure_reported = False  # so that it is said once
 
     def write(self, step: int, metrics: dict) -> None:
         """Appends a line; on a full disk it waits for the next one, and no half of it stays."""
@@ -47,10 +47,10 @@ class MetricsLog:
         except OSError as error:
             if not is_of_the_machine(error):
                 raise
-            if not self.told:
+            if not self.failure_reported:
                 print(f"{self.path}: {error.strerror}; its lines wait for the next one",
                       file=sys.stderr)
-            self.told = True
+            self.failure_reported = True
         if self.wandb_run:
             self.wandb_run.log(metrics, step=step)
 
