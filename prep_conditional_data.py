@@ -150,7 +150,7 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
     source = describe_pairs(config, meta)
     tokenizer_text = read_tokenizer_file(config.data_dir, meta)
     tokenizer = load_tokenizer(tokenizer_text)
-    texts, told = ({split: SplitWriter(folder, split + end, length) for split in SPLITS}
+    texts, conditions = ({split: SplitWriter(folder, split + end, length) for split in SPLITS}
                    for end, length in (("", meta["seq_len"]), ("_condition", config.condition_len)))
     dropped = {split: Counter() for split in SPLITS}
     both = ((split, part) for split, *parts in read_pairs(config, tokenizer, dropped)
@@ -165,11 +165,11 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
                 continue
             texts[split].add(text, text_ids)
             for _ in split_row(text_ids, meta["seq_len"]):
-                told[split].add(condition, ids)
+                conditions[split].add(condition, ids)
     reasons = sum(dropped.values(), Counter()).most_common()
     own = not (config.pairs or config.source)  # stories of the data folder keep their splits
     with_splits = config.source == ["tinystories"] or config.valid_source
-    writers = texts | {writer.split: writer for writer in told.values()}
+    writers = texts | {writer.split: writer for writer in conditions.values()}
     settle_splits(writers, "none" if own else "held out" if with_splits else "all",
                   "no pair can be used: " + (", ".join(
                       f"{count:,} x {reason}" for reason, count in reasons) or "there is none"),

@@ -154,8 +154,8 @@ def alone(config: DeviceBenchmark, path: str) -> tuple[float, float | None]:
         stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
     require(done.returncode == 0, f"the process that starts {path} failed; see above")
-    told, peak = json.loads(done.stdout)
-    return told - started, peak
+    ready, peak = json.loads(done.stdout)
+    return ready - started, peak
 
 
 def start_alone(path: str, config: str) -> None:
@@ -164,12 +164,12 @@ def start_alone(path: str, config: str) -> None:
     make, row = open_arm(path), row_of(config)
     sampler = dataclasses.replace(plain_sampler(config), steps=1)
     fill(make(sampler), [row], sampler, config.seed)
-    told = time.time()
+    ready = time.time()
     sampler = dataclasses.replace(sampler, steps=4)
     fill(make(sampler), [row], sampler, config.seed)
     status = Path("/proc/self/status")
     peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
-    print(json.dumps([told, int(peak[1]) / 1e3 if peak else None]))
+    print(json.dumps([ready, int(peak[1]) / 1e3 if peak else None]))
 
 
 def plain_sampler(config: DeviceBenchmark) -> Sampler:

@@ -53,7 +53,7 @@ TARGETS = {
     "sampling/loop.py": ((), OF_SAMPLING),
     "sampling/noise.py": ((), OF_SAMPLING),
     "sampling/paces.py": ((), OF_SAMPLING),
-    "sampling/rows.py": (("blank_story", "condition_row", "draw_length"), OF_SAMPLING),
+    "sampling/rows.py": (("blank_story", "draw_length"), OF_SAMPLING),
     "network/layers.py": ((), OF_NETWORK),
     "network/attention.py": ((), OF_NETWORK),
     "network/dropout.py": ((), OF_NETWORK),

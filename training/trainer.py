@@ -60,7 +60,7 @@ class Trainer:
         self.saver = Saver(self.folder, self.processes,
                            self.progress.step if checkpoint else None)
         self.shown_speed: dict[str, str] = {}
-        self.stop_signal: int | None = None  # what this process was told
+        self.stop_signal: int | None = None  # the first that this process got
         if self.processes.main:
             self.folder.mkdir(parents=True, exist_ok=True)  # now that nothing is wrong
             if config.wandb:
