@@ -150,8 +150,9 @@ def write_pairs(config: PairConfig, folder: Path) -> dict:
     source = describe_pairs(config, meta)
     tokenizer_text = read_tokenizer_file(config.data_dir, meta)
     tokenizer = load_tokenizer(tokenizer_text)
-    texts, conditions = ({split: SplitWriter(folder, split + end, length) for split in SPLITS}
-                   for end, length in (("", meta["seq_len"]), ("_condition", config.condition_len)))
+    texts, conditions = (
+        {split: SplitWriter(folder, split + end, length) for split in SPLITS}
+        for end, length in (("", meta["seq_len"]), ("_condition", config.condition_len)))
     dropped = {split: Counter() for split in SPLITS}
     both = ((split, part) for split, *parts in read_pairs(config, tokenizer, dropped)
             for part in parts)
