@@ -33,7 +33,7 @@ class TrainConfig:
     checkpoint_dir: str = flag("checkpoints", "folder to write")
     resume: bool = flag(False, "continue from last.pt of the checkpoint folder")
     overwrite: bool = flag(False, "start again in a checkpoint folder that holds a run")
-    quick: bool = flag(False, "the tiny model on made-up stories, in quick_run/")
+    quick: bool = flag(False, "a very small model on made-up stories, in quick_run/")
     # model
     model_config: str = flag("small", "size: " + ", ".join(MODEL_CONFIGS))
     dropout: float = flag(0.0, "dropout after attention and MLP")
@@ -154,7 +154,7 @@ def refuse_changes(stored: dict, changed: dict, folder: str) -> None:
 
 
 QUICK = dict(data_dir="quick_run/data", data_source=["sample"], checkpoint_dir="quick_run",
-             model_config="tiny", max_steps=500, batch_tokens=2048, lr=0.01, valid_every=250,
+             model_config="micro", max_steps=600, batch_tokens=3072, lr=0.02, valid_every=300,
              valid_rows=128, num_samples=3, sample_steps=256, sample_temperature=0.3,
              sample_order="confidence")
 QUICK_DATA = dict(vocab_size=2048, seq_len=128)
