@@ -187,7 +187,7 @@ def open_rows(data_dir: str, split: str | None) -> TokenRows:
     meta = load_meta(data_dir)
     split = split or reported_split(meta)
     require(split in meta["splits"], f"--split {split}: {data_dir} has no such split, only "
-            f"{', '.join(name for name in SPLITS if name in meta['splits'])}")
+            f"{', '.join(name for name in reversed(SPLITS) if name in meta['splits'])}")
     return TokenRows(data_dir, split)
 
 

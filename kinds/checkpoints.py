@@ -93,7 +93,8 @@ def wrong_entries(contents: dict) -> list[str]:
     """The names of a checkpoint's entries that are not of the form that is written here."""
     text, average = contents["tokenizer"], contents.get("ema")
     right = {
-        "kind": contents["kind"] in KINDS,
+        "kind": isinstance(contents["kind"], str) and contents["kind"] in KINDS,
+        "encoder": isinstance(contents.get("encoder"), str | None),
         "model_config": isinstance(contents["model_config"], dict),
         "tokenizer": isinstance(text, str) and
         sha256(text.encode(errors="replace")) == contents["tokenizer_sha256"],

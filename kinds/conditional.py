@@ -74,7 +74,7 @@ def restored_encoder(checkpoint: dict, weights: dict[str, Tensor]) -> ConditionE
     prefix = "encoder."
     own = {name.removeprefix(prefix): weight for name, weight in weights.items()
            if name.startswith(prefix)}
-    return encoder_class(checkpoint.get("encoder", "text")).restore(
+    return encoder_class(checkpoint.get("encoder") or "text").restore(
         checkpoint["encoder_config"], own)
 
 
