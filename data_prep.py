@@ -1,4 +1,4 @@
-"""Stage 1: a corpus of stories -> tokenizer.json and token shards; and the reader of those shards.
+"""Stage 1: a corpus of stories -> tokenizer.json and token shards.
 
     python data_prep.py                                    # TinyStories from the Hugging Face hub
     python data_prep.py --source stories.txt more.jsonl    # your own files (.txt, .jsonl, .parquet)

@@ -89,7 +89,7 @@ class DiscreteDiffusion(Kind):
 
         Runs on the CPU, where a seed means the same on every machine. With n maskable tokens a row
         has none hidden with probability (1 - m)^n; such a draw teaches nothing. So the mask is
-        drawn given that it is not empty, and the weight of the row multiplied by
+        drawn given that it is not empty; "elbo" multiplies the weight of the row by
         P(not empty) = 1 - (1 - m)^n, which leaves the expected loss as it was.
         """
         can = maskable(tokens)  # (B, L)

@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     elif config.check:
         check_rtx(Path(config.out_dir))
     else:
+        require(find_spec("onnx") and find_spec("torch"), "an export needs torch and onnx, which "
+                "are not here: run it where the model was trained; here give --build_engine")
         from cli.folders import make_folder
 
         from jetson.bundle import export
-        require(find_spec("onnx") and find_spec("torch"), "an export needs torch and onnx, which "
-                "are not here: run it where the model was trained; here give --build_engine")
         make_folder(config.out_dir, "--out_dir", config.overwrite,
                     lambda folder: export(config, folder), marker="bundle.json")
         size = sum(path.stat().st_size for path in Path(config.out_dir).rglob("*")) / 1e6

@@ -1,6 +1,6 @@
 """Stage 2: token shards -> checkpoints.
 
-    python train.py --quick                         # tiny model, made-up stories, about 3.5 minutes
+    python train.py --quick                         # a very small model on made-up stories
     python train.py --model_config small            # TinyStories, prepared first if it is missing
     python train.py --model_config small --resume   # go on after a stop or a kill
     python train.py --objective autoregressive      # the causal twin, for comparison

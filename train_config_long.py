@@ -43,8 +43,8 @@ class LongConfig(TrainConfig):
     valid_every: int = flag(0, "steps between validations; 0: ten of them in the run")
     save_every: int = flag(100, "steps between writes of last.pt")
     # the closing evaluation and stories
-    draws: int = flag(4, "masks drawn for every validation row")
-    evaluate_rows: int = flag(0, "validation rows scored, spread over the split; 0: all")
+    draws: int = flag(4, "masks drawn for every held-out row")
+    evaluate_rows: int = flag(0, "held-out rows scored, spread over the split; 0: all")
     compared_stories: int = flag(64, "stories compared with real ones in diversity")
     written_stories: int = flag(10, "stories in samples.md, unpicked")
     written_steps: int = flag(256, "their unmasking steps")

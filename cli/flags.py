@@ -7,16 +7,23 @@
     config, given = parse(Config, __doc__)
 """
 
+from cli.errors import require
+
 import argparse
 import dataclasses
 import importlib
+import importlib.util
+import os
 import sys
 import types
 import typing
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+# What the flags being read belong to, in messages; None: the script
+_program: ContextVar[str | None] = ContextVar("program", default=None)
 
 
 def flag(default: Any, help: str, choices: Sequence | None = None) -> Any:
@@ -41,7 +48,7 @@ def parse(cls: type[Config], doc: str | None, argv: Sequence[str] | None = None,
     run keeps its stored settings for all the others).
     """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     allow_abbrev=False)
+                     allow_abbrev=False, prog=_program.get())
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind, options = hints[field.name], {}
@@ -83,4 +90,10 @@ def choose(doc: str | None, commands: dict[str, str], argv: Sequence[str] | None
         name, argv = parser.parse_args(argv[:1]).command, argv[1:]
     else:
         name = default
-    importlib.import_module(commands[name]).main(argv)
+    require(importlib.util.find_spec(commands[name]), f"{name} is not in this folder, which has "
+            "only what runs on a device: run it in the repository")
+    before = _program.set(f"{os.path.basename(sys.argv[0])} {name}")
+    try:
+        importlib.import_module(commands[name]).main(argv)
+    finally:
+        _program.reset(before)

@@ -78,7 +78,7 @@ def open_source(config: ExportConfig) -> Source:
     conditional = kind_of(checkpoint).conditional
     if conditional:
         require(model.encoder.sort == "text", f"{path} takes conditions of the sort "
-                f"{model.encoder.sort!r}: only text can be told to an exported step")
+                f"{model.encoder.sort!r}: an exported step takes text alone")
     else:
         require(not config.guided, f"--guided: {path} is a model without a condition")
     length = config.length or model.config.max_len

@@ -40,7 +40,7 @@ from sampling.rows import blank_story, draw_length
 from sampling.sampler import Sampler
 
 NOT_MEASURED = "not measured"
-POWER_SECONDS = 2.0  # for which stories are told while tegrastats prints ten readings a second
+POWER_SECONDS = 2.0  # of stories, while tegrastats prints ten readings a second
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def time_stories(config: DeviceBenchmark, makers: dict, row: np.ndarray, base: S
 
 def power_of(config: DeviceBenchmark, make: Callable, row: np.ndarray, base: Sampler,
              ) -> float | None:
-    """Watts of the board while stories are told, for as long as a few readings take."""
+    """Watts of the board while stories are generated, for as long as a few readings take."""
     if not shutil.which("tegrastats"):
         return None
     sampler = dataclasses.replace(base, steps=max(config.nfe))

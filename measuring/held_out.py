@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from corpus.rows import TokenRows, content_hashes, open_rows
+from corpus.rows import SPLITS, TokenRows, content_hashes, open_rows
 from corpus.tokens import row_kind
 from kinds.checkpoints import (
     check_tokenizer,
@@ -31,7 +31,6 @@ from network.hardware import device_of, pick_device, pick_precision
 from network.layers import PRECISIONS
 from sampling.sampler import Sampler
 
-SPLITS = ("test", "val", "train")
 # What a model that does not unmask knows of a sampler
 DRAWING = {"temperature", "top_k", "top_p"}
 
@@ -47,7 +46,7 @@ class HeldOutConfig:
     data_dir: str | None = flag(None, "data folder with the held-out stories (default: the one "
                                       "that the checkpoint was trained on)")
     split: str | None = flag(None, "test, val or train (default: test where the data folder has "
-                                   "it, else val)", SPLITS)
+                                   "it, else val)", SPLITS[::-1])
     seed: int = flag(0, "seed of masks and stories")
     output: str | None = flag(None, "file to write (default: one beside the checkpoint)")
     device: str = flag("auto", "auto, cpu, cuda or mps")

@@ -88,7 +88,7 @@ def read_measured(path: str | None) -> dict:
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
         return {key: measured[key] for key in ("machine", "arms", "model_config", "length")}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--measured {path} is not what benchmark_device.py wrote; measure again"
+        raise UserError(f"--measured {path} is not what `benchmark.py device` wrote; measure again"
                         ) from error
 
 

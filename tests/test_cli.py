@@ -271,3 +271,11 @@ def test_an_interruption_that_a_library_makes_another_error_of_stays_one():
             "cli.run(main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (143, "error: stopped by SIGTERM\n")
+
+
+def test_a_subcommands_flags_are_those_of_the_subcommand(monkeypatch, fails):
+    monkeypatch.setattr("sys.argv", ["/somewhere/evaluate.py"])
+    import evaluate
+    assert "(see evaluate.py samplers --help)" in fails(evaluate.main, "samplers", "--foo")
+    assert "(see evaluate.py --help)" in fails(evaluate.main, "nothing")
+    assert "(see evaluate.py likelihood --help)" in fails(evaluate.main, "--foo")

@@ -262,6 +262,25 @@ def test_an_exported_step_names_the_word_that_it_does_not_complete(bundle, words
     assert len(told.splitlines()) == 1
 
 
+def test_what_a_copied_bundle_has_not_is_said(bundle, tmp_path):
+    """An export, and the benchmarks that need torch, on the device."""
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    for words, expected in ((["export_jetson.py"], "torch and onnx"),
+                            (["benchmark.py", "train"], "train is not in this folder"),
+                            (["benchmark.py", "roofline"], "roofline is not in this folder"),
+                            (["benchmark.py"], "say which")):
+        code = ("import sys\nfor name in ('torch', 'onnx'): sys.modules[name] = None\n"
+                f"sys.argv = {words!r}\nimport importlib.util, runpy\n"
+                "there = importlib.util.find_spec\n"
+                "importlib.util.find_spec = lambda name, *more: None if name in ('torch', 'onnx') "
+                f"else there(name, *more)\nrunpy.run_path({words[0]!r}, run_name='__main__')")
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(python("-c", code), cwd=copy, capture_output=True, text=True, env=env)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert expected in done.stderr
+
+
 def test_conditions_without_torch(told_bundle, conditional_checkpoint, capsys):
     words = ["--condition", "Lily found a key.", "--guidance", "1.5", "--steps", "4", "--json"]
     done = run_in(told_bundle, "--onnx", "step_fp32.onnx", *words)
@@ -278,8 +297,10 @@ def test_the_scripts_of_a_bundle_are_python_3_10_without_torch(script):
     at_the_top = {name.name if isinstance(node, ast.Import) else node.module
                   for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
                   for name in node.names}
-    ours = {path.stem for path in ROOT.glob("*.py")}
-    assert at_the_top & ours <= {Path(name).stem for name in SCRIPTS}
+    ours = {".".join(path.relative_to(ROOT).with_suffix("").parts)
+            for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))}
+    copied = {".".join(Path(name).with_suffix("").parts) for name in SCRIPTS}
+    assert at_the_top & ours <= copied
     assert not at_the_top & {"torch", "onnx", "onnxruntime", "datasets", "matplotlib"}
 
 
