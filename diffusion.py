@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from corpus.tokens import MASK, length_nats, maskable
 from kinds.kind import Kind
-from kinds.likelihood import Conditions, Corrupted, Nelbo, measure_nats, weighted_loss
+from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats, weighted_loss
 from sampling.loop import Choice, State, Step, fill, unmask
 from sampling.noise import GAP_STREAM, MASK_STREAM, SHIFT_STREAM
 from sampling.rows import blank_story
@@ -134,7 +134,7 @@ class DiscreteDiffusion(Kind):
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,
               draws: int = 1, numbers: Iterable[np.ndarray] | None = None,
-              conditions: Conditions | None = None) -> Nelbo:
+              conditions: ConditionsOf | None = None) -> Nelbo:
         """The exact any-order bound, stratified over the number of hidden tokens.
 
         For a row of n tokens NELBO = n E_k[mean over the k hidden of -log p], k uniform on 1..n:

@@ -97,7 +97,7 @@ class DiffusionTransformer(Transformer):
                 of their rows, and everything (of a causal model what stands before each).
         Returns: (B, L, D) or (B, C, D), normalised, in the compute precision.
         """
-        if context is not None and self.kind != "conditional":
+        if context is not None and self.blocks[0].cross is None:
             raise ValueError("this model has no cross-attention: it takes no context")
         if at is not None and self.config.causal:
             raise ValueError("a causal model gives all positions")

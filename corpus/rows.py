@@ -76,8 +76,8 @@ def wrong_entries(meta: dict) -> list[str]:
         "length_histogram": is_length_histogram(meta["length_histogram"], ROW_KINDS),
         "splits": isinstance(splits, dict) and all(map(is_split, splits.values())),
         "sources": isinstance(sources, list) and all(map(is_source, sources)),
-        "condition": condition is None
-        or isinstance(condition, dict) and is_count(condition.get("max_len"))}
+        "condition": condition is None or isinstance(condition, dict) and (
+            is_count(condition.get("max_len")) or condition.get("encoder", "text") != "text")}
     return [key for key, fine in right.items() if not fine]
 
 

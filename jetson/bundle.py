@@ -69,13 +69,17 @@ def export(config: ExportConfig, folder: Path) -> dict:
 
 def open_source(config: ExportConfig) -> Source:
     """Raises UserError for a checkpoint or data that cannot be exported with these settings."""
+    from diffusion import DiscreteDiffusion
     from kinds.checkpoints import find_checkpoint, load_checkpoint, model_from_checkpoint
     from kinds.registry import kind_of, kinds_that
     kinds = kinds_that(lambda kind: kind.unmasks)
     path = find_checkpoint(config.checkpoint, kinds)
     checkpoint = load_checkpoint(path, kinds)
     model = model_from_checkpoint(checkpoint).for_inference()
-    conditional = kind_of(checkpoint).conditional
+    kind = kind_of(checkpoint)
+    require(type(kind).step is DiscreteDiffusion.step, f"{path}: a {kind.name} model draws by a "
+            "step of its own, which has no graph")
+    conditional = kind.conditional
     if conditional:
         require(model.encoder.sort == "text", f"{path} takes conditions of the sort "
                 f"{model.encoder.sort!r}: an exported step takes text alone")

@@ -36,8 +36,8 @@ class Autoregressive(Kind):
     objectives = ("autoregressive",)
     causal = exact = True
     unmasks = False
-    unused = frozenset(("schedule", "sample_order", "sample_steps"))
-    unused_for = "the twin writes from left to right"
+    unused = frozenset(("schedule", "sample_order", "sample_steps", "time_conditioning"))
+    unused_for = "the twin writes from left to right, and knows no time"
 
     def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Corrupted:
         """Input and targets of next-token prediction for rows (B, L); nothing is random."""

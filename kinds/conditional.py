@@ -34,7 +34,7 @@ class ConditionalDiffusion(DiscreteDiffusion):
 
     def create(self, config: Any, meta: dict, source: dict | None = None, resumed: bool = False,
                ) -> ConditionalTransformer:
-        require("condition" in meta, f"{config.data_dir} has no conditions: prepare them with "
+        require(meta.get("condition"), f"{config.data_dir} has no conditions: prepare them with "
                                      "prep_conditional_data.py and name that folder")
         path = config.decoder_checkpoint
         decoder = dataclasses.replace(ModelConfig(**source["model_config"]),
@@ -79,6 +79,6 @@ def restored_encoder(checkpoint: dict, weights: dict[str, Tensor]) -> ConditionE
 
 
 def encoder_class(sort: str) -> type[ConditionEncoder]:
-    require(sort in ENCODERS, f"conditions of the sort {sort!r} are unknown here; this program "
-                              f"reads: {', '.join(ENCODERS)}")
+    require(isinstance(sort, str) and sort in ENCODERS, f"conditions of the sort {sort!r} are "
+            f"unknown here; this program reads: {', '.join(ENCODERS)}")
     return ENCODERS[sort]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kinds.likelihood import Conditions, Corrupted, Nelbo, weighted_loss
+from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, weighted_loss
 from model import DiffusionTransformer, size_of
 from network.layers import ModelConfig
 from network.transformer import check_size
@@ -43,6 +43,11 @@ class Kind:
     @classmethod
     def of_run(cls, config: Any) -> "Kind":
         """That of a run with these settings (a TrainConfig)."""
+        return cls()
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: dict) -> "Kind":
+        """That of a checkpoint, whose settings it may need."""
         return cls()
 
     # ---- network ---------------------------------------------------------------------------------
@@ -89,7 +94,7 @@ class Kind:
     # ---- likelihood ------------------------------------------------------------------------------
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0, draws: int = 1,
-              numbers: Iterable[np.ndarray] | None = None, conditions: Conditions | None = None,
+              numbers: Iterable[np.ndarray] | None = None, conditions: ConditionsOf | None = None,
               ) -> Nelbo:
         """-log p of the rows of batches (B, L) int64, or a bound of it.
 

@@ -4,7 +4,7 @@ and autoregressive.py, which hide in their own ways.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from corpus.tokens import maskable
 from network.hardware import device_of
 
 # Numbers of rows (B,) -> their conditions, a batch as their encoder takes it
-Conditions = Callable[[np.ndarray], np.ndarray]
+ConditionsOf = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Corrupted:
         return self._each(lambda x: x.to(device, non_blocking=True))
 
     def _each(self, do: Callable[[Tensor], Tensor]) -> "Corrupted":
-        values = (getattr(self, name) for name in self.__dataclass_fields__)
-        return Corrupted(*(None if x is None else do(x) for x in values))
+        values = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        return replace(self, **{name: None if x is None else do(x) for name, x in values})
 
     def hidden(self, model: nn.Module) -> Tensor:
         """(M, D): what the model makes of the M masked positions."""
@@ -55,7 +55,7 @@ def weighted_loss(model: nn.Module, batch: Corrupted) -> Tensor:
 def measure_nats(model: nn.Module, batches: Iterable[np.ndarray],
                  hide: Callable[[Tensor, np.ndarray], Iterable[tuple[Corrupted, Tensor]]],
                  numbers: Iterable[np.ndarray] | None = None,
-                 conditions: "Conditions | None" = None) -> "Nelbo":
+                 conditions: "ConditionsOf | None" = None) -> "Nelbo":
     """The nats of what `hide` hides in every batch (B, L), in evaluation mode.
 
     `hide(clean, rows)` gives batches with hidden tokens, and the k (B,) of each; `numbers` are the
@@ -92,7 +92,7 @@ def row_sums(model: nn.Module, batch: Corrupted, device: torch.device,
 
 @dataclass
 class Nelbo:
-    """What `DiscreteDiffusion.nelbo` measured, an entry for each row and draw: (N * draws,)."""
+    """What `nelbo` of a kind of model measured, an entry for each row and draw: (N * draws,)."""
 
     row: np.ndarray  # number of the row
     n: np.ndarray  # tokens of text in the row

@@ -19,7 +19,7 @@ KINDS: dict[str, type[Kind]] = {
 
 def kind_of(checkpoint: dict) -> Kind:
     """That of a checkpoint that load_checkpoint read."""
-    return KINDS[checkpoint["kind"]]()
+    return KINDS[checkpoint["kind"]].of_checkpoint(checkpoint)
 
 
 def kind_of_run(config) -> Kind:

@@ -95,8 +95,8 @@ def measure_and_write(config: ConditionConfig, path: Path, checkpoint: dict, tar
     """Measures the checkpoint that was read from `path`, writes `target` and a sheet of texts
     beside it, and prints the tables."""
     model, rows, tokenizer = open_model(config, path, checkpoint)
-    twin = open_beside(config.twin, "autoregressive", model, rows)
-    plain = open_beside(config.plain, "diffusion", model, rows) or model
+    twin = open_beside(config.twin, Autoregressive.name, model, rows)
+    plain = open_beside(config.plain, DiscreteDiffusion.name, model, rows) or model
     pairs = Pairs(rows, model.encoder, tokenizer, model.config.max_len)
     readers, texts = measure_readers(config, kind_of(checkpoint), model, plain, twin, pairs, rows)
     chosen = pairs.some(np.random.default_rng(config.seed).permutation(len(pairs))

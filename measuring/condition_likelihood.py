@@ -15,7 +15,7 @@ from corpus.rows import bucket_batches
 from corpus.tokens import BOS, EOS, MASK, maskable, pad_rows
 from diffusion import stratified_masks
 from kinds.kind import Kind
-from kinds.likelihood import Conditions, Corrupted, Nelbo, measure_nats, ratio_error
+from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats, ratio_error
 from measuring.condition_pairs import Pairs
 from measuring.likelihood import in_every_unit
 
@@ -48,7 +48,7 @@ def by_cross_attention(kind: Kind, model: torch.nn.Module, pairs: Pairs, mismatc
                        draws: int, seed: int) -> Reader:
     """The conditional model by its cross-attention; `mismatched` are the same texts with other
     conditions. All arms of all readers of masked models have the same masks."""
-    def conditions_of(source: Pairs) -> Conditions:
+    def conditions_of(source: Pairs) -> ConditionsOf:
         return lambda rows: source.batch([source.sources[i] for i in rows])
 
     name = "cross-attention"
@@ -68,7 +68,7 @@ def by_prompt(name: str, kind: Kind, model: torch.nn.Module, pairs: Pairs, misma
 
 
 def text_bound(kind: Kind, model: torch.nn.Module, pairs: Pairs, draws: int, seed: int,
-               conditions: Conditions | None = None, name: str = "no condition") -> Nelbo:
+               conditions: ConditionsOf | None = None, name: str = "no condition") -> Nelbo:
     """The bound of the texts by themselves, [BOS] text [EOS], given `conditions` or none; for the
     twin the exact -log p, its [EOS] in the nats and not in the tokens."""
     batches = bucket_batches(np.array([len(text) for text in pairs.texts]), 8192, merge=False)

@@ -25,7 +25,7 @@ class Pairs:
 
     def __init__(self, rows: TokenRows, encoder: ConditionEncoder, tokenizer, longest: int):
         # behind a first sentence the text brings its own white space
-        between = ([] if rows.meta["condition"]["kind"] == "first sentence"
+        between = ([] if rows.meta["condition"].get("kind") == "first sentence"
                    else tokenizer.encode("\n").ids)
         self.batch, self.in_words = encoder.conditions_of(rows).batch, True
         for name in self.LISTS:

@@ -267,9 +267,10 @@ def timed_step(step: Callable, seconds: list[float]) -> Callable:
 def judge_stories(config: DeviceBenchmark, makers: dict, contents: dict, result: dict) -> None:
     """Generative perplexity and entropy of stories of drawn lengths, at each number of steps."""
     from corpus.tokens import load_tokenizer
+    from kinds.autoregressive import Autoregressive
     from kinds.checkpoints import load_checkpoint, model_from_checkpoint
     from measuring.quality import PERPLEXITY, Judge, figures
-    twin = load_checkpoint(config.twin, kind="autoregressive")
+    twin = load_checkpoint(config.twin, kind=Autoregressive.name)
     require(twin["tokenizer_sha256"] == contents["tokenizer_sha256"],
             f"{config.twin} was trained with another tokenizer than {config.bundle}")
     result["generative_perplexity_is"] = PERPLEXITY

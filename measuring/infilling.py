@@ -156,7 +156,7 @@ def main(argv: list[str]) -> None:
     config.check_used_by(kind, given)
     target = output_file(config.output, path, "infilling.json")
     model, rows, tokenizer = open_model(config, path, checkpoint)
-    twin = open_beside(config.twin, "autoregressive", model, rows)
+    twin = open_beside(config.twin, Autoregressive.name, model, rows)
     result = measure(config, path, kind, model, twin, rows, tokenizer)
     with atomic_file(target, "w") as file:
         json.dump(result, file, indent=1)

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from corpus.rows import TokenRows
+from kinds.autoregressive import Autoregressive
 from measuring.held_out import (
     HeldOutConfig,
     choose_stories,
@@ -207,7 +208,7 @@ def measure_and_write(config: SamplersConfig, path: Path, checkpoint: dict, targ
     """Measures the checkpoint that was read from `path`, writes `target` and a plot beside it, and
     prints the table."""
     model, rows, tokenizer = open_model(config, path, checkpoint)
-    twin = open_beside(config.twin, "autoregressive", model, rows)
+    twin = open_beside(config.twin, Autoregressive.name, model, rows)
     real = [rows[i].astype(np.int64)
             for i in choose_stories(rows, config.num_samples, config.seed)]
     require(len(real) > 1, f"{rows.data_dir}: samplers are compared with two stories or more that "

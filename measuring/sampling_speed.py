@@ -24,6 +24,7 @@ from torch import nn
 
 from corpus.tokens import MASK
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint
+from kinds.registry import kinds_that
 from measuring.paired import Benchmark, read_peers, run_and_write
 from model import create_model
 from network.hardware import pick_precision
@@ -66,7 +67,8 @@ class SampleBenchmark(Benchmark, Sampler):
 
     def model(self) -> nn.Module:
         if self.checkpoint:
-            model = model_from_checkpoint(load_checkpoint(self.checkpoint))
+            model = model_from_checkpoint(load_checkpoint(self.checkpoint, kinds_that(
+                lambda kind: kind.unmasks and not kind.conditional)))
             require(self.seq_len <= model.config.max_len, f"--seq_len {self.seq_len}: rows of "
                     f"{self.checkpoint} have at most {model.config.max_len} tokens")
             return model

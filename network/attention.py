@@ -80,9 +80,16 @@ class Cache:
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forgets all rows but those with these numbers, or marked in (B,) bool."""
+        self._each(lambda x: x[rows])
+
+    def keep_tokens(self, count: int) -> None:
+        """Forgets all tokens but the first ones: those of a pass that only looked."""
+        self._each(lambda x: x[:, :, :count])
+
+    def _each(self, do: Callable[[Tensor], Tensor]) -> None:
         for known in (self.keys, self.values):
             for layer, x in known.items():
-                known[layer] = x[rows]
+                known[layer] = do(x)
 
 
 class Context(NamedTuple):
@@ -95,18 +102,18 @@ class Context(NamedTuple):
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """torch's own choice."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
-def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Plain products with an FP32 softmax. The CPU's fused kernel leaves its bf16 units idle: this
     took 33 ms against 58 (16 x 6 heads x 256, forward and backward, 2 cores of a Zen 4)."""
     return torch.softmax(scores(q, k, mask), dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-def graph_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def graph_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """The same for a graph in FP16, which must itself say that its softmax is in FP32."""
     return torch.softmax(scores(q, k, mask).float(), dim=-1).to(q.dtype) @ v
 
@@ -117,11 +124,12 @@ def scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return product if mask is None else product + mask
 
 
-# Device, precision, whether a graph is being exported (None: any of them), and the kernel; the
-# first line that fits holds, and `fused` where none does.
-KERNELS: tuple[tuple[str | None, torch.dtype, bool | None, Callable], ...] = (
-    (None, torch.float16, True, graph_products),
-    ("cpu", torch.bfloat16, None, products))
+# Device, precision, whether a graph is being exported and whether it is causal (None: any of them),
+# and the kernel; the first line that fits holds.
+KERNELS: tuple[tuple[str | None, torch.dtype | None, bool | None, bool | None, Callable], ...] = (
+    (None, torch.float16, True, False, graph_products),
+    ("cpu", torch.bfloat16, None, False, products),
+    (None, None, None, None, fused))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None,
@@ -132,15 +140,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tenso
     if causal and known:  # behind a cache; one new token sees all there is
         if length > 1:
             later = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device)
-            later = later.triu(known + 1)  # (L, S)
-            mask = q.new_zeros(later.shape).masked_fill(later, HIDDEN)
+            later = q.new_zeros(later.shape).masked_fill(later.triu(known + 1), HIDDEN)  # (L, S)
+            mask = later if mask is None else mask + later
         causal = False
-    if causal:
-        return fused(q, k, v, mask, causal)
-    here = q.device.type, q.dtype, torch.compiler.is_exporting()
-    kernel = next((kernel for *where, kernel in KERNELS if all(
-        a in (None, b) for a, b in zip(where, here, strict=True))), fused)
-    return kernel(q, k, v, mask)
+    here = q.device.type, q.dtype, torch.compiler.is_exporting(), causal
+    kernel = next(kernel for *where, kernel in KERNELS if all(
+        a in (None, b) for a, b in zip(where, here, strict=True)))
+    return kernel(q, k, v, mask, causal)
 
 
 # ---- heads ---------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ class ConditionEncoder(nn.Module):
         raise NotImplementedError
 
     def without(self, batch: Tensor, rows: Tensor) -> Tensor:
-        """The batch with no condition in the rows marked in (B,) bool."""
+        """The batch, on the CPU, with no condition in the rows marked in (B,) bool. Called in the
+        loader's thread while the model trains: it reads no parameter."""
         raise NotImplementedError
 
     def example(self, rows: int) -> Tensor:
@@ -113,7 +114,7 @@ class ConditionEncoder(nn.Module):
 
     def places(self, batch: Tensor) -> int:
         """S of what it makes of the batch."""
-        return batch.shape[1]
+        raise NotImplementedError
 
     def forward(self, batch: Tensor) -> Reading:
         raise NotImplementedError
@@ -182,6 +183,9 @@ class TextEncoder(Transformer, ConditionEncoder):
 
     def show(self, condition: np.ndarray, tokenizer: Any) -> str:
         return decode(tokenizer, condition)
+
+    def places(self, batch: Tensor) -> int:
+        return batch.shape[1]
 
     def forward(self, batch: Tensor) -> Reading:
         given = batch != PAD  # (B, S)

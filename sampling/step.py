@@ -44,7 +44,7 @@ class UnmaskStep(nn.Module):
             temperature: () float32; 0 is greedy.
             noise: (B, 2, L) uniforms in [0, 1): for the order, for the token.
             most_hidden, most_count: at least the largest number hidden and of `count` in the batch.
-                Plain numbers, for they are shapes; a graph of fixed shape has both at L.
+                Plain numbers, for they are shapes.
             context: of the conditions of these rows, from the model's `encode`.
         Returns: the new tokens (B, L), and confidence (B, L) float32: the probability, at
             temperature 1, of each token drawn now, 0 elsewhere.
@@ -71,10 +71,9 @@ class UnmaskStep(nn.Module):
         wanted = torch.arange(positions.shape[1], device=tokens.device) < count[:, None]  # (B, C)
         if confident is not None:
             wanted = (wanted | confident) & masked.gather(1, positions)
-            if not torch.compiler.is_exporting():  # a graph's shapes are fixed; else draw no more
-                places = torch.arange(wanted.shape[1], device=tokens.device)
-                needed = int((wanted.any(0) * places).max()) + 1
-                positions, logits, wanted = (x[:, :needed] for x in (positions, logits, wanted))
+            places = torch.arange(wanted.shape[1], device=tokens.device)
+            needed = int((wanted.any(0) * places).max()) + 1  # no more are drawn
+            positions, logits, wanted = (x[:, :needed] for x in (positions, logits, wanted))
         # 2. Draw their tokens and write them where the row still has some to uncover.
         drawn = draw(logits, noise[:, 1].gather(1, positions), temperature, sampler.top_k,
                      sampler.top_p)

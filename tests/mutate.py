@@ -61,7 +61,7 @@ TARGETS = {
     "training/optimizers.py": ((), ["tests/test_optimizers.py", *OF_STEPS]),
     "training/steps.py": (("Steps.learning_rate", "Steps.take", "Steps.gradients", "Steps.update"),
                           OF_STEPS),
-    "training/building.py": (("Network.synchronise_gradients",), OF_STEPS),
+    "training/building.py": (("StageModel.synchronise_gradients",), OF_STEPS),
 }
 TIMEOUT = 400  # seconds; a mutant that hangs is noticed too
 

@@ -151,6 +151,9 @@ def test_a_cache_changes_nothing_but_the_work(twin):
     cache.keep_rows(torch.tensor([False, True]))
     last = twin.hidden(rows[1:, 5:], view=twin.view(torch.tensor([[5]]), cache=cache))
     torch.testing.assert_close(last, whole[1:, 5:], rtol=1e-4, atol=1e-5)
+    cache.keep_tokens(5)  # that pass only looked
+    again = twin.hidden(rows[1:, 5:], view=twin.view(1, cache=cache))
+    torch.testing.assert_close(again, last)
     shifted = twin.hidden(rows, view=twin.view(torch.tensor([0, 1, 2, 3, 5, 4])))
     assert not torch.allclose(shifted, whole, atol=1e-3)
     with pytest.raises(ValueError, match="max_len"):

@@ -120,15 +120,16 @@ def test_a_kernel_is_one_line_of_the_table(monkeypatch):
     """The first line that fits a device, a precision and whether a graph is made is taken."""
     calls = []
 
-    def kernel(q, k, v, mask):
+    def kernel(q, k, v, mask, causal):
         calls.append(q.dtype)
-        return attention.fused(q, k, v, mask)
+        return attention.fused(q, k, v, mask, causal)
 
     q, k, v = torch.randn(3, 1, 2, 8, 16, generator=torch.Generator().manual_seed(0))
     expected = attention.attention(q, k, v)
-    for line, used in ((("cpu", torch.float32, None), True), (("cuda", torch.float32, None), False),
-                       (("cpu", torch.bfloat16, None), False), ((None, torch.float32, True), False),
-                       ((None, torch.float32, False), True)):
+    for line, used in (
+            (("cpu", torch.float32, None, None), True), (("cuda", None, None, None), False),
+            (("cpu", torch.bfloat16, None, None), False), ((None, None, True, None), False),
+            ((None, None, None, True), False), ((None, torch.float32, False, False), True)):
         monkeypatch.setattr(attention, "KERNELS", ((*line, kernel), *attention.KERNELS))
         calls.clear()
         assert torch.equal(attention.attention(q, k, v), expected) and bool(calls) == used
@@ -138,4 +139,12 @@ def test_a_kernel_is_one_line_of_the_table(monkeypatch):
     for known in (3, 7):
         part = attention.attention(q[:, :, known:], k, v, causal=True)
         torch.testing.assert_close(part, whole[:, :, known:])
+    # and what a mask hides besides stays hidden
+    hidden = torch.zeros(5, 8)
+    hidden[:, 2] = attention.HIDDEN
+    part = attention.attention(q[:, :, 3:], k, v, causal=True, mask=hidden)
+    others = [0, 1, 3, 4, 5, 6, 7]
+    expected = attention.attention(q[:, :, 3:], k[:, :, others], v[:, :, others],
+                                   mask=torch.full((5, 7), attention.HIDDEN).triu(3))
+    torch.testing.assert_close(part, expected)
     assert np.isfinite(attention.HIDDEN)

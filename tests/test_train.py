@@ -325,9 +325,9 @@ def kill_when(command: list, condition) -> None:
 
 @posix
 def test_sigkill_at_a_random_step_and_resume(data_dir, tmp_path):
-    """Real processes, the real tiny model: killed anywhere, the weights end bit-identical."""
+    """Real processes, a real model: killed anywhere, the weights end bit-identical."""
     command = python(ROOT / "train.py", *argv(dict(
-        data_dir=data_dir, model_config="tiny", max_steps=24, batch_tokens=512, precision="fp32",
+        data_dir=data_dir, model_config="micro", max_steps=24, batch_tokens=512, precision="fp32",
         device="cpu", valid_every=8, valid_rows=4, save_every=2, log_every=1, num_samples=0)))
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     whole = subprocess.run([*command, "--checkpoint_dir", tmp_path / "whole"], **quiet)

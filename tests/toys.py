@@ -94,6 +94,9 @@ class LengthEncoder(ConditionEncoder):
     def show(self, condition: np.ndarray, tokenizer) -> str:
         return f"{condition[0]} tokens"
 
+    def places(self, batch: torch.Tensor) -> int:
+        return 1
+
     def forward(self, batch: torch.Tensor) -> Reading:
         state = self.table(batch).to(self.compute_dtype)  # (B, 1, E)
         return Reading([state, state], torch.zeros_like(batch), batch > 0)

@@ -42,7 +42,7 @@ class StageData:
         self.tokenizer = load_tokenizer(self.tokenizer_text)
 
 
-class Network:
+class StageModel:
     """The model of a stage and its averaged weights, on their device and in their precision.
 
     `average` is `model` itself where nothing is averaged; `loss_of` makes the training loss of a

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from diffusion import SCHEDULES
 from kinds.kind import NETWORK_SETTINGS
-from kinds.registry import KINDS, kind_of_run
+from kinds.registry import KINDS, kind_of_run, objectives
 from model import MODEL_CONFIGS
 from network.layers import PRECISIONS
 from sampling.sampler import ORDERS, Sampler
@@ -54,7 +54,7 @@ class TrainConfig:
                                          "their condition, for guidance (in stage 2 the model "
                                          "without it cannot change)")
     # diffusion
-    objective: str = flag("masked_ce", "training loss: masked_ce or elbo; autoregressive trains "
+    objective: str = flag("masked_ce", f"training loss: {', '.join(objectives())}; the last trains "
                                        "the causal twin")
     schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
     # optimisation

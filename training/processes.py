@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kinds.kind import Kind
+from kinds.likelihood import Corrupted
 from model import DiffusionTransformer
 from network.hardware import pick_device
 from training.optimizers import is_spread, whole
@@ -153,11 +155,11 @@ def start_processes(device: str = "auto") -> Processes:
 class LossOf(nn.Module):
     """The training loss as a module's forward, where DDP hooks in."""
 
-    def __init__(self, kind: Any, model: nn.Module):
+    def __init__(self, kind: Kind, model: nn.Module):
         super().__init__()
         self.kind, self.model = kind, model
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Corrupted) -> Tensor:
         return self.kind.loss(self.model, batch)
 
 

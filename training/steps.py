@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.building import Network, StageData
+from training.building import StageData, StageModel
 from training.config import TrainConfig
 from training.loader import Batch, BatchLoader, step_seed
 from training.optimizers import make_optimizers, move_average, whole
@@ -26,8 +26,8 @@ class Steps:
     resumed needs no other state than that of `state`, the progress, and the loader's cursor.
     """
 
-    def __init__(self, config: TrainConfig, data: StageData, network: Network, progress: Progress,
-                 processes: Processes, checkpoint: dict | None = None):
+    def __init__(self, config: TrainConfig, data: StageData, network: StageModel,
+                 progress: Progress, processes: Processes, checkpoint: dict | None = None):
         self.config, self.network = config, network
         self.progress, self.processes = progress, processes
         self.peak_lr = config.peak_lr

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from corpus.rows import content_hashes
 from kinds.checkpoints import save_checkpoint
-from training.building import Network, StageData
+from training.building import StageData, StageModel
 from training.config import TrainConfig
 from training.log import MetricsLog, start_wandb
 from training.optimizers import local
@@ -51,7 +51,7 @@ class Trainer:
         check_writable(self.folder, "--checkpoint_dir")
         self.log = MetricsLog(self.folder)
         self.data = StageData(config, checkpoint)
-        self.network = Network(config, self.data, self.processes, checkpoint)
+        self.network = StageModel(config, self.data, self.processes, checkpoint)
         self.validation = Validation(config, self.data, self.network, self.processes)
         self.progress = Progress.of(checkpoint, config.valid_rows) if checkpoint else Progress()
         self.steps = Steps(config, self.data, self.network, self.progress, self.processes,

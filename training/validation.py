@@ -3,14 +3,16 @@ A library: training/trainer.py validates with it.
 """
 
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
+import torch
 
 from corpus.rows import bucket_batches, evenly_spread
 from corpus.tokens import decode, token_bytes
 from kinds.kind import drawn_lengths
 from kinds.likelihood import Nelbo
-from training.building import Network, StageData
+from training.building import StageData, StageModel
 from training.config import TrainConfig
 from training.processes import Processes, joined
 
@@ -20,7 +22,7 @@ BATCH_TOKENS = 8192  # of a validation batch, padding included
 class Validation:
     """Judges the averaged weights, always on the same rows and with the same noise."""
 
-    def __init__(self, config: TrainConfig, data: StageData, network: Network,
+    def __init__(self, config: TrainConfig, data: StageData, network: StageModel,
                  processes: Processes):
         self.config, self.data, self.network = config, data, network
         self.processes = processes
@@ -65,7 +67,9 @@ class Validation:
             conditions = network.valid_conditions.batch(evenly_spread(count, len(data.valid)))
         lengths = drawn_lengths(data.meta["length_histogram"], count, config.seed,
                                 model.config.max_len)
-        filled = network.kind.write(model, lengths, config.sampler(), config.seed, conditions)
+        # Every story has shapes of its own, which nobody will see again: not worth compiling.
+        with torch.compiler.set_stance("force_eager") if network.compiled else nullcontext():
+            filled = network.kind.write(model, lengths, config.sampler(), config.seed, conditions)
         texts = [decode(data.tokenizer, row) for row in filled]
         if conditions is not None:
             texts = [f"({model.encoder.show(condition, data.tokenizer)}) {text}"
