@@ -101,9 +101,8 @@ def block_seconds(enough: float = 0.4) -> dict[str, float]:
     return best
 
 
-def machine(device) -> str:
-    """This machine in some words; `device` is a torch.device."""
-    import torch
+def machine(device: torch.device) -> str:
+    """This machine in some words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

@@ -44,5 +44,5 @@ def test_a_measurement_beside_the_floor(tmp_path, capsys):
 def test_mistakes(words, message, fails, tmp_path):
     assert message in fails(main, "roofline", *words)
     (tmp_path / "x.json").write_text("[1]")
-    assert "is not what benchmark.py device wrote" in fails(main, "roofline", "--measured",
+    assert "is not what `benchmark.py device` wrote" in fails(main, "roofline", "--measured",
                                                             tmp_path / "x.json")
