@@ -1,6 +1,7 @@
 """Shared fixtures: a small data folder, a small checkpoint, a network that can be enumerated.
 
-With several workers (pytest-xdist) each has one thread, and so have the processes that it starts.
+Each process has one thread: that is quickest for the small networks of the tests, and the more so
+where several workers (pytest-xdist) share the cores.
 """
 
 import cli
@@ -36,9 +37,8 @@ from network.encoders import TextEncoder
 from training import config, trainer
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
-if WORKER:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that are started
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that are started
 ROOT = Path(__file__).parent.parent
 SMALL = layers.ModelConfig(width=32, heads=2, layers=2)
 

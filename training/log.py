@@ -29,6 +29,7 @@ class MetricsLog:
         self.path, self.curves = folder / "metrics.jsonl", folder / "training_curves.png"
         self.wandb_run = wandb_run
         self.waiting = b""  # lines that the disk did not take yet
+        self.drawn: list[dict] | None = None  # the lines that training_curves.png shows
         self.failure_reported = False  # so that it is said once
 
     def write(self, step: int, metrics: dict) -> None:
@@ -69,11 +70,13 @@ class MetricsLog:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def plot(self) -> None:
-        """Draws training_curves.png."""
+        """Draws training_curves.png, unless it has done so since the last line."""
+        lines = self.lines()
+        if lines == self.drawn:
+            return
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        lines = self.lines()
         figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
         for axis, (title, keys) in zip(axes.flat, PANELS, strict=True):
             for key in keys:
@@ -87,6 +90,7 @@ class MetricsLog:
         with atomic_file(self.curves) as file:
             figure.savefig(file, format="png", dpi=110)
         plt.close(figure)
+        self.drawn = lines
 
     def close(self) -> None:
         """Ends the log; says so if lines of it could not be written."""
