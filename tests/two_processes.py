@@ -1,10 +1,8 @@
 """What test_parallel.py has done by two real processes of one start: torchrun ... two_processes.py.
 
-    torchrun --nproc_per_node 2 tests/two_processes.py cases DATA_DIR FOLDER
-    torchrun --nproc_per_node 2 tests/two_processes.py train '[["--max_steps", "12", ...], ...]'
+    torchrun --nproc_per_node 2 tests/two_processes.py DATA_DIR FOLDER
 
-The first writes FOLDER/result.json and FOLDER/weights.pt. `steps` is also what one process does
-alone. The second is train.py with each of these command lines, one after another.
+Writes FOLDER/result.json and FOLDER/weights.pt. `steps` is also what one process does alone.
 """
 
 import json
@@ -18,7 +16,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.loader import step_seed  # noqa: E402
 from training.optimizers import Muon, whole  # noqa: E402
@@ -76,7 +73,7 @@ def same_everywhere(processes: Processes, tensors: list[torch.Tensor]) -> bool:
     return all(other == own for other in processes.gather(own))
 
 
-def cases(data_dir: str, folder: str) -> None:
+def main(data_dir: str, folder: str) -> None:
     with start_processes("cpu") as processes:
         result, weights = {}, {}
         for name, changes in CASES.items():
@@ -96,8 +93,4 @@ def cases(data_dir: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "train":
-        for argv in json.loads(sys.argv[2]):
-            train.main(argv)
-    else:
-        cases(*sys.argv[2:])
+    main(*sys.argv[1:])
