@@ -5,7 +5,7 @@ Everything that train.py can set is here too, and lands in the checkpoint; a pre
 defaults of the flags that were not given.
 """
 
-from cli import UserError, atomic_file, flag, preset, require
+from cli import UserError, flag, preset, require, write_json
 
 import dataclasses
 import json
@@ -143,7 +143,6 @@ class KeptSettings:
     def store(self) -> None:
         """Writes settings.json, whole or not at all; makes the folder."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.path, "w") as file:
-            kept = dataclasses.replace(self.config, **self.NOT_KEPT)
-            json.dump({"settings": dataclasses.asdict(kept), "sessions": self.sessions,
-                       "data": self.known_data}, file, indent=1)
+        kept = dataclasses.replace(self.config, **self.NOT_KEPT)
+        write_json(self.path, {"settings": dataclasses.asdict(kept), "sessions": self.sessions,
+                               "data": self.known_data})

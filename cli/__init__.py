@@ -16,7 +16,7 @@ the large packages are read.
 
 from cli.commands import end_signals, run
 from cli.errors import Stopped, UserError, describe, is_of_the_machine, require
-from cli.files import atomic_file, check_links, check_writable, sha256_of
+from cli.files import atomic_file, check_links, check_writable, sha256_of, write_json
 from cli.flags import choose, flag, parse, preset
 from cli.locks import lock, lock_file
 from cli.streams import print_json
@@ -24,4 +24,4 @@ from cli.streams import print_json
 __all__ = [
     "Stopped", "UserError", "atomic_file", "check_links", "check_writable", "choose", "describe",
     "end_signals", "flag", "is_of_the_machine", "lock", "lock_file", "parse", "preset",
-    "print_json", "require", "run", "sha256_of"]
+    "print_json", "require", "run", "sha256_of", "write_json"]

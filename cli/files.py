@@ -4,6 +4,7 @@ from cli.errors import UserError
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,6 +55,12 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
                 cause.filename or str(path))
             raise cause from (None if cause is problem else problem)
         raise
+
+
+def write_json(path: str | Path, contents: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with atomic_file(path, "w") as file:
+        json.dump(contents, file, indent=1)
 
 
 def check_links(path: str | Path, flag_name: str) -> None:

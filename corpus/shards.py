@@ -2,9 +2,8 @@
 the format, and of prep_conditional_data.py.
 """
 
-from cli import atomic_file, require
+from cli import atomic_file, require, write_json
 
-import json
 import os
 from array import array
 from collections import Counter
@@ -162,6 +161,5 @@ def finish_folder(folder: Path, writers: dict[str, SplitWriter], tokenizer: str,
         "splits": {split: writer.summary() for split, writer in writers.items()}, **more}
     with atomic_file(folder / "tokenizer.json", "w") as file:
         file.write(tokenizer)
-    with atomic_file(folder / "meta.json", "w") as file:
-        json.dump(meta, file, indent=1)
+    write_json(folder / "meta.json", meta)
     return meta

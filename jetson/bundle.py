@@ -2,10 +2,9 @@
 export_jetson.py.
 """
 
-from cli import atomic_file, require, sha256_of
+from cli import atomic_file, require, sha256_of, write_json
 
 import dataclasses
-import json
 import shutil
 import tempfile
 import time
@@ -63,7 +62,7 @@ def export(config: ExportConfig, folder: Path) -> dict:
         files["encoder"] = file_entry(folder / "encoder.onnx")
     contents = describe(config, source, files, reports)
     write_device_files(folder, source.checkpoint["tokenizer"], contents)
-    write_text(folder / "bundle.json", json.dumps(contents, indent=1))
+    write_json(folder / "bundle.json", contents)
     return contents
 
 

@@ -2,9 +2,8 @@
 NVIDIA's compiler as a check of the graphs. A library of export_jetson.py, also on the Jetson.
 """
 
-from cli import UserError, atomic_file, require, sha256_of
+from cli import UserError, atomic_file, require, sha256_of, write_json
 
-import json
 import time
 from functools import cache
 from pathlib import Path
@@ -48,9 +47,8 @@ def build_engine(path: Path, workspace_mb: int) -> Path:
     with atomic_file(engine) as file:
         file.write(plan)
     seconds = time.perf_counter() - started
-    with atomic_file(engine.with_suffix(".engine.json"), "w") as file:
-        json.dump({"key": key, "engine_sha256": sha256_of(engine), "seconds": seconds}, file,
-                  indent=1)
+    write_json(engine.with_suffix(".engine.json"),
+               {"key": key, "engine_sha256": sha256_of(engine), "seconds": seconds})
     print(f"wrote {engine} in {seconds:.0f} s")
     return engine
 

@@ -13,10 +13,9 @@ and writes evaluation.json beside the checkpoint, and evaluation.md, a sheet of 
 --max_rows makes the scoring shorter, --num_samples the rest.
 """
 
-from cli import atomic_file, flag, parse, require
+from cli import atomic_file, flag, parse, require, write_json
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +114,7 @@ def measure_and_write(config: ConditionConfig, path: Path, checkpoint: dict, tar
             training_words(train, model.encoder, tokenizer), twin, train)
         with atomic_file(sheet_beside(target), "w") as file:
             file.write(sheet(chosen.shown, generated))
-    with atomic_file(target, "w") as file:
-        json.dump(result, file, indent=1)
+    write_json(target, result)
     print(f"{path}, step {result['step']}; {len(texts)} texts of {rows.split} of one row with a "
           f"condition, {config.draws} masks each; {len(chosen)} stories, {config.steps} steps, "
           f"temperature {config.temperature:g}, top_p {config.top_p:g}, seed {config.seed}\n\n"

@@ -12,7 +12,7 @@ reads power and the board's memory from tegrastats; what cannot be measured is p
 measured. Writes device_benchmark.json and device_benchmark.png.
 """
 
-from cli import atomic_file, check_writable, flag, parse, require
+from cli import atomic_file, check_writable, flag, parse, require, write_json
 
 import dataclasses
 import json
@@ -364,7 +364,6 @@ def main(argv: list[str]) -> None:
             f"written to {plot_file}; give the figures another name, as x.json")
     check_writable(target.parent, "--output")
     result = measure(config)
-    with atomic_file(target, "w") as file:
-        json.dump(result, file, indent=1)
+    write_json(target, result)
     plot(result, plot_file)
     print(f"{table(result)}\n\nwrote {target}")

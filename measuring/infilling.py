@@ -7,10 +7,9 @@ which knows only what stands to the left of it, with the paired difference. Prin
 writes infilling.json beside the checkpoint. --num_samples makes it shorter.
 """
 
-from cli import atomic_file, flag, parse, require
+from cli import flag, parse, require, write_json
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +157,6 @@ def main(argv: list[str]) -> None:
     model, rows, tokenizer = open_model(config, path, checkpoint)
     twin = open_beside(config.twin, Autoregressive.name, model, rows)
     result = measure(config, path, kind, model, twin, rows, tokenizer)
-    with atomic_file(target, "w") as file:
-        json.dump(result, file, indent=1)
+    write_json(target, result)
     report(result)
     print(f"\nwrote {target}")

@@ -13,10 +13,9 @@ Prints a table and writes evaluation.json beside the checkpoint:
 --max_rows makes the scoring shorter, --num_samples the rest.
 """
 
-from cli import atomic_file, flag, parse, require
+from cli import flag, parse, require, write_json
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +146,7 @@ def report(result: dict) -> None:
 def measure_and_write(config: LikelihoodConfig, path: Path, checkpoint: dict, target: Path) -> None:
     """Measures the checkpoint that was read from `path`, writes `target` and prints the table."""
     result = measure(config, path, checkpoint)
-    with atomic_file(target, "w") as file:
-        json.dump(result, file, indent=1)
+    write_json(target, result)
     report(result)
     print(f"\nwrote {target}")
 

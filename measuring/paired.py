@@ -1,6 +1,6 @@
 """What the paired benchmarks of training and sampling share: timing, memory, table, file."""
 
-from cli import atomic_file, check_writable, flag, require
+from cli import check_writable, flag, require, write_json
 
 import dataclasses
 import json
@@ -184,6 +184,5 @@ def run_and_write(config: Benchmark) -> None:
     report(result)
     if config.json:
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(config.json, "w") as file:
-            json.dump(result, file, indent=1)
+        write_json(config.json, result)
         print(f"\nwrote {config.json}")

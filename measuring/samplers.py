@@ -9,10 +9,9 @@ generative perplexity under this autoregressive model. --num_samples and --evalu
 shorter.
 """
 
-from cli import atomic_file, flag, parse, require
+from cli import atomic_file, flag, parse, require, write_json
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -217,8 +216,7 @@ def measure_and_write(config: SamplersConfig, path: Path, checkpoint: dict, targ
               "split": rows.split, "config": dataclasses.asdict(config),
               **measure(config, model, real, tokenizer, twin and Judge(twin),
                         TokenRows(rows.data_dir, "train"))}
-    with atomic_file(target, "w") as file:
-        json.dump(result, file, indent=1)
+    write_json(target, result)
     plot(result, beside(target))
     print(f"{len(real)} stories of the lengths of real ones of {rows.split}, temperature "
           f"{config.temperature:g}, top_k {config.top_k}, top_p {config.top_p:g}, seed "

@@ -177,30 +177,44 @@ def together(contexts: Sequence[Context]) -> Context:
     return Context(torch.cat(keys, dim=1), torch.cat(values, dim=1), torch.cat(bias))
 
 
+class _Drawing:
+    """What the step and the choice of one model, sampler and set of conditions have in common."""
+
+    def __init__(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None):
+        sampler.check()
+        self.step, self.device = UnmaskStep(model, sampler), device_of(model)
+        self.temperature = torch.tensor(sampler.temperature, dtype=torch.float32,
+                                        device=self.device)
+        # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.
+        self.precision = torch.float32 if self.device.type == "mps" else torch.float64
+        self.contexts = (None if conditions is None or sampler.guidance == 0 else RowCache(
+            lambda row: model.encode(self.tensor(conditions[row:row + 1]))))
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def uniforms(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.precision).to(self.device)
+
+    def context(self, rows: np.ndarray) -> Context | None:
+        """That of the rows with these numbers."""
+        return None if self.contexts is None else together(self.contexts.of(rows))
+
+
 def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None) -> Step:
     """The torch step of this model and sampler, for the NumPy loop of loop.py.
 
     `conditions`, N of them as the model's encoder takes them, belong to the rows with the numbers 0
     to N - 1.
     """
-    sampler.check()
-    step = UnmaskStep(model, sampler)
-    device = device_of(model)
-    temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
-    # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.
-    precision = torch.float32 if device.type == "mps" else torch.float64
-    contexts = None if conditions is None else RowCache(lambda row: model.encode(
-        torch.from_numpy(conditions[row:row + 1]).to(device)))
+    drawing = _Drawing(model, sampler, conditions)
 
     @torch.no_grad()  # (FSDP does not know inference mode)
     def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray):
         most_hidden = int((tokens == MASK).sum(1).max())
-        context = (None if contexts is None or sampler.guidance == 0
-                   else together(contexts.of(rows)))
-        new, confidence = step(
-            torch.from_numpy(tokens).to(device), torch.from_numpy(count).to(device), temperature,
-            torch.from_numpy(noise).to(precision).to(device), most_hidden, int(count.max()),
-            context)
+        new, confidence = drawing.step(
+            drawing.tensor(tokens), drawing.tensor(count), drawing.temperature,
+            drawing.uniforms(noise), most_hidden, int(count.max()), drawing.context(rows))
         return new.cpu().numpy(), confidence.cpu().numpy()
 
     return run
@@ -214,24 +228,18 @@ def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | No
     renormalised; temperature, top_k and top_p then apply to what is left. The probability is that
     of the drawn token among the allowed ones, at temperature 1.
     """
-    sampler.check()
-    step, device = UnmaskStep(model, sampler), device_of(model)
-    temperature = torch.tensor(sampler.temperature, dtype=torch.float32, device=device)
-    precision = torch.float32 if device.type == "mps" else torch.float64
-    contexts = None if conditions is None else RowCache(lambda row: model.encode(
-        torch.from_numpy(conditions[row:row + 1]).to(device)))
+    drawing = _Drawing(model, sampler, conditions)
 
     @torch.no_grad()
     def run(tokens: np.ndarray, place: np.ndarray, allowed: np.ndarray, uniform: np.ndarray,
             rows: np.ndarray):
-        context = (None if contexts is None or sampler.guidance == 0
-                   else together(contexts.of(rows)))
-        ids = torch.from_numpy(tokens).to(device)
+        ids = drawing.tensor(tokens)
         ratio = (ids == MASK).sum(1) / maskable(ids).sum(1)
-        logits = step.logits(ids, torch.from_numpy(place).to(device)[:, None], ratio, context)
-        logits = logits[:, 0].masked_fill(~torch.from_numpy(allowed).to(device), -math.inf)
-        drawn = draw(logits, torch.from_numpy(uniform).to(precision).to(device), temperature,
-                     sampler.top_k, sampler.top_p)  # (B,)
+        logits = drawing.step.logits(ids, drawing.tensor(place)[:, None], ratio,
+                                     drawing.context(rows))
+        logits = logits[:, 0].masked_fill(~drawing.tensor(allowed), -math.inf)
+        drawn = draw(logits, drawing.uniforms(uniform), drawing.temperature, sampler.top_k,
+                     sampler.top_p)  # (B,)
         probability = logits.softmax(-1).gather(-1, drawn[:, None])[:, 0]
         return drawn.cpu().numpy(), probability.cpu().numpy()
 
