@@ -96,20 +96,8 @@ class DiscreteDiffusion(Kind):
         n = can.sum(1)  # (B,)
         require(bool((n > 0).all()), "a row without any text cannot be masked")
         m = self.schedule.mask_ratio(t.double())  # (B,)
-        # 1. One uniform for every position; position i is hidden if u_i < m.
-        u = torch.rand(tokens.shape, generator=generator, dtype=torch.float64)
-        u = u.masked_fill(~can, 2.0)  # (B, L)
-        # 2. Condition on the smallest uniform lying below m. Its distribution function is
-        #    1 - (1 - u)^n; v is its quantile, which is shrunk to the part below m. Given the
-        #    smallest, the others are uniform above it, so they are moved along.
-        low, first = u.min(1)
-        v = -torch.expm1(n * torch.log1p(-low))
-        not_empty = -torch.expm1(n * torch.log1p(-m))
-        new_low = -torch.expm1(torch.log1p(-v * not_empty) / n)
-        u = new_low[:, None] + (u - low[:, None]) * ((1 - new_low) / (1 - low))[:, None]
-        masked = can & (u < m[:, None])
-        masked[torch.arange(len(tokens)), first] = True  # also where rounding put u at m
-        # 3. Weights, so that the loss is a sum that may be split over micro-batches and ranks.
+        masked, not_empty = hide_some(can, m, generator)
+        # Weights, so that the loss is a sum that may be split over micro-batches and ranks.
         if self.objective == "elbo":  # m'/m on sums, arXiv 2406.07524 eq. 10, per token of text
             row_weight = not_empty * self.schedule.rate(t.double()) / m / n.sum()
         else:
@@ -210,6 +198,27 @@ class DiscreteDiffusion(Kind):
         `conditions` (N, ...) belong to the rows with the numbers 0 to N - 1.
         """
         return unmask(numpy_step(model, sampler, conditions), tokens, sampler, seed, rows)
+
+
+def hide_some(can: Tensor, m: Tensor, generator: torch.Generator | None = None,
+              ) -> tuple[Tensor, Tensor]:
+    """Which of the places marked in `can` (B, L), each independently with probability m (B,), given
+    that it is at least one in every row: (B, L) bool; and the probability (B,) of that."""
+    n = can.sum(1)  # (B,)
+    # 1. One uniform for every position; position i is hidden if u_i < m.
+    u = torch.rand(can.shape, generator=generator, dtype=torch.float64)
+    u = u.masked_fill(~can, 2.0)  # (B, L)
+    # 2. Condition on the smallest uniform lying below m. Its distribution function is
+    #    1 - (1 - u)^n; v is its quantile, which is shrunk to the part below m. Given the
+    #    smallest, the others are uniform above it, so they are moved along.
+    low, first = u.min(1)
+    v = -torch.expm1(n * torch.log1p(-low))
+    not_empty = -torch.expm1(n * torch.log1p(-m))
+    new_low = -torch.expm1(torch.log1p(-v * not_empty) / n)
+    u = new_low[:, None] + (u - low[:, None]) * ((1 - new_low) / (1 - low))[:, None]
+    masked = can & (u < m[:, None])
+    masked[torch.arange(len(can)), first] = True  # also where rounding put u at m
+    return masked, not_empty
 
 
 def stratified_masks(clean: Tensor, rows: np.ndarray, draw: int, draws: int, seed: int,

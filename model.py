@@ -38,7 +38,10 @@ from network.attention import Context, CrossAttention, View, rope_frequencies
 from network.encoders import ConditionEncoder, TextEncoder, reading_bias
 from network.head_loss import head_loss, head_scores
 from network.layers import Linear, ModelConfig
-from network.transformer import Block, Transformer
+from network.transformer import Block, Known, Transformer
+
+# The special tokens that can be predicted
+Ends = tuple[int, ...] | None
 
 MODEL_CONFIGS = {
     "micro": ModelConfig(width=128, heads=2, layers=4),  # for tables of many short runs
@@ -85,7 +88,8 @@ class DiffusionTransformer(Transformer):
         return "autoregressive" if self.config.causal else "diffusion"
 
     def hidden(self, tokens: Tensor, t: Tensor | None = None, context: Context | None = None,
-               at: Tensor | None = None, view: View | None = None) -> Tensor:
+               at: Tensor | None = None, view: View | None = None, known: Known | None = None,
+               kept: Known | None = None) -> Tensor:
         """Final hidden states.
 
         Args:
@@ -95,35 +99,47 @@ class DiffusionTransformer(Transformer):
             at: (B, C) numbers of the tokens whose states are wanted, without dropout; None is all.
             view: where the tokens stand and what they look at, made by `view`; None: at 0 to L - 1
                 of their rows, and everything (of a causal model what stands before each).
+            known: keys and values of other tokens, which these see too: what another pass `kept`.
+            kept: a list for those of these tokens, one pair a block.
         Returns: (B, L, D) or (B, C, D), normalised, in the compute precision.
         """
         if context is not None and self.blocks[0].cross is None:
             raise ValueError("this model has no cross-attention: it takes no context")
-        if at is not None and self.config.causal:
-            raise ValueError("a causal model gives all positions")
         view = self.view(tokens.shape[1]) if view is None else view
+        if at is not None and view.causal:
+            raise ValueError("a causal pass gives all positions")
         x = self.embed(tokens)  # (B, L, D)
         if self.time is not None:
             if t is None:
                 raise ValueError("this model is conditioned on time: pass t")
             x = x + self.time(self._time_features(t).to(x.dtype))[:, None]  # (B, 1, D)
-        return self.through_blocks(x, view._replace(at=at), context)
+        return self.through_blocks(x, view._replace(at=at), context, known=known, kept=kept)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """(..., D) hidden states -> (..., V) logits; ids that can never be predicted get -inf."""
-        return F.linear(hidden, self.vocabulary.weight.to(hidden.dtype), self._head_bias(hidden))
+    def head(self, hidden: Tensor, ends: Ends = None) -> Tensor:
+        """(..., D) hidden states -> (..., V) logits; ids that can never be predicted get -inf.
 
-    def loss(self, hidden: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
+        Text can be, and of the special tokens those of `ends`: None are what the model is made for,
+        [EOS] in the causal twin and none where the end is always visible.
+        """
+        return F.linear(hidden, self.vocabulary.weight.to(hidden.dtype),
+                        self._head_bias(hidden, ends))
+
+    def loss(self, hidden: Tensor, targets: Tensor, row_weights: Tensor, ends: Ends = None,
+             ) -> Tensor:
         """Weighted sum of -log p of the targets (M,) behind hidden states (M, D): a scalar."""
-        return head_loss(hidden, self.vocabulary.weight, self._head_bias(hidden), targets,
+        return head_loss(hidden, self.vocabulary.weight, self._head_bias(hidden, ends), targets,
                          row_weights)
 
-    def scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, hidden: Tensor, targets: Tensor, ends: Ends = None) -> tuple[Tensor, Tensor]:
         """-log p of the targets (M,), and whether each was the likeliest token; no gradient."""
-        return head_scores(hidden, self.vocabulary.weight, self._head_bias(hidden), targets)
+        return head_scores(hidden, self.vocabulary.weight, self._head_bias(hidden, ends), targets)
 
-    def _head_bias(self, hidden: Tensor) -> Tensor:
+    def _head_bias(self, hidden: Tensor, ends: Ends) -> Tensor:
         bias = self.impossible
+        if ends is not None:
+            bias = bias.clone()
+            bias[:EOS + 1] = -math.inf
+            bias[list(ends)] = 0
         if hidden.dtype == torch.float16:  # an infinity there soon becomes NaN; e^-1e4 is 0 too
             bias = bias.clamp(min=-1e4)
         return bias.to(hidden.dtype)

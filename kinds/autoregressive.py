@@ -7,6 +7,7 @@ story) starts from [PAD]. The twin predicts [EOS] itself, so its code of a text 
 row's length where the story ends in the row; see `extra_nats`.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from kinds.kind import Kind
 from kinds.likelihood import Corrupted, Nelbo, measure_nats, row_sums
 from network.attention import Cache
 from network.hardware import device_of
+from sampling.cached import CachedModel
+from sampling.left_to_right import rows_of, write_causal
 from sampling.noise import step_noise
 from sampling.sampler import Sampler
 from sampling.step import draw
@@ -29,6 +32,13 @@ def before_each(tokens: Tensor) -> Tensor:
     return F.pad(tokens[:, :-1], (1, 0), value=PAD)
 
 
+def next_tokens(tokens: Tensor, sort: type[Corrupted] = Corrupted) -> Corrupted:
+    """A batch in which every token (B, L) is to be predicted from those before it; weights are 1.
+    """
+    wanted = tokens >= EOS  # text and [EOS]; never [MASK]
+    return sort(tokens, before_each(tokens), wanted, wanted.float(), torch.ones(len(tokens)))
+
+
 class Autoregressive(Kind):
     """Next-token prediction by the same network with a causal mask; no diffusion."""
 
@@ -36,14 +46,14 @@ class Autoregressive(Kind):
     objectives = ("autoregressive",)
     causal = exact = True
     unmasks = False
+    from_left = True
     unused = frozenset(("schedule", "sample_order", "sample_steps", "time_conditioning"))
     unused_for = "the twin writes from left to right, and knows no time"
 
     def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Corrupted:
         """Input and targets of next-token prediction for rows (B, L); nothing is random."""
-        wanted = (tokens >= EOS)  # text and [EOS]; never [MASK] in training
-        return Corrupted(tokens, before_each(tokens), wanted, wanted.float() / wanted.sum(),
-                         torch.ones(len(tokens)))
+        batch = next_tokens(tokens)
+        return dataclasses.replace(batch, weight=batch.weight / batch.weight.sum())
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0, draws: int = 1,
               numbers: Iterable[np.ndarray] | None = None, conditions: None = None) -> Nelbo:
@@ -53,7 +63,7 @@ class Autoregressive(Kind):
         it is for diffusion. `seed` and `draws` change nothing; the twin has no conditions.
         """
         return measure_nats(model, batches, lambda clean, rows: [
-            (self.corrupt_batch(clean), maskable(clean).sum(1))], numbers)
+            (next_tokens(clean), maskable(clean).sum(1))], numbers)
 
     def extra_nats(self, meta: dict, rows: Iterable[np.ndarray]) -> float:
         """What a text's code needs besides the tokens: each row's kind, and the length of the rows
@@ -83,9 +93,12 @@ class Autoregressive(Kind):
               conditions: None = None) -> list[np.ndarray]:
         """One story for each of `lengths`, which change nothing else: the twin ends its stories
         itself, with [EOS], or with the longest row."""
-        rows = np.full((len(lengths), model.config.max_len), MASK)
-        rows[:, 0] = BOS
-        return [row[row != PAD] for row in fill_from_the_left(model, rows, sampler, seed)]
+        starts = [np.array([BOS])] * len(lengths)
+        return rows_of(write_causal(self.reader(model, sampler), starts, sampler,
+                                    model.config.max_len, seed), starts)
+
+    def reader(self, model: nn.Module, sampler: Sampler, conditions: None = None) -> CachedModel:
+        return CachedModel(model, sampler)
 
     def fill(self, model: nn.Module, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
              ) -> list[np.ndarray]:

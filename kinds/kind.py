@@ -16,6 +16,7 @@ from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, weighted_loss
 from model import DiffusionTransformer, size_of
 from network.layers import ModelConfig
 from network.transformer import check_size
+from sampling.left_to_right import Reader
 from sampling.loop import Choice, Step
 from sampling.rows import draw_length
 from sampling.sampler import Sampler
@@ -36,9 +37,20 @@ class Kind:
     causal: ClassVar[bool] = False  # each token sees those before it, alone
     exact: ClassVar[bool] = False  # whether `nelbo` is the likelihood itself, not a bound
     unmasks: ClassVar[bool] = True  # fills whatever is hidden, in any order: generate.py, exports
+    from_left: ClassVar[bool] = False  # can write from the left and end its stories: `reader`
     conditional: ClassVar[bool] = False  # attends to a condition
+    own: ClassVar[frozenset[str]] = frozenset()  # flags of train.py that are for this kind alone
     unused: ClassVar[frozenset[str]] = frozenset()  # flags of train.py that change nothing,
     unused_for: ClassVar[str] = "without effect for this kind of model"  # and why
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The ways in which one network of this kind measures and writes; none: in one."""
+        return ()
+
+    def in_mode(self, mode: str) -> "Kind":
+        """This kind as it measures and writes in one of its modes."""
+        raise NotImplementedError
 
     @classmethod
     def of_run(cls, config: Any) -> "Kind":
@@ -146,6 +158,12 @@ class Kind:
     def choice(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
                ) -> Choice:
         """Draws one place among some tokens, for the same loop."""
+        raise NotImplementedError
+
+    def reader(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
+               ) -> Reader:
+        """The model behind a cache, for the writers of sampling/left_to_right.py, of a kind that
+        writes from the left; `conditions` belong to the rows with the numbers 0, 1, ..."""
         raise NotImplementedError
 
     def describe(self, sampler: Sampler, seed: int) -> str:

@@ -4,13 +4,16 @@ and autoregressive.py, which hide in their own ways.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from corpus.tokens import maskable
+from model import Ends
+from network.attention import Context
 from network.hardware import device_of
 
 # Numbers of rows (B,) -> their conditions, a batch as their encoder takes it
@@ -28,6 +31,9 @@ class Corrupted:
     mask_ratio: Tensor  # float32, m(t)
     condition: Tensor | None = None  # a batch for the model's encoder
 
+    ends: ClassVar[Ends] = None  # the special tokens that can be predicted; None: as the model is
+    passes: ClassVar[int] = 1  # through the network, in training
+
     def __getitem__(self, rows) -> "Corrupted":
         return self._each(lambda x: x[rows])
 
@@ -35,12 +41,25 @@ class Corrupted:
         return self._each(lambda x: x.to(device, non_blocking=True))
 
     def _each(self, do: Callable[[Tensor], Tensor]) -> "Corrupted":
-        values = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return replace(self, **{name: None if x is None else do(x) for name, x in values})
+
+    @property
+    def predicted(self) -> int:
+        """How many positions are in the loss."""
+        return int(self.masked.sum())
+
+    @property
+    def only(self) -> tuple[tuple[int, ...], ...]:
+        """`ends` as the last argument of a model's loss and scores, where there are any."""
+        return () if self.ends is None else (self.ends,)
+
+    def context(self, model: nn.Module) -> Context | None:
+        return None if self.condition is None else model.encode(self.condition)
 
     def hidden(self, model: nn.Module) -> Tensor:
         """(M, D): what the model makes of the M masked positions."""
-        context = () if self.condition is None else (model.encode(self.condition),)
+        context = () if self.condition is None else (self.context(model),)
         return model.hidden(self.noisy, self.mask_ratio, *context)[self.masked]
 
 
@@ -49,7 +68,8 @@ def weighted_loss(model: nn.Module, batch: Corrupted) -> Tensor:
 
     The vocabulary head runs on these M positions and nowhere else.
     """
-    return model.loss(batch.hidden(model), batch.tokens[batch.masked], batch.weight[batch.masked])
+    return model.loss(batch.hidden(model), batch.tokens[batch.masked], batch.weight[batch.masked],
+                      *batch.only)
 
 
 def measure_nats(model: nn.Module, batches: Iterable[np.ndarray],
@@ -81,12 +101,14 @@ def measure_nats(model: nn.Module, batches: Iterable[np.ndarray],
 
 def row_sums(model: nn.Module, batch: Corrupted, device: torch.device,
              ) -> tuple[np.ndarray, np.ndarray]:
-    """For each row (B,): the sum of -log p over its hidden tokens, and how many were likeliest."""
+    """For each row (B,): the sum of weight * -log p over its hidden tokens, and of the weights of
+    those that were likeliest."""
     there = batch.to(device)
-    values = model.scores(there.hidden(model), there.tokens[there.masked])
+    values = model.scores(there.hidden(model), there.tokens[there.masked], *batch.only)
     owner = batch.masked.nonzero()[:, 0].numpy()  # (M,) the row of each hidden token
-    nats, correct = (np.bincount(owner, x.cpu().double().numpy(), minlength=len(batch.tokens))
-                     for x in values)
+    weight = batch.weight[batch.masked].double().numpy()
+    nats, correct = (np.bincount(owner, weight * x.cpu().double().numpy(),
+                                 minlength=len(batch.tokens)) for x in values)
     return nats, correct
 
 

@@ -8,13 +8,15 @@ from cli import UserError, require
 
 from collections.abc import Callable
 
+from block_diffusion import JointDiffusion
 from diffusion import DiscreteDiffusion
 from kinds.autoregressive import Autoregressive
 from kinds.conditional import ConditionalDiffusion
 from kinds.kind import Kind
 
 KINDS: dict[str, type[Kind]] = {
-    kind.name: kind for kind in (DiscreteDiffusion, ConditionalDiffusion, Autoregressive)}
+    kind.name: kind for kind in (DiscreteDiffusion, ConditionalDiffusion, Autoregressive,
+                                    JointDiffusion)}
 
 
 def kind_of(checkpoint: dict) -> Kind:

@@ -40,6 +40,9 @@ class View(NamedTuple):
     mask: Tensor | None = None  # added to the scores: can be broadcast to (B, H, L, S)
     cache: "Cache | None" = None  # of the tokens before these
     at: Tensor | None = None  # (B, C): the tokens whose result is wanted; None is all
+    causal: bool = False  # token i sees the first i + 1 of this pass alone; never with a cache
+    # keys and values of other tokens, (B, H, S, D/H) each, of this layer: seen before its own
+    known: tuple[Tensor, Tensor] | None = None
 
     @property
     def rotation(self) -> tuple[Tensor, Tensor]:
@@ -60,31 +63,101 @@ class View(NamedTuple):
 
 
 class Cache:
-    """Keys and values of the tokens that a model was given before, for each of its blocks. Every
-    pass adds its own."""
+    """Keys and values of the tokens that a model was given before, for each of its blocks, turned
+    to their positions, in slots that are there before they are needed.
 
-    def __init__(self):
-        self.keys: dict[nn.Module, Tensor] = {}  # attention: (B, H, S, D/H)
+    Rows may know different numbers of tokens. A pass writes its own keys behind the known ones of
+    each row, and they stay unless it only looked (`looking`). With a `window` a token sees the
+    `window` - 1 before it and no more, the oldest are dropped, and a story has no end.
+    """
+
+    def __init__(self, first: int = 0, window: int | None = None):
+        self.first, self.window = first, window  # the position of a row's first token
+        self.keys: dict[nn.Module, Tensor] = {}  # attention: (B, H, slots, D/H)
         self.values: dict[nn.Module, Tensor] = {}
+        self.known = torch.zeros(1, dtype=torch.int64)  # (B,) or (1,): slots in use, on the CPU
+        self.dropped = torch.zeros(1, dtype=torch.int64)  # (B,) or (1,): tokens before slot 0
+        self.slots = 0
+        self.looking = False  # whether the passes only look
 
     @property
     def length(self) -> int:
-        """S, the tokens known until now."""
-        return next((keys.shape[2] for keys in self.keys.values()), 0)
+        """The most tokens that a row knows, those it has dropped included."""
+        return int((self.known + self.dropped).max())
+
+    def positions(self, count: int) -> Tensor:
+        """Those of the next tokens, (B, L) or (1, L)."""
+        return self.first + (self.known + self.dropped)[:, None] + torch.arange(count)
+
+    def room(self, count: int) -> None:
+        """Makes slots for `count` tokens more: drops what no token sees any more, or takes more
+        memory, twice as much each time."""
+        if self.window and int(self.known.max()) + count > 2 * self.window:
+            kept = self.known.clamp(max=self.window - 1)
+            start = self.known - kept  # (B,)
+            # the last ones of every row, moved to slot 0 and on
+            slots = (start[:, None] + torch.arange(self.window - 1)).clamp(max=self.slots - 1)
+            self._each(lambda x: F.pad(x.gather(2, slots.to(x.device)[:, None, :, None].expand(
+                len(x), x.shape[1], -1, x.shape[3])), (0, 0, 0, self.slots - self.window + 1)))
+            self.known, self.dropped = kept, self.dropped + start
+        if int(self.known.max()) + count > self.slots:
+            more = max(64, self.slots, int(self.known.max()) + count - self.slots)
+            self._each(lambda x: F.pad(x, (0, 0, 0, more)))
+            self.slots += more
 
     def add(self, layer: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of new tokens behind the known ones, which these now are too."""
-        for known, new in ((self.keys, keys), (self.values, values)):
-            known[layer] = torch.cat([known[layer], new], dim=2) if layer in known else new
-        return self.keys[layer], self.values[layer]
+        """Writes those of new tokens, (B, H, L, D/H) each, behind the known ones (`room` is there),
+        and gives all: slots that a row does not know yet are for the mask to hide."""
+        count, top = keys.shape[2], int(self.known.max()) + keys.shape[2]
+        for held, new in ((self.keys, keys), (self.values, values)):
+            if layer not in held:
+                held[layer] = new.new_zeros(*new.shape[:2], self.slots, new.shape[3])
+            if len(self.known) == 1:
+                held[layer][:, :, top - count:top] = new
+            else:
+                slots = (self.known[:, None] + torch.arange(count)).to(new.device)  # (B, L)
+                held[layer].scatter_(2, slots[:, None, :, None].expand_as(new), new)
+        return self.keys[layer][:, :, :top], self.values[layer][:, :, :top]
+
+    def mask(self, count: int, causal: bool) -> Tensor | None:
+        """What the next `count` tokens must not see: 0 or HIDDEN, (B, 1, L, S), or (B, 1, 1, S) for
+        tokens that all see the same; or None where they see all slots.
+
+        Each sees the known tokens, and of the new ones all, or with `causal` those up to itself;
+        with a window only those less than that far before it, or before the last of the new ones.
+        """
+        known = self.known[:, None, None]  # (B, 1, 1)
+        top = int(known.max()) + count
+        if len(known) == 1 and (not causal or count == 1) and top <= (self.window or top):
+            return None
+        # (B, L, 1) or (B, 1, 1): the last slot that a token sees
+        last = known + (torch.arange(count)[:, None] if causal else count - 1)
+        slot = torch.arange(top)
+        hidden = slot > last
+        if self.window:
+            hidden = hidden | (slot <= last - self.window)
+        return torch.zeros(hidden.shape).masked_fill(hidden, HIDDEN)[:, None]
+
+    def advance(self, count: int) -> None:
+        """After a pass of that many tokens: they are known now, unless it only looked."""
+        if not self.looking:
+            self.known = self.known + count
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forgets all rows but those with these numbers, or marked in (B,) bool."""
-        self._each(lambda x: x[rows])
+        self._each(lambda x: x[rows.to(x.device)])
+        if len(self.known) > 1:
+            self.known, self.dropped = self.known[rows.cpu()], self.dropped[rows.cpu()]
 
-    def keep_tokens(self, count: int) -> None:
-        """Forgets all tokens but the first ones: those of a pass that only looked."""
-        self._each(lambda x: x[:, :, :count])
+    def keep_tokens(self, count: int | Tensor) -> None:
+        """Forgets all tokens but the first ones, as many of every row or, (B,), of each."""
+        count = torch.as_tensor(count).reshape(-1).cpu()
+        if len(count) > 1 and (count == count[0]).all() and (
+                self.dropped == self.dropped[0]).all():
+            count, self.dropped = count[:1], self.dropped[:1]
+        self.known = count - self.dropped
+        if len(self.known) != len(self.dropped):
+            self.dropped = self.dropped.expand_as(self.known)
 
     def _each(self, do: Callable[[Tensor], Tensor]) -> None:
         for known in (self.keys, self.values):
@@ -135,14 +208,7 @@ KERNELS: tuple[tuple[str | None, torch.dtype | None, bool | None, bool | None, C
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None,
               ) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask) v for q (B, H, L, d), k and v (B, H, S, d), and a mask that
-    can be broadcast to (B, H, L, S); with `causal` query i sees the first S - L + i + 1 keys."""
-    length, known = q.shape[2], k.shape[2] - q.shape[2]
-    if causal and known:  # behind a cache; one new token sees all there is
-        if length > 1:
-            later = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device)
-            later = q.new_zeros(later.shape).masked_fill(later.triu(known + 1), HIDDEN)  # (L, S)
-            mask = later if mask is None else mask + later
-        causal = False
+    can be broadcast to (B, H, L, S); with `causal`, of L = S, query i sees the first i + 1 keys."""
     here = q.device.type, q.dtype, torch.compiler.is_exporting(), causal
     kernel = next(kernel for *where, kernel in KERNELS if all(
         a in (None, b) for a, b in zip(where, here, strict=True)))
@@ -219,18 +285,20 @@ class Heads(nn.Module):
 class Attention(Heads):
     def __init__(self, config: ModelConfig):
         super().__init__(config, config.width)
-        self.causal = config.causal
         if config.neighbour_init:
             self.query_bias, self.key_bias = map(nn.Parameter, neighbour_biases(config))
 
-    def forward(self, x: Tensor, view: View) -> Tensor:
-        """(B, L, D) -> (B, L, D), or (B, C, D) for the wanted tokens."""
+    def forward(self, x: Tensor, view: View) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(B, L, D) -> (B, L, D), or (B, C, D) for the wanted tokens; and the keys and values of
+        all tokens, (B, H, L, D/H) each."""
         q = self.queries(view.wanted(x), *view.wanted_rotation)
-        k, v = self.keys_values(x, *view.rotation)
+        own = k, v = self.keys_values(x, *view.rotation)
         if view.cache is not None:
             k, v = view.cache.add(self, k, v)
-        y = attention(q, k, v, self.causal, view.mask)
-        return self.out(y.transpose(1, 2).flatten(2))
+        elif view.known is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(view.known, own, strict=True))
+        y = attention(q, k, v, view.causal, view.mask)
+        return self.out(y.transpose(1, 2).flatten(2)), own
 
 
 class CrossAttention(Heads):

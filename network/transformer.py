@@ -26,19 +26,25 @@ class Block(nn.Module):
         self.cross: CrossAttention | None = None  # of a conditional model
 
     def forward(self, x: Tensor, view: View, seeds: Tensor | None = None,
-                context: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D), or (B, C, D) for the tokens that `view` wants.
+                context: tuple[Tensor, Tensor, Tensor] | None = None,
+                ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(B, L, D) -> (B, L, D), or (B, C, D) for the tokens that `view` wants; and the keys and
+        values of all tokens.
 
         `seeds` (2,) are those of dropout for what attention and MLP add, `context` has keys, values
         and bias for the cross-attention.
         """
-        y = self.attention(rms_norm(x), view)
+        y, own = self.attention(rms_norm(x), view)
         y = y if seeds is None else dropped(y, seeds[0], self.dropout)
         x = view.wanted(x) + y
         if self.cross is not None and context is not None:
             x = x + self.cross(rms_norm(x), view, *context)
         y = self.down(F.relu(self.up(rms_norm(x))).square())
-        return x + (y if seeds is None else dropped(y, seeds[1], self.dropout))
+        return x + (y if seeds is None else dropped(y, seeds[1], self.dropout)), own
+
+
+# Keys and values, (B, H, L, D/H) each, of every block
+Known = list[tuple[Tensor, Tensor]]
 
 
 class Transformer(nn.Module):
@@ -82,7 +88,7 @@ class Transformer(nn.Module):
         return self.embedding(tokens).to(self.compute_dtype)
 
     def view(self, positions: Tensor | int, mask: Tensor | None = None, cache: Cache | None = None,
-             ) -> View:
+             causal: bool | None = None) -> View:
         """What the tokens of a pass look at.
 
         Args:
@@ -90,27 +96,48 @@ class Transformer(nn.Module):
                 or the L positions behind what the cache holds.
             mask: added to the attention scores, can be broadcast to (B, H, L, S): 0, or HIDDEN
                 where a token must not look.
-            cache: of the tokens before these, which they look at too; theirs are added to it.
+            cache: of the tokens before these, which they look at too; theirs are added to it, and
+                it says what is hidden from each.
+            causal: whether a token sees those before it alone; by default where the model is so.
         """
-        if isinstance(positions, int | torch.SymInt):
-            known = cache.length if cache is not None else 0
-            if known + positions > self.config.max_len:
-                raise ValueError(f"rows of {known + positions} tokens, but max_len is "
+        causal = self.config.causal if causal is None else causal
+        if cache is not None:
+            count = positions if isinstance(positions, int) else positions.shape[-1]
+            if not cache.window and cache.length + count > self.config.max_len + (cache.first < 0):
+                raise ValueError(f"rows of {cache.length + count} tokens, but max_len is "
                                  f"{self.config.max_len}")
-            tables = self.cos[known:known + positions], self.sin[known:known + positions]
+            cache.room(count)
+            hidden = cache.mask(count, causal)
+            if hidden is not None:
+                hidden = hidden.to(self.cos.device, self.compute_dtype)
+                mask = hidden if mask is None else mask + hidden
+            causal = False
+            if isinstance(positions, int):
+                positions = cache.positions(count).to(self.cos.device)
+                positions = positions[0] if len(positions) == 1 else positions
+        if isinstance(positions, int | torch.SymInt):
+            if positions > self.config.max_len:
+                raise ValueError(f"rows of {positions} tokens, but max_len is "
+                                 f"{self.config.max_len}")
+            tables = self.cos[:positions], self.sin[:positions]
         else:
-            tables = self.cos[positions], self.sin[positions]
-            tables = tables if positions.ndim == 1 else (table[:, None] for table in tables)
+            angles = positions[..., None].float() * rope_frequencies(self.config).to(
+                positions.device)  # (L, D/H/2) or (B, L, D/H/2), also before and behind the tables
+            angles = angles if positions.ndim == 1 else angles[:, None]
+            tables = angles.cos(), angles.sin()
         cos, sin = (table.to(self.compute_dtype) for table in tables)
-        return View(cos, sin, mask, cache)
+        return View(cos, sin, mask, cache, causal=causal)
 
     def through_blocks(self, x: Tensor, view: View, context: Context | None = None,
-                       states: list[Tensor] | None = None) -> Tensor:
+                       states: list[Tensor] | None = None, known: Known | None = None,
+                       kept: Known | None = None) -> Tensor:
         """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised, or (B, C, D) for
         the tokens that `view` wants.
 
-        What each block reads, (B, L, D), is appended to `states`.
+        What each block reads, (B, L, D), is appended to `states`, and its keys and values to
+        `kept`; those in `known` are seen as if their tokens stood before these.
         """
+        count = x.shape[1]
         x = rms_norm(x)
         seeds = [None] * len(self.blocks)
         if self.config.dropout and self.training:
@@ -121,7 +148,12 @@ class Transformer(nn.Module):
                 states.append(rms_norm(x))
             read = None if context is None else (context.keys[i], context.values[i], context.bias)
             # The other positions of the last block would be worked out for nobody.
-            x = block(x, view if block is self.blocks[-1] else everything, own, read)
+            seen = view if block is self.blocks[-1] else everything
+            x, pair = block(x, seen if known is None else seen._replace(known=known[i]), own, read)
+            if kept is not None:
+                kept.append(pair)
+        if view.cache is not None:
+            view.cache.advance(count)
         return rms_norm(x)
 
 

@@ -66,6 +66,7 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
     for k in range(sampler.steps):
         masked = state.tokens == MASK
         counts, again = pacing.counts(k, masked.sum(1))  # (B,) each
+        counts = np.minimum(counts, masked.sum(1))  # a step may have uncovered more than its count
         again = np.where(counts > 0, again, 0)  # a row that rests keeps what it has, in any batch
         active = np.flatnonzero(counts)
         if not len(active):  # nothing to evaluate

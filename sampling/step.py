@@ -87,15 +87,23 @@ class UnmaskStep(nn.Module):
                ) -> Tensor:
         """FP32 logits (B, C, V) at positions (B, C): with the condition, without it, or for
         guidance of both."""
+        return self.guided([self.model.head(self.model.hidden(
+            tokens, ratio, context=given, at=positions)).float()
+            for given in self.contexts_for(context)])
+
+    def contexts_for(self, context: Context | None) -> list[Context | None]:
+        """The contexts of the network evaluations that guidance needs."""
         guidance = self.sampler.guidance
-        contexts = ([None] if context is None or guidance == 0 else
-                    [context] if guidance == 1 else [context, None])
-        first, *second = (self.model.head(self.model.hidden(
-            tokens, ratio, context=given, at=positions)).float() for given in contexts)
+        return ([None] if context is None or guidance == 0 else
+                [context] if guidance == 1 else [context, None])
+
+    def guided(self, each: list[Tensor]) -> Tensor:
+        """FP32 logits of these evaluations -> those to draw from."""
+        first, *second = each
         # The head's FP16 stand-in for -inf must not survive a high temperature.
         impossible = first <= -1e4
         if second:
-            first = second[0] + guidance * (first - second[0])
+            first = second[0] + self.sampler.guidance * (first - second[0])
         return first.masked_fill(impossible, -math.inf)
 
     def confident(self, logits: Tensor) -> Tensor:
@@ -177,12 +185,13 @@ def together(contexts: Sequence[Context]) -> Context:
     return Context(torch.cat(keys, dim=1), torch.cat(values, dim=1), torch.cat(bias))
 
 
-class _Drawing:
+class Drawing:
     """What the step and the choice of one model, sampler and set of conditions have in common."""
 
-    def __init__(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None):
+    def __init__(self, step: UnmaskStep, model: nn.Module, sampler: Sampler,
+                 conditions: np.ndarray | None):
         sampler.check()
-        self.step, self.device = UnmaskStep(model, sampler), device_of(model)
+        self.step, self.device = step, device_of(model)
         self.temperature = torch.tensor(sampler.temperature, dtype=torch.float32,
                                         device=self.device)
         # On MPS the uniforms are coarser; the distribution function is in FP64 everywhere.
@@ -207,17 +216,23 @@ def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None
     `conditions`, N of them as the model's encoder takes them, belong to the rows with the numbers 0
     to N - 1.
     """
-    drawing = _Drawing(model, sampler, conditions)
+    drawing = Drawing(UnmaskStep(model, sampler), model, sampler, conditions)
 
     @torch.no_grad()  # (FSDP does not know inference mode)
     def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray):
-        most_hidden = int((tokens == MASK).sum(1).max())
-        new, confidence = drawing.step(
-            drawing.tensor(tokens), drawing.tensor(count), drawing.temperature,
-            drawing.uniforms(noise), most_hidden, int(count.max()), drawing.context(rows))
-        return new.cpu().numpy(), confidence.cpu().numpy()
+        return numpy_run(drawing, tokens, count, noise, drawing.context(rows))
 
     return run
+
+
+def numpy_run(drawing: Drawing, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray,
+              context: Context | None) -> tuple[np.ndarray, np.ndarray]:
+    """Its step on arrays."""
+    most_hidden = int((tokens == MASK).sum(1).max())
+    new, confidence = drawing.step(
+        drawing.tensor(tokens), drawing.tensor(count), drawing.temperature,
+        drawing.uniforms(noise), most_hidden, int(count.max()), context)
+    return new.cpu().numpy(), confidence.cpu().numpy()
 
 
 def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
@@ -228,7 +243,7 @@ def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | No
     renormalised; temperature, top_k and top_p then apply to what is left. The probability is that
     of the drawn token among the allowed ones, at temperature 1.
     """
-    drawing = _Drawing(model, sampler, conditions)
+    drawing = Drawing(UnmaskStep(model, sampler), model, sampler, conditions)
 
     @torch.no_grad()
     def run(tokens: np.ndarray, place: np.ndarray, allowed: np.ndarray, uniform: np.ndarray,

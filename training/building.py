@@ -2,7 +2,7 @@
 A library: training/trainer.py builds with it what its steps and validations need.
 """
 
-from cli import require
+from cli import UserError, require
 
 import copy
 from pathlib import Path
@@ -130,8 +130,22 @@ def create_stage_model(kind: Kind, config: TrainConfig, data: StageData,
         for name in NETWORK_SETTINGS:  # for the record, and for whoever goes on from this run
             setattr(config, name, source["train_config"][name])
     model = kind.create(config, data.meta, source, resumed=checkpoint is not None)
+    if config.init_from and checkpoint is None:
+        start_from(model, config, data)
     model.train_only(kind.trained(config.stage))
     return model
+
+
+def start_from(model: DiffusionTransformer, config: TrainConfig, data: StageData) -> None:
+    """Gives a new model the averaged weights of another run's checkpoint."""
+    source = load_checkpoint(config.init_from, kind=None)
+    check_tokenizer(config.init_from, source, config.data_dir, data.meta)
+    weights = source["weights"] if source.get("ema") is None else source["ema"]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"--init_from {config.init_from}: its model is not of the size of "
+                        f"--model_config {config.model_config}, or has other parts") from error
 
 
 def check_same_data(known: dict | None, config: TrainConfig, meta: dict) -> None:

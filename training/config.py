@@ -57,6 +57,12 @@ class TrainConfig:
     objective: str = flag("masked_ce", f"training loss: {', '.join(objectives())}; the last trains "
                                        "the causal twin")
     schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
+    block_sizes: str = flag("4,16,row", "objective joint: what its rows are cut into, in turns: "
+                                        "blocks of so many tokens, row for none")
+    causal_share: float = flag(0.5, "objective joint: weight of the next-token loss; what is left "
+                                    "is that of the hidden tokens")
+    init_from: str | None = flag(None, "checkpoint whose weights stage 1 starts with, of the same "
+                                       "size and tokenizer (default: random ones)")
     # optimisation
     max_steps: int = flag(10_000, "optimizer steps")
     batch_tokens: int = flag(16_384, "tokens of a step, padding included, over all micro-batches")
@@ -106,7 +112,7 @@ class TrainConfig:
         kind_of_run(self)  # refuses what no kind of model trains
         require(self.stage == 1 or self.decoder_checkpoint or self.resume, f"--stage "
                 f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
-        for name in ("dropout", "ema_decay", "condition_dropout"):
+        for name in ("dropout", "ema_decay", "condition_dropout", "causal_share"):
             require(0 <= getattr(self, name) < 1,
                     f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
         try:
@@ -119,10 +125,14 @@ class TrainConfig:
     def check_used(self, given: set[str]) -> None:
         """Refuses flags that were given and would change nothing."""
         for name, stages in (("decoder_checkpoint", (2, 3)), ("encoder_config", (2,)),
-                             ("condition_dropout", (3,))):
+                             ("condition_dropout", (3,)), ("init_from", (1,))):
             require(name not in given or self.stage in stages, f"--{name} belongs to --stage "
                     f"{' or '.join(map(str, stages))}: leave it out of stage {self.stage}")
         kind = kind_of_run(self)
+        for other in KINDS.values():
+            strange = sorted(given & (other.own - kind.own))
+            require(not strange, f"--{' --'.join(strange)}: for --objective "
+                    f"{' or '.join(other.objectives)} alone; leave it out")
         unused = sorted(given & kind.unused)
         require(not unused, f"--{' --'.join(unused)}: {kind.unused_for}; leave it out")
         unused = sorted(given & set(NETWORK_SETTINGS)) if self.stage > 1 else []

@@ -99,7 +99,7 @@ class BatchLoader:
             conditions = torch.from_numpy(self.conditions.batch(self.stream.indices))
             dropped = torch.rand(len(conditions), generator=generator) < self.dropout
             corrupted.condition = self.without(conditions, dropped)
-        return Batch(corrupted, int((tokens != PAD).sum()), int(corrupted.masked.sum()),
+        return Batch(corrupted, int((tokens != PAD).sum()), corrupted.predicted,
                      *self._position())
 
     def next(self) -> Batch:

@@ -73,9 +73,9 @@ class Steps:
         self.update_average()
         self.progress.step += 1
         self.progress.tokens_seen += batch.tokens
-        condition = batch.corrupted.condition
+        condition, (rows, length) = batch.corrupted.condition, batch.corrupted.tokens.shape
         self.speed.count(batch.tokens, train_flops(
-            self.network.model, *batch.corrupted.tokens.shape, batch.predicted,
+            self.network.model, rows * batch.corrupted.passes, length, batch.predicted,
             0 if condition is None else self.network.model.encoder.places(condition)))
         return {"loss": loss, "lr": lr, "grad_norm": norm}
 

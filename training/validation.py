@@ -10,7 +10,7 @@ import torch
 
 from corpus.rows import bucket_batches, evenly_spread
 from corpus.tokens import decode, token_bytes
-from kinds.kind import drawn_lengths
+from kinds.kind import Kind, drawn_lengths
 from kinds.likelihood import Nelbo
 from training.building import StageData, StageModel
 from training.config import TrainConfig
@@ -30,28 +30,44 @@ class Validation:
         chosen = evenly_spread(config.valid_rows, len(data.valid))
         self.batches = bucket_batches(data.valid.lengths, BATCH_TOKENS, chosen, merge=False)
         rows = [data.valid[i] for i in chosen]
-        self.extra_nats = network.kind.extra_nats(data.meta, rows)
+        kind = network.kind  # in every mode, of a kind that has some
+        self.kinds = [kind.in_mode(mode) for mode in kind.modes] or [kind]
+        self.extra_nats = [kind.extra_nats(data.meta, rows) for kind in self.kinds]
         self.bytes = int(token_bytes(data.tokenizer)[np.concatenate(rows)].sum())
 
     def figures(self) -> dict:
-        """Bound, masked cross-entropy and accuracy, by their names in metrics.jsonl."""
-        bound = self.bound()
-        return {"valid_nelbo": bound.nats_per_token, "valid_nelbo_se": bound.standard_error,
-                "valid_bits_per_byte": bound.bits_per_byte(self.extra_nats, self.bytes),
-                "valid_masked_ce": bound.masked_ce, "valid_masked_accuracy": bound.masked_accuracy}
+        """Bound, masked cross-entropy and accuracy, by their names in metrics.jsonl; of a kind with
+        modes the means over them, and the bits/byte of each."""
+        each = []
+        for kind, extra_nats in zip(self.kinds, self.extra_nats, strict=True):
+            bound = self.bound(kind)
+            each.append({
+                "valid_nelbo": bound.nats_per_token, "valid_nelbo_se": bound.standard_error,
+                "valid_bits_per_byte": bound.bits_per_byte(extra_nats, self.bytes),
+                "valid_masked_ce": bound.masked_ce,
+                "valid_masked_accuracy": bound.masked_accuracy})
+        mean = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+        return mean | {f"valid_bits_per_byte_{mode}": one["valid_bits_per_byte"] for mode, one in
+                       zip(self.network.kind.modes, each, strict=False)}
 
     def in_words(self, figures: dict) -> str:
         """One line of what `figures` gave."""
-        name = self.network.kind.likelihood_name
-        return (f"{figures['valid_bits_per_byte']:.3f} bits/byte, {name} "
-                f"{figures['valid_nelbo']:.3f} ± {figures['valid_nelbo_se']:.3f} nats/token, "
+        kind = self.network.kind
+        modes = ", ".join(f"{mode} {figures[f'valid_bits_per_byte_{mode}']:.3f}"
+                          for mode in kind.modes)
+        return (f"{figures['valid_bits_per_byte']:.3f} bits/byte"
+                + f" (the mean of {modes})" * bool(modes)
+                + f", {kind.likelihood_name} {figures['valid_nelbo']:.3f} ± "
+                f"{figures['valid_nelbo_se']:.3f} nats/token, "
                 f"masked cross-entropy {figures['valid_masked_ce']:.3f}, accuracy "
                 f"{figures['valid_masked_accuracy']:.1%}")
 
-    def bound(self) -> Nelbo:
-        """The bound on the validation rows, worked out by all processes together."""
+    def bound(self, kind: Kind | None = None) -> Nelbo:
+        """The bound on the validation rows, worked out by all processes together; of a kind with
+        modes in that of `kind`."""
+        kind = kind or self.network.kind
         batches, conditions = self.processes.own(self.batches), self.network.valid_conditions
-        bound = self.network.kind.nelbo(
+        bound = kind.nelbo(
             self.network.average, map(self.data.valid.batch, batches), numbers=batches,
             conditions=None if conditions is None else conditions.batch)
         columns = [getattr(bound, field.name) for field in dataclasses.fields(bound)]

@@ -1,0 +1,331 @@
+"""Block diffusion: one network that writes left to right, in blocks, or a whole row at once.
+
+    python train.py --objective joint --block_sizes 4,16,row
+
+A library: nothing to run here. Two passes of the same weights share a training step:
+
+1. causal, over the clean row behind a [PAD]: every token is predicted from those before it, and the
+   keys and values of every layer are kept;
+2. over the noisy row, cut into blocks: a token sees its own block in both directions, and of the
+   clean row, through the keys and values of pass 1, the blocks before its own (arXiv 2503.09573,
+   eq. 8, whose clean half is causal by blocks and predicts nothing). A block of the whole `row`
+   sees nothing clean: that is the plain masked model of diffusion.py.
+
+So the same weights write in several modes: "causal", in blocks of any size, and "row".
+
+How a story ends. In the causal mode and in blocks the length is not known: [EOS] is predicted. What
+follows it in its block is [PAD], hidden like the rest; a hidden place behind a visible [EOS] or
+[PAD] of its block is [PAD] for certain and costs nothing, so that a sample is always text, [EOS]
+and nothing else, and a story's probability that of the block's tokens. Blocks are counted from the
+row's first token. A row that ends without [EOS] (a long story goes on in the next one) has no
+places behind its end; what its length costs is in `extra_nats`, as for the left-to-right twin.
+"""
+
+from cli import require
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from corpus.tokens import BOS, EOS, MASK, PAD, maskable, round_up
+from diffusion import DiscreteDiffusion, hide_some
+from kinds.autoregressive import Autoregressive, before_each, next_tokens
+from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats
+from network.attention import HIDDEN, View
+from network.transformer import Known
+from sampling.cached import CachedModel
+from sampling.left_to_right import rows_of, write_blocks, write_causal
+from sampling.noise import MASK_STREAM, SHIFT_STREAM
+from sampling.sampler import Sampler
+
+CAUSAL, ROW = "causal", "row"
+# Shares of a block that are hidden in training, by block size (arXiv 2503.09573, table 8: few and
+# nearly all teach little there)
+MASK_RANGES = ((4, (0.45, 0.95)), (32, (0.3, 0.8)))
+
+
+def mask_range(size: int) -> tuple[float, float]:
+    return next((between for largest, between in MASK_RANGES if size <= largest), (0.0, 1.0))
+
+
+def read_sizes(text: str) -> tuple[int, ...]:
+    """"4,16,row" -> (4, 16, 0): block sizes, 0 for the whole row."""
+    words = text.split(",")
+    for word in words:
+        require(word == ROW or word.isascii() and word.isdigit() and 1 <= int(word) <= 1024,
+                f"--block_sizes {text}: write numbers of tokens from 1 to 1024, or {ROW}, with a "
+                "comma between them")
+    return tuple(0 if word == ROW else int(word) for word in dict.fromkeys(words))
+
+
+# ---- what is hidden ------------------------------------------------------------------------------
+
+def in_blocks(tokens: Tensor, size: int) -> Tensor:
+    """(B, L) -> (B, N, size), with [PAD] where the last block goes beyond the row."""
+    behind = round_up(tokens.shape[1], size) - tokens.shape[1]
+    return nn.functional.pad(tokens, (0, behind), value=PAD).unflatten(1, (-1, size))
+
+
+def predicted(blocks: Tensor) -> Tensor:
+    """Which tokens of blocks (..., S) are predicted: text, [EOS], and [PAD] behind it."""
+    return (blocks >= EOS) | ((blocks == PAD) & (blocks == EOS).any(-1, keepdim=True))
+
+
+def behind_the_end(blocks: Tensor, visible: Tensor) -> Tensor:
+    """The places of blocks (..., S) behind an [EOS] or [PAD] that is `visible`, itself left out."""
+    ends = visible & ((blocks == EOS) | (blocks == PAD))
+    return ends.cumsum(-1) - ends.long() > 0
+
+
+@dataclass
+class NextTokens(Corrupted):
+    """A batch for the causal mode: `noisy` is what stands before each token."""
+
+    ends: ClassVar[tuple[int, ...]] = (EOS,)
+
+    def hidden(self, model: nn.Module) -> Tensor:
+        return causal_pass(model, self.noisy, self.context(model))[self.masked]
+
+
+@dataclass
+class Blocks(Corrupted):
+    """A batch whose rows are cut into blocks, each row into those of its own `size`."""
+
+    there: Tensor | None = None  # (B, L) bool: the places that a noisy token may look at
+    size: Tensor | None = None  # (B,) int64: tokens of a block; 0: the row at once
+    next_weight: Tensor | None = None  # (B, L) float32: the weights of pass 1
+
+    ends: ClassVar[tuple[int, ...]] = (EOS, PAD)
+    passes: ClassVar[int] = 2
+
+    @property
+    def predicted(self) -> int:
+        return super().predicted + int((self.next_weight > 0).sum())
+
+    def hidden(self, model: nn.Module) -> Tensor:
+        return self.both(model)[1]
+
+    def both(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """What the model makes of the clean row, (B, L, D), and of the M masked positions of the
+        noisy one, (M, D)."""
+        context, known = self.context(model), []
+        clean = causal_pass(model, before_each(self.tokens), context, known)
+        noisy = model.hidden(self.noisy, view=self.view(model), context=context, known=known)
+        return clean, noisy[self.masked]
+
+    def view(self, model: nn.Module) -> View:
+        """What the noisy tokens look at: L clean ones, of which the first is the [PAD] before the
+        row, and then L noisy ones."""
+        place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        size = self.size[:, None].where(self.size[:, None] > 0, len(place))  # (B, 1)
+        block = place // size  # (B, L)
+        clean = (place <= (block * size)[..., None]) & (self.size > 0)[:, None, None]
+        noisy = (block[:, :, None] == block[:, None]) & self.there[:, None]  # (B, L, L)
+        hidden = ~torch.cat([clean, noisy], dim=2)[:, None]
+        mask = torch.zeros(hidden.shape, dtype=model.compute_dtype, device=hidden.device)
+        return model.view(place, mask.masked_fill(hidden, HIDDEN), causal=False)
+
+
+def causal_pass(model: nn.Module, inputs: Tensor, context: Any = None, kept: Known | None = None,
+                ) -> Tensor:
+    """(B, L) tokens, of which the first stands before the row, at -1 -> (B, L, D)."""
+    places = torch.arange(-1, inputs.shape[1] - 1, device=inputs.device)
+    return model.hidden(inputs, view=model.view(places, causal=True), context=context, kept=kept)
+
+
+# ---- the kind ------------------------------------------------------------------------------------
+
+class JointDiffusion(DiscreteDiffusion):
+    """Masked diffusion in blocks and left to right, by one network.
+
+    `mode` is how it measures and writes: "causal", a block size as a word, or "row".
+    """
+
+    name, title = "joint", "joint model"
+    objectives = ("joint",)
+    from_left = True
+    own = frozenset(("block_sizes", "causal_share"))
+    unused = frozenset(("schedule", "time_conditioning"))
+    unused_for = "the joint model masks by its own table, and knows no time"
+
+    def __init__(self, sizes: tuple[int, ...] = (4, 16, 0), causal_share: float = 0.5,
+                 mode: str = ROW):
+        super().__init__()
+        self.sizes, self.causal_share, self.mode = sizes, causal_share, mode
+
+    @classmethod
+    def of_run(cls, config: Any) -> "JointDiffusion":
+        return cls(read_sizes(config.block_sizes), config.causal_share)
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: dict) -> "JointDiffusion":
+        return cls(read_sizes(checkpoint["train_config"]["block_sizes"]))
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those that it was trained for, the exact one first."""
+        return (CAUSAL, *(str(size) if size else ROW for size in self.sizes))
+
+    def in_mode(self, mode: str) -> "JointDiffusion":
+        other = copy.copy(self)
+        other.mode = mode
+        return other
+
+    @property
+    def exact(self) -> bool:
+        return self.mode in (CAUSAL, "1")
+
+    # ---- training ----
+
+    def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> "Blocks":
+        """Hides tokens of rows (B, L), each row in blocks of one of the sizes, which take turns
+        among the rows in a random order.
+
+        Both passes count as the plain mean over what they predict, pass 1 with `causal_share` and
+        pass 2 with the rest.
+        """
+        length = tokens.shape[1]
+        width = max(round_up(length, size or 1) for size in self.sizes)
+        tokens = nn.functional.pad(tokens, (0, width - length), value=PAD)
+        order = torch.randperm(len(tokens), generator=generator)
+        sizes = torch.tensor(self.sizes)[order % len(self.sizes)]  # (B,)
+        noisy, masked = tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool)
+        there = (torch.arange(width) < length).expand_as(masked).clone()
+        for size in self.sizes:
+            rows = sizes == size
+            if not rows.any():
+                continue
+            if size:
+                noisy[rows], masked[rows], there[rows] = self.hide(tokens[rows], size, generator)
+            else:
+                whole = super().corrupt_batch(tokens[rows], generator)
+                noisy[rows], masked[rows] = whole.noisy, whole.masked
+        wanted = (tokens >= EOS).float()
+        return Blocks(tokens, noisy, masked, masked * ((1 - self.causal_share) / masked.sum()),
+                      torch.ones(len(tokens)), there=there, size=sizes,
+                      next_weight=wanted * (self.causal_share / wanted.sum()))
+
+    def hide(self, tokens: Tensor, size: int, generator: torch.Generator | None = None,
+             ) -> tuple[Tensor, Tensor, Tensor]:
+        """`noisy_blocks` of rows (B, L), at least one place of every block hidden, with shares
+        stratified over all blocks."""
+        can = predicted(in_blocks(tokens, size))  # (B, N, S)
+        some = can.any(-1)
+        low, high = mask_range(size)
+        shares = low + (high - low) * self.times(int(some.sum()), generator)
+        masked = torch.zeros_like(can)
+        masked[some] = hide_some(can[some], shares, generator)[0]
+        return noisy_blocks(tokens, masked)
+
+    def loss(self, model: nn.Module, batch: "Blocks") -> Tensor:
+        """That of both passes: a differentiable scalar in nats/token, or a part's share of it."""
+        clean, noisy = batch.both(model)
+        wanted = batch.next_weight > 0
+        return (model.loss(clean[wanted], batch.tokens[wanted], batch.next_weight[wanted],
+                           NextTokens.ends)
+                + model.loss(noisy, batch.tokens[batch.masked], batch.weight[batch.masked],
+                             batch.ends))
+
+    # ---- likelihood ----
+
+    def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,
+              draws: int = 1, numbers: Iterable[np.ndarray] | None = None,
+              conditions: ConditionsOf | None = None) -> Nelbo:
+        """-log p of every row in this mode: exact in "causal" and "1", else a bound.
+
+        Of a row cut into blocks it is the sum over blocks of n E_k[mean over the k hidden of -log
+        p], k uniform on 1..n, each block given the clean ones before it: the chain rule over
+        blocks, and the any-order bound of diffusion.py in each. [EOS], and [PAD] where it is not
+        certain, count in the nats and not in the tokens. The blocks of a row are measured together,
+        each with a k of its own.
+        """
+        if self.mode == ROW:
+            return super().nelbo(model, batches, seed, draws, numbers, conditions)
+        if self.mode == CAUSAL:
+            return measure_nats(model, batches, lambda clean, rows: [
+                (next_tokens(clean, NextTokens), maskable(clean).sum(1))], numbers, conditions)
+        size = int(self.mode)
+
+        def hide(clean: Tensor, rows: np.ndarray) -> Iterator[tuple[Corrupted, Tensor]]:
+            text = maskable(clean).sum(1)
+            wide = nn.functional.pad(clean, (0, -clean.shape[1] % size), value=PAD)
+            for draw in range(draws):
+                masked, weight = stratified_blocks(wide, size, rows, draw, draws, seed)
+                noisy, wanted, there = noisy_blocks(wide, masked)
+                yield Blocks(wide, noisy, wanted, weight * wanted, torch.ones(len(wide)),
+                             there=there, size=torch.full((len(wide),), size),
+                             next_weight=torch.zeros(wide.shape)), text
+
+        return measure_nats(model, batches, hide, numbers, conditions)
+
+    def extra_nats(self, meta: dict, rows: Iterable[np.ndarray]) -> float:
+        """What a text's code needs besides the tokens: the kind and length of every row, or where
+        [EOS] is predicted the kind, and the length of those alone that end without it."""
+        return (super().extra_nats(meta, rows) if self.mode == ROW
+                else Autoregressive().extra_nats(meta, rows))
+
+    # ---- writing ----
+
+    def reader(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
+               ) -> CachedModel:
+        return CachedModel(model, sampler, conditions)
+
+    def write(self, model: nn.Module, lengths: Sequence[int], sampler: Sampler, seed: int = 0,
+              conditions: np.ndarray | None = None) -> list[np.ndarray]:
+        """In this mode; but for "row" the stories end where the model ends them, whatever
+        `lengths` are, or with the longest row."""
+        if self.mode == ROW:
+            return super().write(model, lengths, sampler, seed, conditions)
+        starts = [np.array([BOS])] * len(lengths)
+        reader, longest = self.reader(model, sampler, conditions), model.config.max_len
+        pieces = (write_causal(reader, starts, sampler, longest, seed) if self.mode == CAUSAL else
+                  write_blocks(reader, starts, sampler, int(self.mode), longest, seed))
+        return rows_of(pieces, starts)
+
+    def protocol(self, draws: int) -> str:
+        if self.mode == ROW:
+            return super().protocol(draws)
+        if self.mode == CAUSAL:
+            return Autoregressive().protocol(draws)
+        return (f"blocks of {self.mode}, any-order NELBO in each, mask count stratified over 1..n, "
+                f"{draws} masks a row, [EOS] predicted")
+
+
+def noisy_blocks(tokens: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (B, L) with the places hidden that are marked in (B, N, S): the noisy rows, what in them
+    is to be predicted, and which places are there at all; (B, L) each.
+
+    A place behind a visible end is not hidden: it is [PAD] for certain.
+    """
+    blocks = in_blocks(tokens, masked.shape[-1])
+    can = predicted(blocks)
+    wanted = masked & ~behind_the_end(blocks, can & ~masked)
+    length = tokens.shape[1]
+    return tuple(x.flatten(1)[:, :length] for x in (
+        blocks.masked_fill(wanted, MASK), wanted, can | (blocks != PAD)))
+
+
+def stratified_blocks(tokens: Tensor, size: int, rows: np.ndarray, draw: int, draws: int,
+                      seed: int) -> tuple[Tensor, Tensor]:
+    """Masks (B, N, S) that hide k of the n places of every block, k stratified over 1..n; and the
+    weight n/k of every place, (B, L).
+
+    The quantiles of k follow a golden-ratio sequence over rows, draws and blocks, shifted at
+    random: even over any run of them, uniform for each.
+    """
+    can = predicted(in_blocks(tokens, size)).numpy()  # (B, N, S)
+    n = can.sum(-1)  # (B, N)
+    shift = np.random.default_rng([SHIFT_STREAM, seed]).random()
+    number = (rows[:, None] * draws + draw) * 1.0 + np.arange(n.shape[1]) * (2 ** 0.5 - 1)
+    k = np.floor((shift + number * ((5 ** 0.5 - 1) / 2)) % 1 * n).astype(np.int64) + 1
+    noise = np.stack([np.random.default_rng([MASK_STREAM, seed, row, draw]).random(
+        can.shape[1:]) for row in rows])
+    order = np.where(can, noise, 2.0).argsort(-1).argsort(-1)  # the place of each in a random order
+    masked = can & (order < k[..., None])
+    weight = np.repeat(n / k, size, axis=1)[:, :tokens.shape[1]]
+    return torch.from_numpy(masked), torch.from_numpy(weight).float()

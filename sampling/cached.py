@@ -1,0 +1,110 @@
+"""A torch model in front of a cache of what is finished: the `Reader` of left_to_right.py. A
+library for the kinds that write from the left.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from corpus.tokens import EOS, MASK, PAD
+from network.attention import Cache, Context
+from sampling.sampler import Sampler
+from sampling.step import Drawing, UnmaskStep, numpy_run
+
+
+class CachedModel:
+    """Reads causally and looks at blocks in both directions, all behind one cache.
+
+    A token sees at most the `max_len` before it, as in training: rows may be of any length. With a
+    condition and guidance there are two caches, with the condition and without.
+    """
+
+    def __init__(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
+                 ends: tuple[int, ...] = (EOS,), block_ends: tuple[int, ...] = (EOS, PAD)):
+        self.model, self.sampler, self.ends, self.block_ends = model, sampler, ends, block_ends
+        self.drawing = Drawing(BlockStep(self), model, sampler, conditions)
+        self.numbers = np.zeros(0, np.int64)
+        self.given: list[Context | None] = []  # one entry for every evaluation that guidance needs
+        self.caches: list[Cache] = []
+
+    # ---- Reader ----
+
+    def begin(self, rows: np.ndarray) -> None:
+        self.numbers = np.asarray(rows)
+        self.given = self.drawing.step.contexts_for(self.drawing.context(self.numbers))
+        # The first token is the [PAD] before the row.
+        self.caches = [Cache(first=-1, window=self.model.config.max_len + 1) for _ in self.given]
+
+    @torch.no_grad()
+    def read(self, tokens: np.ndarray, logits: int = 0) -> np.ndarray | None:
+        hidden = self.passes(self.drawing.tensor(tokens), causal=True)
+        if not logits:
+            return None
+        return self.logits([h[:, -logits:] for h in hidden], self.ends).cpu().numpy()
+
+    @torch.no_grad()
+    def look(self, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
+        at = torch.from_numpy(places)[None].expand(len(tokens), -1).to(self.drawing.device)
+        hidden = self.passes(self.drawing.tensor(tokens), causal=False, at=at)
+        return self.logits(hidden, self.ends).cpu().numpy()
+
+    @torch.no_grad()
+    def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
+             ) -> tuple[np.ndarray, np.ndarray]:
+        # All rows of the batch go through the network, for the cache has all; what nobody asked for
+        # is thrown away.
+        chosen = np.searchsorted(self.numbers, rows)
+        everything = (np.full((len(self.numbers), *x.shape[1:]), value, x.dtype)
+                      for x, value in ((tokens, MASK), (count, 0), (noise, 0.0)))
+        full = []
+        for x, y in zip((tokens, count, noise), everything, strict=True):
+            y[chosen] = x
+            full.append(y)
+        new, confidence = numpy_run(self.drawing, *full, None)
+        new, confidence = new[chosen], confidence[chosen]
+        ends = (new == EOS) | (new == PAD)
+        behind = (ends.cumsum(1) - ends > 0) & (new == MASK)
+        return np.where(behind, PAD, new), np.where(behind, 1.0, confidence).astype(np.float32)
+
+    def forget(self, counts: np.ndarray) -> None:
+        for cache in self.caches:
+            cache.keep_tokens(torch.from_numpy(counts))
+
+    def keep(self, rows: np.ndarray) -> None:
+        marked = torch.from_numpy(rows)
+        self.numbers = self.numbers[rows]
+        for cache in self.caches:
+            cache.keep_rows(marked)
+        there = marked.to(self.drawing.device)
+        self.given = [given and Context(given.keys[:, there], given.values[:, there],
+                                        given.bias[there]) for given in self.given]
+
+    # ---- network ----
+
+    def passes(self, tokens: Tensor, causal: bool, at: Tensor | None = None) -> list[Tensor]:
+        """Hidden states (B, L, D) or (B, C, D) of the next tokens (B, L), for every evaluation; a
+        causal pass stays in the cache."""
+        results = []
+        for cache, given in zip(self.caches, self.given, strict=True):
+            cache.looking = not causal
+            view = self.model.view(tokens.shape[1], cache=cache, causal=causal)
+            results.append(self.model.hidden(tokens, context=given, at=at, view=view))
+        return results
+
+    def logits(self, hidden: Sequence[Tensor], ends: tuple[int, ...]) -> Tensor:
+        return self.drawing.step.guided([self.model.head(h, ends).float() for h in hidden])
+
+
+class BlockStep(UnmaskStep):
+    """The unmasking step on blocks behind the cache of a CachedModel."""
+
+    def __init__(self, cached: CachedModel):
+        super().__init__(cached.model, cached.sampler)
+        self.cached = cached
+
+    def logits(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
+               ) -> Tensor:
+        hidden = self.cached.passes(tokens, causal=False, at=positions)
+        return self.cached.logits(hidden, self.cached.block_ends)

@@ -1,0 +1,231 @@
+"""Writing from the left, before a cache of what is finished: token by token, in blocks, or in
+drafts that are verified. In NumPy, over any `Reader`.
+
+    for piece in write_verified(reader, rows, Sampler(steps=1), block_size=8, longest=256):
+        print(piece.row, piece.tokens, piece.ended)
+
+Rows are texts from their start, [BOS] and a prompt; the writer goes on from there until it draws
+[EOS] or a row has `longest` tokens. Rows that have ended leave the batch. Every draw depends on
+(seed, row number, place) alone, so that a story does not depend on its batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from corpus.tokens import EOS, MASK, PAD
+from sampling.drawing import distribution, draw, verify
+from sampling.loop import unmask
+from sampling.noise import BLOCK_STREAM, VERIFY_STREAM, step_noise
+from sampling.sampler import Sampler
+
+
+class Reader(Protocol):
+    """A network and what it remembers of the rows of a batch."""
+
+    def begin(self, rows: np.ndarray) -> None:
+        """Forgets everything; the rows of the coming batch have these numbers, (B,)."""
+
+    def read(self, tokens: np.ndarray, logits: int = 0) -> np.ndarray | None:
+        """Takes in the next tokens (B, L) of every row, each seeing those before it, and gives the
+        FP32 logits (B, N, V) of what follows the last N = `logits` of them. Logits in which text
+        and [EOS] alone are possible."""
+
+    def look(self, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """FP32 logits (B, C, V) at the places (C,) of a block (B, S) that would come next, whose
+        tokens see each other; it is not remembered."""
+
+    def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
+             ) -> tuple[np.ndarray, np.ndarray]:
+        """One unmasking step (a `Step` of loop.py) of such blocks; `rows` are numbers of some rows
+        of the batch."""
+
+    def forget(self, counts: np.ndarray) -> None:
+        """Keeps the first `counts` (B,) tokens of every row."""
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Keeps the rows marked in (B,) bool."""
+
+
+class Piece(NamedTuple):
+    """What has been added to a row, for good."""
+
+    row: int  # its number
+    tokens: np.ndarray  # (n,) int64; [EOS] is among them only as the last
+    ended: bool  # whether nothing more will come
+    evaluations: int  # of the network, for this row, since the last piece
+
+
+class _Batch:
+    """The rows that are still being written."""
+
+    def __init__(self, reader: Reader, starts: Sequence[np.ndarray], numbers: Sequence[int],
+                 longest: int):
+        self.reader, self.longest = reader, longest
+        self.numbers = np.asarray(numbers)
+        self.lengths = np.array([len(start) for start in starts])  # tokens written, (B,)
+        self.last = np.array([start[-1] for start in starts])
+        reader.begin(self.numbers)
+
+    def add(self, pieces: list[np.ndarray], evaluations: int) -> Iterator[Piece]:
+        """Adds tokens to every row; the rows that end with them leave. A row is cut where it has
+        `longest` tokens."""
+        ended = np.zeros(len(pieces), bool)
+        for i, tokens in enumerate(pieces):
+            tokens = tokens[:self.longest - self.lengths[i]]
+            self.lengths[i] += len(tokens)
+            ended[i] = tokens[-1] == EOS or self.lengths[i] >= self.longest
+            self.last[i] = tokens[-1]
+            yield Piece(int(self.numbers[i]), tokens, bool(ended[i]), evaluations)
+        if ended.any():
+            self.numbers, self.lengths, self.last = (
+                x[~ended] for x in (self.numbers, self.lengths, self.last))
+            if len(self.numbers):
+                self.reader.keep(~ended)
+
+
+def read_starts(reader: Reader, starts: Sequence[np.ndarray], counts: np.ndarray) -> None:
+    """Reads the [PAD] that stands before every row, and its first `counts` (B,) tokens."""
+    tokens = np.full((len(starts), int(counts.max()) + 1), PAD, np.int64)
+    for line, start, count in zip(tokens, starts, counts, strict=True):
+        line[1:count + 1] = start[:count]
+    reader.read(tokens)
+    if (counts != counts.max()).any():
+        reader.forget(counts + 1)
+
+
+def write_causal(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler, longest: int,
+                 seed: int = 0, numbers: Sequence[int] | None = None) -> Iterator[Piece]:
+    """Token by token: each goes through the network once."""
+    numbers = range(len(starts)) if numbers is None else numbers
+    batch = _Batch(reader, starts, numbers, longest)
+    read_starts(reader, starts, batch.lengths - 1)
+    while len(batch.numbers):
+        logits = reader.read(batch.last[:, None], logits=1)[:, 0]
+        uniform = np.array([step_noise(seed, row, place, 1)[1, 0] for row, place in
+                            zip(batch.numbers, batch.lengths, strict=True)])
+        drawn = draw(distribution(logits, sampler), uniform)
+        yield from batch.add(list(drawn[:, None]), 1)
+
+
+def write_verified(reader: Reader, drafter: Reader, starts: Sequence[np.ndarray], sampler: Sampler,
+                   block_size: int, longest: int, seed: int = 0,
+                   numbers: Sequence[int] | None = None) -> Iterator[Piece]:
+    """In drafts of `block_size` - 1 tokens, of `drafter`, that `reader` verifies: distributed as
+    `write_causal` writes with that reader, exactly, at any temperature, top-k and top-p.
+
+    A round: the drafter sees the last token, which is not in the cache yet, and the hidden ones
+    behind it, and uncovers them in `sampler.steps` evaluations, those on the left first: a token's
+    distribution must not depend on what stands to its right, or it could not be verified. One pass
+    of the reader over the last token and the draft then gives what the causal mode itself would
+    have drawn each from; what stands is kept, and one token more: in the place of the first that
+    falls, or behind them all. Where reader and drafter are one, that pass has filled the cache.
+    """
+    numbers = range(len(starts)) if numbers is None else numbers
+    batch = _Batch(reader, starts, numbers, longest)
+    apart = drafter is not reader
+    if apart:
+        drafter.begin(batch.numbers)
+    for one in {id(reader): reader, id(drafter): drafter}.values():
+        read_starts(one, starts, batch.lengths - 1)
+    rounds = np.zeros(len(starts), np.int64)
+    while len(batch.numbers):
+        uniform = np.stack([np.random.default_rng([VERIFY_STREAM, seed, row, k]).random(
+            (3, block_size)) for row, k in zip(batch.numbers, rounds, strict=True)])
+        draft, q = draft_of(drafter, batch.last, block_size, sampler, uniform[:, 0])
+        given = np.concatenate([batch.last[:, None], draft], 1)  # (B, S)
+        p = distribution(reader.read(given, logits=block_size), sampler)  # (B, S, V)
+        known, pieces = batch.lengths, []
+        for i in range(len(draft)):
+            count, token = verify(draft[i], q[i], p[i, :-1], uniform[i, 1:, :-1])
+            ended = np.flatnonzero(draft[i, :count] == EOS)
+            if len(ended):
+                pieces.append(draft[i, :ended[0] + 1])
+                continue
+            if token is None:
+                token = int(draw(p[i, -1:], uniform[i, 2, -1:])[0])
+            pieces.append(np.append(draft[i, :count], token))
+        rounds = rounds + 1
+        grown = known + [len(piece) for piece in pieces]  # all but the last token are in the cache
+        reader.forget(grown)
+        if apart:
+            drafter.read(given)
+            drafter.forget(grown)
+        alive = np.array([piece[-1] != EOS for piece in pieces]) & (grown < longest)
+        rounds = rounds[alive]
+        if apart and alive.any() and not alive.all():
+            drafter.keep(alive)
+        yield from batch.add(pieces, min(sampler.steps, block_size - 1) + 1)
+
+
+def draft_of(drafter: Reader, last: np.ndarray, size: int, sampler: Sampler, uniform: np.ndarray,
+             ) -> tuple[np.ndarray, np.ndarray]:
+    """`size` - 1 tokens behind the `last` (B,) of every row, (B, S - 1), and the distributions that
+    they were drawn from, (B, S - 1, V); by the uniforms (B, S)."""
+    block = np.full((len(last), size), MASK, np.int64)
+    block[:, 0] = last
+    q: list[np.ndarray] = []
+    for part in np.array_split(np.arange(1, size), min(sampler.steps, max(size - 1, 1))):
+        if not len(part):
+            continue
+        chances = distribution(drafter.look(block, part), sampler)  # (B, C, V)
+        block[:, part] = draw(chances.reshape(-1, chances.shape[-1]),
+                              uniform[:, part].reshape(-1)).reshape(len(last), -1)
+        q.append(chances)
+    return block[:, 1:], np.concatenate(q, 1) if q else np.zeros((len(last), 0, 1))
+
+
+def write_blocks(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler, block_size: int,
+                 longest: int, seed: int = 0, numbers: Sequence[int] | None = None,
+                 shown=None) -> Iterator[Piece]:
+    """In blocks of `block_size`, each uncovered by the sampler's order, pace and remasking in
+    `sampler.steps` evaluations, and then read from left to right into the cache.
+
+    All starts must end in the same block. What stands in a block behind [EOS] is [PAD], given for
+    nothing. `shown`, if any, is called with (numbers of the rows, State of their blocks) after
+    every step.
+    """
+    numbers = range(len(starts)) if numbers is None else numbers
+    batch = _Batch(reader, starts, numbers, longest)
+    done = int(batch.lengths.min()) // block_size
+    if (batch.lengths // block_size != done).any():
+        raise ValueError("the starts end in different blocks")
+    read_starts(reader, starts, np.full(len(starts), done * block_size))
+    begun = [start[done * block_size:] for start in starts]
+    while len(batch.numbers):
+        size = min(block_size, longest - done * block_size)
+        tokens = np.full((len(begun), size), MASK, np.int64)
+        for line, known in zip(tokens, begun, strict=True):
+            line[:len(known)] = known
+        own = int(np.random.SeedSequence([BLOCK_STREAM, seed, done]).generate_state(
+            1, np.uint64)[0] >> 1)
+        evaluations = 0
+        for state in unmask(reader.step, tokens, sampler, own, batch.numbers):
+            evaluations, tokens = state.nfe, state.tokens
+            if shown:
+                shown(batch.numbers, state)
+        pieces = [up_to_the_end(line)[len(known):]
+                  for line, known in zip(tokens, begun, strict=True)]
+        alive = np.array([piece[-1] != EOS for piece in pieces])
+        done += 1
+        yield from batch.add(pieces, evaluations + 1)
+        if len(batch.numbers):
+            reader.read(tokens[alive])
+        begun = [np.zeros(0, np.int64)] * len(batch.numbers)
+
+
+def up_to_the_end(tokens: np.ndarray) -> np.ndarray:
+    """A finished block (S,) up to its end, which is [EOS]; a [PAD] before any counts as one."""
+    ends = np.flatnonzero((tokens == EOS) | (tokens == PAD))
+    return np.append(tokens[:ends[0]], EOS) if len(ends) else tokens
+
+
+def rows_of(pieces: Iterator[Piece], starts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The rows when all is written."""
+    rows = [[start] for start in starts]
+    for piece in pieces:
+        rows[piece.row].append(piece.tokens)
+    return [np.concatenate(row) for row in rows]
+
+
