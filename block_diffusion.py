@@ -36,7 +36,7 @@ from corpus.tokens import BOS, EOS, MASK, PAD, maskable, round_up
 from diffusion import DiscreteDiffusion, hide_some
 from kinds.autoregressive import Autoregressive, before_each, next_tokens
 from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats
-from network.attention import HIDDEN, View
+from network.attention import HIDDEN, Context, View
 from network.transformer import Known
 from sampling.cached import CachedModel
 from sampling.left_to_right import rows_of, write_blocks, write_causal
@@ -44,6 +44,7 @@ from sampling.noise import MASK_STREAM, SHIFT_STREAM
 from sampling.sampler import Sampler
 
 CAUSAL, ROW = "causal", "row"
+WORDS = {CAUSAL: -1, ROW: 0}  # as sizes of blocks
 # Shares of a block that are hidden in training, by block size (arXiv 2503.09573, table 8: few and
 # nearly all teach little there)
 MASK_RANGES = ((4, (0.45, 0.95)), (32, (0.3, 0.8)))
@@ -54,13 +55,12 @@ def mask_range(size: int) -> tuple[float, float]:
 
 
 def read_sizes(text: str) -> tuple[int, ...]:
-    """"4,16,row" -> (4, 16, 0): block sizes, 0 for the whole row."""
-    words = text.split(",")
-    for word in words:
-        require(word == ROW or word.isascii() and word.isdigit() and 1 <= int(word) <= 1024,
-                f"--block_sizes {text}: write numbers of tokens from 1 to 1024, or {ROW}, with a "
-                "comma between them")
-    return tuple(0 if word == ROW else int(word) for word in dict.fromkeys(words))
+    """"causal,4,16,row" -> (-1, 4, 16, 0): sizes of blocks, 0 for the whole row, -1 for none."""
+    for word in text.split(","):
+        require(word in WORDS or word.isascii() and word.isdigit() and 1 <= int(word) <= 1024,
+                f"--block_sizes {text}: write numbers of tokens from 1 to 1024, {ROW} or {CAUSAL}, "
+                "with a comma between them")
+    return tuple(WORDS.get(word) if word in WORDS else int(word) for word in text.split(","))
 
 
 # ---- what is hidden ------------------------------------------------------------------------------
@@ -101,34 +101,63 @@ class Blocks(Corrupted):
     next_weight: Tensor | None = None  # (B, L) float32: the weights of pass 1
 
     ends: ClassVar[tuple[int, ...]] = (EOS, PAD)
-    passes: ClassVar[int] = 2
 
     @property
     def predicted(self) -> int:
         return super().predicted + int((self.next_weight > 0).sum())
 
-    def hidden(self, model: nn.Module) -> Tensor:
-        return self.both(model)[1]
+    @property
+    def passes(self) -> float:
+        """Through the network, of a row on average."""
+        return float((self.size != 0).float().mean() + (self.size >= 0).float().mean())
 
-    def both(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """What the model makes of the clean row, (B, L, D), and of the M masked positions of the
-        noisy one, (M, D)."""
-        context, known = self.context(model), []
-        clean = causal_pass(model, before_each(self.tokens), context, known)
-        noisy = model.hidden(self.noisy, view=self.view(model), context=context, known=known)
-        return clean, noisy[self.masked]
+    def hidden(self, model: nn.Module) -> Tensor:
+        """Of rows that are all cut into blocks."""
+        *_, (hidden, *_) = self.parts(model)
+        return hidden
+
+    def parts(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[int, ...]]]:
+        """Hidden states (M, D), targets (M,), weights (M,) and the special tokens that can be
+        predicted: of the next tokens, of the blocks and of the whole rows, as far as there are any.
+
+        A row that is not cut goes through the network once, in one way or the other.
+        """
+        ahead, whole = self[self.size != 0], self[self.size == 0]
+        if len(ahead.tokens):
+            context, known = ahead.context(model), []
+            clean = causal_pass(model, before_each(ahead.tokens), context, known)
+            yield (*ahead.chosen(clean, ahead.next_weight), NextTokens.ends)
+            rows = ahead.size > 0
+            cut = ahead[rows]
+            if len(cut.tokens):
+                noisy = model.hidden(
+                    cut.noisy, view=cut.view(model), context=of_rows(context, rows),
+                    known=[(keys[rows], values[rows]) for keys, values in known])
+                yield (*cut.chosen(noisy, cut.weight), self.ends)
+        if len(whole.tokens):
+            hidden = model.hidden(whole.noisy, context=whole.context(model))
+            yield (*whole.chosen(hidden, whole.weight), self.ends)
+
+    def chosen(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of (B, L, D) that count, their tokens and weights."""
+        wanted = weight > 0
+        return hidden[wanted], self.tokens[wanted], weight[wanted]
 
     def view(self, model: nn.Module) -> View:
-        """What the noisy tokens look at: L clean ones, of which the first is the [PAD] before the
-        row, and then L noisy ones."""
+        """What the noisy tokens of cut rows look at: L clean ones, of which the first is the [PAD]
+        before the row, and then L noisy ones."""
         place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        size = self.size[:, None].where(self.size[:, None] > 0, len(place))  # (B, 1)
-        block = place // size  # (B, L)
-        clean = (place <= (block * size)[..., None]) & (self.size > 0)[:, None, None]
-        noisy = (block[:, :, None] == block[:, None]) & self.there[:, None]  # (B, L, L)
+        block = place // self.size[:, None]  # (B, L)
+        clean = place <= (block * self.size[:, None])[..., None]  # (B, L, L)
+        noisy = (block[:, :, None] == block[:, None]) & self.there[:, None]
         hidden = ~torch.cat([clean, noisy], dim=2)[:, None]
         mask = torch.zeros(hidden.shape, dtype=model.compute_dtype, device=hidden.device)
         return model.view(place, mask.masked_fill(hidden, HIDDEN), causal=False)
+
+
+def of_rows(context: Context | None, rows: Tensor) -> Context | None:
+    """Those marked in (B,) bool."""
+    return context and Context(context.keys[:, rows], context.values[:, rows], context.bias[rows])
 
 
 def causal_pass(model: nn.Module, inputs: Tensor, context: Any = None, kept: Known | None = None,
@@ -169,7 +198,8 @@ class JointDiffusion(DiscreteDiffusion):
     @property
     def modes(self) -> tuple[str, ...]:
         """Those that it was trained for, the exact one first."""
-        return (CAUSAL, *(str(size) if size else ROW for size in self.sizes))
+        words = {size: word for word, size in WORDS.items()}
+        return tuple(dict.fromkeys((CAUSAL, *(words.get(size, str(size)) for size in self.sizes))))
 
     def in_mode(self, mode: str) -> "JointDiffusion":
         other = copy.copy(self)
@@ -189,26 +219,24 @@ class JointDiffusion(DiscreteDiffusion):
         Both passes count as the plain mean over what they predict, pass 1 with `causal_share` and
         pass 2 with the rest.
         """
-        length = tokens.shape[1]
-        width = max(round_up(length, size or 1) for size in self.sizes)
-        tokens = nn.functional.pad(tokens, (0, width - length), value=PAD)
+        width = max(round_up(tokens.shape[1], max(size, 1)) for size in self.sizes)
+        tokens = nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=PAD)
         order = torch.randperm(len(tokens), generator=generator)
         sizes = torch.tensor(self.sizes)[order % len(self.sizes)]  # (B,)
         noisy, masked = tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool)
-        there = (torch.arange(width) < length).expand_as(masked).clone()
-        for size in self.sizes:
+        there = torch.ones_like(masked)
+        for size in {*self.sizes} - {WORDS[CAUSAL]}:
             rows = sizes == size
-            if not rows.any():
-                continue
-            if size:
+            if rows.any() and size:
                 noisy[rows], masked[rows], there[rows] = self.hide(tokens[rows], size, generator)
-            else:
+            elif rows.any():
                 whole = super().corrupt_batch(tokens[rows], generator)
                 noisy[rows], masked[rows] = whole.noisy, whole.masked
-        wanted = (tokens >= EOS).float()
-        return Blocks(tokens, noisy, masked, masked * ((1 - self.causal_share) / masked.sum()),
+        share = self.causal_share
+        wanted = ((tokens >= EOS) & (sizes != 0)[:, None]).float()
+        return Blocks(tokens, noisy, masked, masked * ((1 - share) / masked.sum().clamp(min=1)),
                       torch.ones(len(tokens)), there=there, size=sizes,
-                      next_weight=wanted * (self.causal_share / wanted.sum()))
+                      next_weight=wanted * (share / wanted.sum().clamp(min=1)))
 
     def hide(self, tokens: Tensor, size: int, generator: torch.Generator | None = None,
              ) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,12 +252,7 @@ class JointDiffusion(DiscreteDiffusion):
 
     def loss(self, model: nn.Module, batch: "Blocks") -> Tensor:
         """That of both passes: a differentiable scalar in nats/token, or a part's share of it."""
-        clean, noisy = batch.both(model)
-        wanted = batch.next_weight > 0
-        return (model.loss(clean[wanted], batch.tokens[wanted], batch.next_weight[wanted],
-                           NextTokens.ends)
-                + model.loss(noisy, batch.tokens[batch.masked], batch.weight[batch.masked],
-                             batch.ends))
+        return sum(model.loss(*part) for part in batch.parts(model))
 
     # ---- likelihood ----
 
