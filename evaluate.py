@@ -4,12 +4,14 @@
     python evaluate.py likelihood --checkpoint checkpoints/best.pt --data_dir data
     python evaluate.py samplers --checkpoint checkpoints/best.pt --twin checkpoints_ar/best.pt
     python evaluate.py infilling --checkpoint checkpoints/best.pt --twin checkpoints_ar/best.pt
+    python evaluate.py blocks --checkpoint joint/best.pt --twin ar/best.pt --judge ar2/best.pt
     python evaluate.py condition --checkpoint conditional/best.pt --twin checkpoints_ar/best.pt
     python evaluate.py curves --compare checkpoints checkpoints_ar
 
 likelihood  bits/byte, nats/token and perplexity of held-out stories, diversity of generated ones
 samplers    what each sampler gives for its network evaluations
 infilling   how well the middle sentence of real stories is filled in
+blocks      what each way of writing costs and gives: left to right, in blocks, verified, by rows
 condition   what its condition is worth to a conditional model
 curves      the training curves of one run, or the validations of several in one figure
 
@@ -21,7 +23,8 @@ a table and writes its figures beside the checkpoint; `python evaluate.py NAME -
 from cli import choose, run
 
 MEASUREMENTS = {name: f"measuring.{name}"
-                for name in ("likelihood", "samplers", "infilling", "condition", "curves")}
+                for name in ("likelihood", "samplers", "infilling", "blocks", "condition",
+                         "curves")}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@
     likelihood.py      the likelihood bound and the diversity of samples
     samplers.py        samplers compared, at each number of network evaluations
     infilling.py       the middle sentence of real stories filled in
+    blocks.py          left to right, in blocks, verified, by rows: what each costs and gives
     condition.py       what a condition is worth, by condition_pairs.py (texts and conditions),
                        condition_likelihood.py (by reader) and condition_texts.py (at each guidance)
     curves.py          the curves of training runs, and several in one figure

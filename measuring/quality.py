@@ -16,8 +16,8 @@ import torch
 
 from corpus.rows import bucket_batches
 from corpus.tokens import EOS, decode, pad_rows
-from kinds.autoregressive import Autoregressive
-from kinds.likelihood import measure_nats
+from kinds.autoregressive import next_tokens
+from kinds.likelihood import measure_nats, ratio_error
 
 
 def words(text: str) -> list[str]:
@@ -75,17 +75,30 @@ class Judge:
     def perplexity(self, rows: list[np.ndarray], starts: list[int] | None = None) -> float:
         """`PERPLEXITY` over all of these rows; the first `starts[i]` tokens of row i are given, by
         default [BOS] alone."""
+        nats, tokens = self.nats(rows, starts)
+        return math.exp(nats.sum() / tokens.sum())
+
+    def with_error(self, rows: list[np.ndarray]) -> dict:
+        """The standard error of `perplexity` over the stories, and the nats/token of each."""
+        nats, tokens = self.nats(rows)
+        return {"perplexity_error": math.exp(nats.sum() / tokens.sum()) * ratio_error(nats, tokens),
+                "story_nats_per_token": (nats / tokens).round(4).tolist()}
+
+    def nats(self, rows: list[np.ndarray], starts: list[int] | None = None,
+             ) -> tuple[np.ndarray, np.ndarray]:
+        """Nats and tokens of every row behind its start, (N,) each."""
         starts = np.ones(len(rows), np.int64) if starts is None else np.asarray(starts)
         batches = bucket_batches(np.array([len(row) for row in rows]), 8192, merge=False)
 
         def hide(clean: torch.Tensor, part: np.ndarray):
-            seen = Autoregressive().corrupt_batch(clean)
+            seen = next_tokens(clean)
             seen.masked &= torch.arange(clean.shape[1]) >= torch.from_numpy(starts[part])[:, None]
             yield seen, seen.masked.sum(1)
 
         bound = measure_nats(self.model, (pad_rows([rows[i] for i in part]) for part in batches),
                              hide, numbers=batches)
-        return math.exp(bound.nats.sum() / bound.k.sum())
+        order = bound.row.argsort()
+        return bound.nats[order], bound.k[order]
 
 
 def ends_properly(text: str) -> bool:
