@@ -7,9 +7,9 @@
     python generate.py --num_samples 1 --steps 32 --trace story.html
     python generate.py --checkpoint conditional/best.pt --condition "Lily found a shiny key."
     python generate.py --checkpoint conditional/best.pt --conditions first_sentences.txt --json
-    python generate.py --checkpoint joint/best.pt --block_size 4 --steps 4 --stream
-    python generate.py --checkpoint joint/best.pt --verify --length 1000 --stream
-    python generate.py --checkpoint joint/best.pt --verify --verify_with checkpoints_ar/best.pt
+    python generate.py --checkpoint checkpoints_joint/best.pt --block_size 4 --steps 4 --stream
+    python generate.py --checkpoint checkpoints_joint/best.pt --verify --length 1000 --stream
+    python generate.py --checkpoint checkpoints_joint/best.pt --verify --verify_with twin/best.pt
     python generate.py --checkpoint checkpoints_ar/best.pt --stream             # the twin
     python generate.py --onnx jetson_bundle/step_int8.onnx --preset fast        # without torch
     python generate.py --engine step_fp16.engine --preset fast                  # on the Jetson
