@@ -189,6 +189,26 @@ def sharp_checkpoint(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def joint_checkpoint(sharp_checkpoint, tmp_path_factory):
+    """The same weights as a joint model's."""
+    source = checkpoints.load_checkpoint(sharp_checkpoint)
+    network = checkpoints.model_from_checkpoint(source)
+    path = tmp_path_factory.mktemp("shared") / "joint.pt"
+    checkpoints.save_checkpoint(
+        path, network, source["tokenizer"], source["length_histogram"], kind="joint", ema=None,
+        step=1, train_config=source["train_config"] | {"objective": "joint",
+                                                       "block_sizes": "4,16,row"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def joint_bundle(joint_checkpoint, long_data_dir, once):
+    return once("joint", lambda folder: export_jetson.main([
+        "--checkpoint", str(joint_checkpoint), "--data_dir", str(long_data_dir), "--out_dir",
+        str(folder), "--report_rows", "4", "--calibration_rows", "6", "--cached_tokens", "8"]))
+
+
+@pytest.fixture(scope="session")
 def bundle(sharp_checkpoint, long_data_dir, once):
     return once("bundle", lambda folder: export_jetson.main([
         "--checkpoint", str(sharp_checkpoint), "--data_dir", str(long_data_dir), "--out_dir",

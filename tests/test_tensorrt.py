@@ -22,7 +22,8 @@ from test_export_jetson import ROWS, stories
 import generate
 from export_jetson import main
 from jetson import engine_builder
-from jetson.engine_runtime import Bundle, cuda_runtime
+from jetson.engine_runtime import Bundle
+from jetson.tensorrt_session import cuda_runtime
 from sampling.sampler import Sampler
 
 API = json.loads((ROOT / "tests" / "tensorrt_api.json").read_text())
