@@ -209,6 +209,14 @@ def joint_bundle(joint_checkpoint, long_data_dir, once):
 
 
 @pytest.fixture(scope="session")
+def joint_pairs_bundle(joint_checkpoint, once):
+    """Whose cached graph takes two rows."""
+    return once("joint_pairs", lambda folder: export_jetson.main([
+        "--checkpoint", str(joint_checkpoint), "--out_dir", str(folder), "--batch", "2",
+        "--precisions", "fp32", "--report_rows", "0"]))
+
+
+@pytest.fixture(scope="session")
 def bundle(sharp_checkpoint, long_data_dir, once):
     return once("bundle", lambda folder: export_jetson.main([
         "--checkpoint", str(sharp_checkpoint), "--data_dir", str(long_data_dir), "--out_dir",
