@@ -223,11 +223,14 @@ def write_text(path: Path, text: str) -> None:
 def device_readme(contents: dict) -> str:
     step = contents["files"].get("fp16", next(iter(contents["files"].values())))["name"]
     engine = step.replace(".onnx", ".engine")
+    left = "" if contents["cached"] is None else (
+        f", and for writing from the left\n   `python export_jetson.py --build_engine "
+        f"{step.replace('step_', CACHED, 1)}`")
     return f"""# A story model for a Jetson
 
 1. `python3 -m venv --system-site-packages env && . env/bin/activate`
 2. `pip install -r requirements-jetson.txt`
-3. `python export_jetson.py --build_engine {step}` (once, some minutes; on this very device)
+3. `python export_jetson.py --build_engine {step}` (once, some minutes; on this very device){left}
 4. `python generate.py --engine {engine} --preset fast`
 5. `python benchmark.py device --bundle .` (without a GPU `pip install onnxruntime`, and
    `python generate.py --onnx {step}`)

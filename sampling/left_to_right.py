@@ -87,6 +87,8 @@ class _Batch:
 
 def read_starts(reader: Reader, starts: Sequence[np.ndarray], counts: np.ndarray) -> None:
     """Reads the [PAD] that stands before every row, and its first `counts` (B,) tokens."""
+    if not len(starts):
+        return
     tokens = np.full((len(starts), int(counts.max()) + 1), PAD, np.int64)
     for line, start, count in zip(tokens, starts, counts, strict=True):
         line[1:count + 1] = start[:count]
@@ -188,7 +190,7 @@ def write_blocks(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler,
     """
     numbers = range(len(starts)) if numbers is None else numbers
     batch = _Batch(reader, starts, numbers, longest)
-    done = int(batch.lengths.min()) // block_size
+    done = int(batch.lengths.min(initial=longest)) // block_size
     if (batch.lengths // block_size != done).any():
         raise ValueError("the starts end in different blocks")
     read_starts(reader, starts, np.full(len(starts), done * block_size))

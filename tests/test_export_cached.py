@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_export_jetson import run_in
 
+from corpus.tokens import BOS, EOS
 from export_jetson import main
 from jetson.engine_runtime import Bundle, OnnxSession
 from jetson.graphs import operators
@@ -19,7 +20,9 @@ from sampling.drawing import distribution
 from sampling.left_to_right import rows_of, write_blocks, write_causal, write_verified
 from sampling.sampler import ORDERS, REMASKS, Sampler
 
-STARTS = [np.array([2]), np.array([2, 40, 41]), np.array([2, 50])]
+STARTS = [np.array(start) for start in (
+    [BOS], [BOS, 40, 41], [BOS, 50], [BOS, 60], [BOS], [BOS, 70], [BOS, 80], [BOS])]
+ENDING = Sampler(), Sampler(steps=3)  # those with which some of them end
 
 
 @pytest.fixture(scope="session")
@@ -44,15 +47,19 @@ CASES = [
     ("4", Sampler(steps=4, remask=REMASKS[1], eta=0.4)), ("8", Sampler(steps=3, pace="linear")),
     ("4", Sampler(steps=4, pace="first_hitting", top_p=0.9)),
     ("4", Sampler(steps=2, temperature=0.0)),
-    ("verified", Sampler(steps=1)), ("verified", Sampler(steps=2, top_p=0.9))]
+    ("verified", Sampler(steps=1)), ("verified", Sampler(steps=2, top_p=0.9)),
+    ("verified", Sampler(steps=3))]
 
 
 @pytest.mark.parametrize(("mode", "sampler"), CASES)
 def test_the_same_stories_as_torch(joint_bundle, joint_model, mode, sampler):
-    got = written(Bundle(joint_bundle / "step_fp32.onnx").reader(sampler), sampler, mode)
-    assert got == written(CachedModel(joint_model, sampler), sampler, mode)
+    longest = 100 if mode == "verified" else 60
+    got = written(Bundle(joint_bundle / "step_fp32.onnx").reader(sampler), sampler, mode, longest)
+    assert got == written(CachedModel(joint_model, sampler), sampler, mode, longest)
     assert all(row[:len(start)] == start.tolist() and len(row) > len(start)
                for row, start in zip(got, STARTS, strict=True))
+    assert sampler not in ENDING or any(
+        row[-1] == EOS and len(row) < longest for row in got)
 
 
 @torch.no_grad()
@@ -163,6 +170,11 @@ def test_a_copied_bundle_writes_from_the_left_without_torch(joint_bundle, joint_
     sampler = Sampler(steps=2)
     assert json.loads(done.stdout) == written(CachedModel(joint_model, sampler), sampler, "4", 40,
                                               STARTS[:1])[0]
+
+
+@pytest.mark.parametrize("mode", ["causal", "4", "verified"])
+def test_no_row_is_no_story(joint_model, mode):
+    assert written(CachedModel(joint_model, Sampler()), Sampler(), mode, starts=[]) == []
 
 
 # ---- mistakes ------------------------------------------------------------------------------------

@@ -421,7 +421,8 @@ def test_a_step_with_a_condition_needs_one_in_its_bundle_json(told_bundle, tmp_p
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--precisions", "fp64"], "choose from fp32, fp16, int8"),
-    (["--batch", "0"], "must be at least 1"), (["--length", "20"], "multiple of 16"),
+    (["--batch", "0"], "must be at least 1"), (["--cached_tokens", "0"], "must be at least 1"),
+    (["--length", "20"], "multiple of 16"),
     (["--length", "512"], "rows of at most 256"), (["--guided"], "a model without a condition"),
     (["--check", "rtx", "--build_engine", "x"], "choose one"),
     (["--dynamic", "--length", "16"], "with --dynamic it must be at least 32"),
