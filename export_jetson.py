@@ -15,6 +15,11 @@ never leave it. Each precision comes with a report, printed and kept in bundle.j
 operators, difference of the logits, agreement of the likeliest token and the NELBO of held-out rows
 through that very graph: of the test split where the data has one, else of the validation split.
 INT8 takes its scales from training rows. The small model takes about 3 minutes on 2 CPU cores.
+
+Of a joint model (block_diffusion.py) there is a second graph in each precision, cached_*.onnx: a
+pass of up to --cached_tokens tokens behind a cache of what is finished, causal or in a block. It
+gives logits; whoever writes from the left draws from them (jetson/reader.py). Build an engine of it
+in the same way.
 """
 
 from cli import parse, require, run

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jetson.engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, OnnxSession
-from jetson.graphs import OPSET, encoder_graph, operators, step_graph, without_logits
-from jetson.report import NoisyRows, compare, line_of
+from corpus.tokens import round_up
+from jetson.engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, CACHED, OnnxSession
+from jetson.graphs import OPSET, cached_graph, encoder_graph, operators, step_graph, without_logits
+from jetson.reader import GraphReader, HostSlots
+from jetson.report import NoisyRows, compare, compare_cached, line_of
 from jetson.settings import ExportConfig
-from sampling.sampler import PRESETS
+from sampling.sampler import PRESETS, Sampler
 
 if TYPE_CHECKING:
     from model import DiffusionTransformer
@@ -30,7 +32,9 @@ SCRIPTS = (
     "sampling/loop.py", "sampling/rows.py", "sampling/viewer.py", "sampling/viewer.html",
     "sampling/stories.py", "sampling/left_to_right.py", "sampling/drawing.py",
     "jetson/__init__.py", "jetson/settings.py", "jetson/engine_runtime.py",
-    "jetson/engine_builder.py", "measuring/__init__.py", "measuring/device.py")
+    "jetson/tensorrt_session.py", "jetson/reader.py", "jetson/engine_builder.py",
+    "measuring/__init__.py", "measuring/device.py")
+JUDGED_BLOCK = 8  # tokens of a block in the report
 REQUIREMENTS = """\
 # On the Jetson, in an environment made with `python3 -m venv --system-site-packages`: TensorRT is
 # the system's. For --onnx instead of --engine: onnxruntime.
@@ -49,6 +53,7 @@ class Source(NamedTuple):
     model: "DiffusionTransformer"  # in FP32, as it is judged against
     length: int  # tokens of a row
     condition_len: int | None  # tokens of a condition; None: the model takes none
+    cached: dict | None  # slots and most tokens of a pass behind a cache, where there is one
     judged: NoisyRows | None  # of the report, where there is to be one
     calibration: NoisyRows | None  # for INT8's scales, where they are needed
 
@@ -58,6 +63,8 @@ def export(config: ExportConfig, folder: Path) -> dict:
     import onnx
     source = open_source(config)
     files, reports = write_steps(config, source, folder)
+    if source.cached:
+        write_cached(config, source, folder, files, reports)
     if source.condition_len is not None:
         onnx.save(encoder_graph(source.model), folder / "encoder.onnx")
         files["encoder"] = file_entry(folder / "encoder.onnx")
@@ -90,7 +97,15 @@ def open_source(config: ExportConfig) -> Source:
                                             f"{model.config.max_len}")
     return Source(checkpoint, model, length,
                   model.encoder.config.max_len if conditional else None,
+                  cached_of(config, length) if kind.from_left else None,
                   *open_noisy_rows(config, path, checkpoint, length, conditional))
+
+
+def cached_of(config: ExportConfig, length: int) -> dict:
+    """The sizes of a pass behind a cache: slots for the `length` tokens that a token sees before
+    it, and for those of a pass, which may be forgotten again."""
+    tokens = min(config.cached_tokens, length)
+    return {"slots": round_up(length + tokens, 16), "tokens": tokens}
 
 
 def open_noisy_rows(config: ExportConfig, path: Path, checkpoint: dict, length: int,
@@ -137,6 +152,30 @@ def write_steps(config: ExportConfig, source: Source, folder: Path) -> tuple[dic
     return files, reports
 
 
+def write_cached(config: ExportConfig, source: Source, folder: Path, files: dict, reports: dict,
+                 ) -> None:
+    """The same for the graph of a pass behind a cache; adds to both."""
+    import onnx
+
+    from sampling.cached import CachedModel
+    for precision in config.precisions:
+        started = time.perf_counter()
+        name = f"{CACHED}{precision}"
+        path = folder / f"{name}.onnx"
+        graph = cached_graph(config, source.checkpoint, precision, source.cached,
+                             source.calibration)
+        onnx.save(graph, path)
+        report = {"megabytes": path.stat().st_size / 1e6, "opset": OPSET,
+                  "operators": operators(graph)}
+        if source.judged:
+            sampler, most = Sampler(), source.cached["tokens"]
+            reader = GraphReader(HostSlots(OnnxSession(path)), sampler, source.length, most)
+            report |= compare_cached(reader, CachedModel(source.model, sampler), source.judged,
+                                     min(JUDGED_BLOCK, most))
+        files[name], reports[name] = file_entry(path), report
+        print(line_of(name, report, time.perf_counter() - started), flush=True)
+
+
 def file_entry(path: Path) -> dict[str, str]:
     return {"name": path.name, "sha256": sha256_of(path)}
 
@@ -151,7 +190,7 @@ def describe(config: ExportConfig, source: Source, files: dict, reports: dict) -
     return {
         "format": BUNDLE_FORMAT, "format_version": BUNDLE_VERSION, "kind": checkpoint["kind"],
         "files": files, "batch": config.batch, "length": source.length, "dynamic": config.dynamic,
-        "condition_len": source.condition_len,
+        "condition_len": source.condition_len, "cached": source.cached,
         "guided": config.guided, "likeliest": LIKELIEST, "reports": reports,
         "judged_on": source.judged.split if source.judged else None,
         "calibrated_on": source.calibration.split if source.calibration else None,
@@ -184,11 +223,14 @@ def write_text(path: Path, text: str) -> None:
 def device_readme(contents: dict) -> str:
     step = contents["files"].get("fp16", next(iter(contents["files"].values())))["name"]
     engine = step.replace(".onnx", ".engine")
+    left = "" if contents["cached"] is None else (
+        f", and for writing from the left\n   `python export_jetson.py --build_engine "
+        f"{step.replace('step_', CACHED, 1)}`")
     return f"""# A story model for a Jetson
 
 1. `python3 -m venv --system-site-packages env && . env/bin/activate`
 2. `pip install -r requirements-jetson.txt`
-3. `python export_jetson.py --build_engine {step}` (once, some minutes; on this very device)
+3. `python export_jetson.py --build_engine {step}` (once, some minutes; on this very device){left}
 4. `python generate.py --engine {engine} --preset fast`
 5. `python benchmark.py device --bundle .` (without a GPU `pip install onnxruntime`, and
    `python generate.py --onnx {step}`)

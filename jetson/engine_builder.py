@@ -9,18 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jetson.engine_runtime import (
-    checked_path,
-    cuda_runtime,
-    engine_key,
-    engine_note,
-    read_bundle,
-    tensorrt,
-)
+from jetson.engine_runtime import CACHED, checked_path, read_bundle
+from jetson.tensorrt_session import cuda_runtime, engine_key, engine_note, tensorrt
 
 # Axes of the inputs (and of the outputs) that --dynamic leaves open: 0 is batch, 1 is length.
 DYNAMIC_AXES = {"tokens": {0: 0, 1: 1}, "count": {0: 0}, "noise": {0: 0, 2: 1}, "options": {},
                 "keys": {1: 0}, "values": {1: 0}, "bias": {0: 0}}
+# Those of a cached pass, always open: 0 is its tokens, 1 the slots and its tokens.
+CACHED_AXES = {"tokens": {1: 0}, "positions": {1: 0}, "mask": {2: 0, 3: 1}, "keys": {},
+               "values": {}}
+LIKELY_TOKENS = 8  # of a cached pass, for which TensorRT chooses its kernels
 
 
 def build_engine(path: Path, workspace_mb: int) -> Path:
@@ -71,8 +69,8 @@ def build_plan(path: Path, contents: dict, workspace_mb: int, trt: Any) -> bytes
                         + "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
     settings = builder.create_builder_config()
     settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
-    if contents["dynamic"]:
-        settings.add_optimization_profile(open_profile(builder, network, contents))
+    for profile in open_profiles(path.name, builder, network, contents):
+        settings.add_optimization_profile(profile)
     settings.clear_flag(trt.BuilderFlag.TF32)  # or products in FP32 would have 10 bits
     timing = path.with_name("timing.cache")
     timings = settings.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
@@ -90,19 +88,28 @@ def build_plan(path: Path, contents: dict, workspace_mb: int, trt: Any) -> bytes
     return bytes(plan)
 
 
-def open_profile(builder: Any, network: Any, contents: dict) -> Any:
-    """The shapes of a dynamic graph: from one row of 16 to the bundle's largest, best at one row of
-    the largest length."""
+def open_profiles(name: str, builder: Any, network: Any, contents: dict) -> list[Any]:
+    """The shapes of the graph of that name, where it leaves any open: those of a step from one row
+    of 16 to the bundle's largest, best at one row of the largest length; those of a cached pass
+    from one token to the most, best at `LIKELY_TOKENS`."""
+    cached = name.startswith(CACHED)
+    if not (cached or contents["dynamic"] and name != "encoder.onnx"):
+        return []
     profile = builder.create_optimization_profile()
-    smallest, best, largest = (1, 16), (1, contents["length"]), (contents["batch"],
-                                                                contents["length"])
+    if cached:
+        slots, most = contents["cached"]["slots"], contents["cached"]["tokens"]
+        axes_of, sizes_of = CACHED_AXES, [(n, slots + n) for n in (
+            1, min(LIKELY_TOKENS, most), most)]
+    else:
+        axes_of, longest = DYNAMIC_AXES, contents["length"]
+        sizes_of = [(1, 16), (1, longest), (contents["batch"], longest)]
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
-        axes, shape = DYNAMIC_AXES[tensor.name], tuple(tensor.shape)
+        axes, shape = axes_of[tensor.name], tuple(tensor.shape)
         profile.set_shape(tensor.name, *(
             tuple(sizes[axes[axis]] if axis in axes else size for axis, size in enumerate(shape))
-            for sizes in (smallest, best, largest)))
-    return profile
+            for sizes in sizes_of))
+    return [profile]
 
 
 def progress(trt: Any) -> Any:
@@ -167,8 +174,12 @@ def check_rtx(folder: Path) -> None:
             1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, log)
         parsed = parser.parse((folder / entry["name"]).read_bytes())
-        plan = builder.build_serialized_network(
-            network, builder.create_builder_config()) if parsed else None
+        plan = None
+        if parsed:
+            settings = builder.create_builder_config()
+            for profile in open_profiles(entry["name"], builder, network, contents):
+                settings.add_optimization_profile(profile)
+            plan = builder.build_serialized_network(network, settings)
         require(plan is not None and not log.lines, f"{entry['name']}: TensorRT-RTX "
                 f"{trt.__version__} says: {'; '.join(log.lines) or 'nothing'}")
         print(f"{entry['name']}: TensorRT-RTX {trt.__version__} compiles it, "

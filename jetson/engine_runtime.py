@@ -1,7 +1,8 @@
-"""Exported steps without torch: ONNX Runtime and TensorRT sessions, and the bundle they come from.
+"""Exported graphs without torch: the bundle that they come from, and ONNX Runtime's session.
 
     bundle = Bundle("jetson_bundle/step_fp32.onnx")          # or a .engine file in such a folder
     step = bundle.step(Sampler(steps=32))                    # for sampling/loop.py
+    reader = bundle.reader(Sampler(steps=4))                 # for sampling/left_to_right.py
 
 A library of generate.py, benchmark.py and export_jetson.py; it runs on Python 3.10, on the Jetson
 with its own TensorRT, and never imports torch. A session takes named NumPy arrays of fixed shapes
@@ -10,9 +11,7 @@ and gives named ones.
 
 from cli import UserError, require, sha256_of
 
-import ctypes
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +20,16 @@ from typing import Any
 import numpy as np
 
 from corpus.tokens import PAD, is_count, is_length_histogram, load_tokenizer
+from jetson.reader import DeviceSlots, GraphReader, HostSlots
+from jetson.tensorrt_session import TensorRTSession, building
 from sampling.loop import RowCache, Step
-from sampling.sampler import ORDERS, Sampler
+from sampling.sampler import ORDERS, PLANNED_PACES, Sampler
 
 BUNDLE_FORMAT, BUNDLE_VERSION = "diffusion-llm bundle", 1
 BUNDLE_KEYS = ("kind", "files", "batch", "length", "dynamic", "condition_len", "guided",
                "likeliest", "length_histogram", "tokenizer_sha256")
+CACHED = "cached_"  # names of the graphs behind a cache, before the precision
+RESIDENT = ("keys", "values", "new_keys", "new_values")  # what of theirs never leaves the GPU
 NO_THRESHOLD = 2.0  # no probability reaches it
 AGAIN = "export it again, or copy the whole folder again"
 
@@ -34,7 +37,10 @@ AGAIN = "export it again, or copy the whole folder again"
 # ---- the bundle ----------------------------------------------------------------------------------
 
 class Bundle:
-    """A folder that export_jetson.py wrote, and the sessions of one step in it."""
+    """A folder that export_jetson.py wrote, and the sessions of one precision in it: of the step,
+    and of the graph behind a cache, which is opened when `reader` is called. The path is that of
+    the one or the other; with the latter there is no step.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -47,8 +53,16 @@ class Bundle:
         self.max_len, self.batch = self.contents["length"], self.contents["batch"]
         self.condition_len, self.kind = self.contents["condition_len"], self.contents["kind"]
         self.conditional = self.condition_len is not None
-        self.session = open_session(self.path, self.contents)
         self.dynamic = self.contents["dynamic"]
+        self.encoder = None
+        self.session = None
+        if not self.path.name.startswith(CACHED):
+            self.session = open_session(self.path, self.contents)
+            self.check_step()
+
+    def check_step(self) -> None:
+        """Raises UserError for a step whose inputs are not what bundle.json says."""
+        path = self.path
         shape = [None, None] if self.dynamic else [self.batch, self.max_len]
         found = self.session.inputs.get("tokens", (None, None))[0]
         require(found == shape, f"{path} takes rows of shape {found}, its bundle.json says "
@@ -56,12 +70,13 @@ class Bundle:
         require(("keys" in self.session.inputs) == self.conditional, f"{path} takes "
                 f"{'no' if self.conditional else 'a'} condition, its bundle.json says otherwise: "
                 f"{AGAIN}")
-        self.encoder = None
 
     def check(self, sampler: Sampler, conditional: bool) -> None:
         """Raises UserError for a sampler that this graph cannot run, with conditions or without.
         """
         likeliest = self.contents["likeliest"]
+        require(self.session, f"{self.path} is no unmasking step: it writes from the left; for "
+                "whole rows name a step")
         require(sampler.pace != "entropy_bound", "--pace entropy_bound needs the entropy of every "
                 "position, which an exported step does not give: choose another one")
         require(sampler.top_k <= likeliest, f"--top_k {sampler.top_k}: an exported step draws "
@@ -107,6 +122,22 @@ class Bundle:
             return new, confidence
 
         return run
+
+    def reader(self, sampler: Sampler, conditions: np.ndarray | None = None) -> GraphReader:
+        """What writes from the left with this sampler, for sampling/left_to_right.py."""
+        cached = self.contents.get("cached")
+        require(cached, f"{self.path} is of a {self.kind} model, which fills whole rows alone")
+        require(conditions is None, "an exported graph that writes from the left takes no "
+                                    "condition: use --checkpoint")
+        sampler.check()
+        require(sampler.pace in PLANNED_PACES, f"--pace {sampler.pace} is not there for an "
+                f"exported graph that writes from the left: choose from {', '.join(PLANNED_PACES)}")
+        name = self.path.name
+        path = self.path.with_name(name if name.startswith(CACHED) else
+                                   name.replace("step_", CACHED, 1))
+        session = open_session(path, self.contents, RESIDENT)
+        slots = (HostSlots if isinstance(session, OnnxSession) else DeviceSlots)(session)
+        return GraphReader(slots, sampler, self.max_len, cached["tokens"])
 
     def contexts(self, conditions: np.ndarray | None,
                  ) -> Callable[[np.ndarray, int], dict[str, np.ndarray]]:
@@ -167,7 +198,10 @@ def wrong_entries(contents: dict) -> list[str]:
                 and re.fullmatch(r"\w[\w.]*", entry["name"], re.ASCII) is not None)
 
     files, condition_len = contents["files"], contents["condition_len"]
+    cached = contents.get("cached")  # only of models that write from the left
     right = {
+        "cached": cached is None or isinstance(cached, dict) and all(
+            is_count(cached.get(key), 2**20) for key in ("slots", "tokens")),
         "kind": isinstance(contents["kind"], str),
         "files": isinstance(files, dict) and all(map(is_file, files.values()))
         and (condition_len is None or "encoder" in files),
@@ -195,10 +229,14 @@ def checked_path(path: Path, contents: dict) -> Path:
     return path
 
 
-def open_session(path: Path, contents: dict) -> "OnnxSession | TensorRTSession":
+def open_session(path: Path, contents: dict, resident: tuple[str, ...] = (),
+                 ) -> "OnnxSession | TensorRTSession":
+    """Of an engine the inputs and outputs named in `resident` stay on the GPU."""
     require(path.suffix in (".onnx", ".engine"), f"{path}: name an .onnx or .engine file")
-    return (OnnxSession(checked_path(path, contents)) if path.suffix == ".onnx"
-            else TensorRTSession(path))
+    if path.suffix == ".onnx":
+        return OnnxSession(checked_path(path, contents))
+    require(path.is_file(), f"{path} is missing: {building(path)}")
+    return TensorRTSession(path, resident)
 
 
 # ---- ONNX Runtime --------------------------------------------------------------------------------
@@ -233,188 +271,3 @@ class OnnxSession:
         return self.session.run(self.outputs, {
             name: arrays[name].astype(dtype, copy=False) for name, (_, dtype)
             in self.inputs.items()})
-
-
-# ---- TensorRT ------------------------------------------------------------------------------------
-
-def cuda_runtime() -> Any:
-    """cuda-python's runtime module, after it has found a driver and a GPU.
-
-    TensorRT is asked only afterwards: without a driver it can end the whole process.
-    """
-    try:
-        try:
-            from cuda.bindings import runtime
-        except ImportError:
-            from cuda import cudart as runtime  # as older releases call it
-    except ImportError as error:
-        raise UserError("--engine needs cuda-python: pip install -r requirements-jetson.txt"
-                        ) from error
-    try:
-        status, count = runtime.cudaGetDeviceCount()
-    except Exception as error:  # its loader's own exceptions
-        raise UserError(f"no CUDA driver here ({error}): an engine needs an NVIDIA GPU; --onnx "
-                        "runs on any processor") from error
-    require(int(status) != 35, "cuda-python is newer than this machine's driver: "  # insufficient
-            'pip install "cuda-python<13"')
-    require(int(status) == 0 and count > 0, "no CUDA driver or no GPU here: an engine needs an "
-            "NVIDIA GPU; --onnx runs on any processor")
-    return runtime
-
-
-def tensorrt() -> Any:
-    try:
-        import tensorrt as module
-    except ImportError as error:
-        raise UserError("TensorRT is not installed for this Python: on a Jetson it comes with "
-                        "JetPack, make the environment with `python3 -m venv "
-                        "--system-site-packages`") from error
-    return module
-
-
-def device_name(runtime: Any) -> str:
-    """The GPU's name, which several boards share, and what tells them apart."""
-    device = checked(runtime.cudaGetDeviceProperties(0), "cudaGetDeviceProperties")
-    name = device.name.decode() if isinstance(device.name, bytes) else str(device.name)
-    return (f"{name}, sm_{device.major}{device.minor}, {device.multiProcessorCount} "
-            "multiprocessors")
-
-
-def checked(result: tuple, what: str) -> Any:
-    """What a CUDA call gives behind its status; UserError if that is an error."""
-    status, *values = result if isinstance(result, tuple) else (result,)
-    require(int(status) == 0, f"{what} failed (CUDA error {int(status)}): the GPU's memory may be "
-                              "used up; close other programs and try again")
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def engine_note(engine: Path) -> dict | None:
-    """What build_engine wrote beside the engine; None without it, or if it is damaged."""
-    try:
-        note = json.loads(engine.with_suffix(".engine.json").read_text(encoding="utf-8"))
-        return note if isinstance(note["key"], dict) and note["engine_sha256"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def engine_key(onnx_sha256: str, trt: Any, runtime: Any) -> dict:
-    """What an engine can be used for, and nothing else: it does not run on another device or
-    version ("serialized engines are not portable across platforms")."""
-    return {"onnx_sha256": onnx_sha256, "tensorrt": trt.__version__, "device": device_name(runtime)}
-
-
-def building(engine: Path) -> str:
-    """What to do for an engine that is of no use here."""
-    return ("build it here: python export_jetson.py --build_engine "
-            f"{engine.with_suffix('.onnx')}")
-
-
-def check_engine(path: Path, trt: Any, runtime: Any) -> None:
-    """Raises UserError for an engine that is damaged, or was built for another device, TensorRT or
-    graph than those that are here."""
-    note = engine_note(path)
-    require(note, f"{path}.json is missing or damaged, so nobody knows where {path} was built: "
-                  f"{building(path)}")
-    built, onnx = note["key"], path.with_suffix(".onnx")
-    here = engine_key(sha256_of(onnx) if onnx.is_file() else built["onnx_sha256"], trt, runtime)
-    other = ", ".join(f"{name} {built.get(name)}, here {here[name]}" for name in here
-                      if built.get(name) != here[name])
-    require(not other, f"{path} was built for something else ({other}): {building(path)}")
-    require(sha256_of(path) == note["engine_sha256"], f"{path} is damaged (checksum): "
-                                                      f"{building(path)}")
-
-
-class TensorRTSession:
-    """An engine. Buffers are allocated once, for the largest shapes; from the second run with the
-    same shapes on a CUDA graph is replayed."""
-
-    def __init__(self, path: Path):
-        self.cuda = cuda_runtime()
-        trt = tensorrt()
-        check_engine(path, trt, self.cuda)
-        self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
-        require(self.engine is not None, f"TensorRT cannot read {path}: {building(path)}")
-        self.context = self.engine.create_execution_context()
-        require(self.context is not None, f"no memory for {path}: close other programs, or take a "
-                                          "smaller precision")
-        self.stream = checked(self.cuda.cudaStreamCreate(), "cudaStreamCreate")
-        tokens_shape: list[int] = []
-        types = {trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16,
-                 trt.DataType.INT32: np.int32}
-        self.inputs, self.outputs, self.buffers = {}, [], {}
-        for i in range(self.engine.num_io_tensors):
-            name = self.engine.get_tensor_name(i)
-            shape = [None if n < 0 else n for n in self.engine.get_tensor_shape(name)]
-            dtype = np.dtype(types[self.engine.get_tensor_dtype(name)])
-            if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
-                self.inputs[name] = (shape, dtype.type)
-                largest = shape if None not in shape else list(
-                    self.engine.get_tensor_profile_shape(name, 0)[2])
-                tokens_shape = largest if name == "tokens" else tokens_shape
-            else:
-                self.outputs.append(name)
-                largest = tokens_shape  # new tokens and confidences have it too
-            self._allocate(name, largest, dtype)
-        self.graph, self.runs, self.shapes = None, 0, None
-
-    def _allocate(self, name: str, shape: list[int], dtype: np.dtype) -> None:
-        size = int(np.prod(shape)) * dtype.itemsize
-        # Pinned memory: copies from it can be part of a graph.
-        pointer = checked(self.cuda.cudaHostAlloc(size, 0), "cudaHostAlloc")
-        host = np.frombuffer((ctypes.c_byte * size).from_address(int(pointer)), dtype)
-        device = checked(self.cuda.cudaMalloc(size), "cudaMalloc")
-        self.context.set_tensor_address(name, int(device))
-        self.buffers[name] = (host, int(pointer), int(device))
-
-    def run(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs, in their order; copies, the caller's to keep."""
-        shapes = {name: arrays[name].shape for name in self.inputs}
-        if shapes != self.shapes:
-            self._use(shapes)
-        for name in self.inputs:
-            self.views[name][...] = arrays[name]
-        if self.graph is not None:
-            checked(self.cuda.cudaGraphLaunch(self.graph, self.stream), "cudaGraphLaunch")
-        else:
-            self._first_runs()
-        checked(self.cuda.cudaStreamSynchronize(self.stream), "cudaStreamSynchronize")
-        return [self.views[name].copy() for name in self.outputs]
-
-    def _use(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Other shapes than in the run before: what was recorded is of no use any more."""
-        for name, (shape, _) in self.inputs.items():
-            if None in shape:
-                self.context.set_input_shape(name, shapes[name])
-        self.views = {name: host[:math.prod(shape)].reshape(shape) for name, (host, shape) in {
-            name: (self.buffers[name][0], shapes.get(name, shapes["tokens"]))
-            for name in self.buffers}.items()}
-        self.graph, self.runs, self.shapes = None, 0, shapes
-
-    def _first_runs(self) -> None:
-        """Once as it is, for TensorRT allocates on the way; the second one is recorded too."""
-        self.runs += 1
-        if self.runs == 2:
-            mode = self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-            checked(self.cuda.cudaStreamBeginCapture(self.stream, mode), "cudaStreamBeginCapture")
-            self._enqueue()
-            recorded = checked(self.cuda.cudaStreamEndCapture(self.stream), "cudaStreamEndCapture")
-            self.graph = checked(self.cuda.cudaGraphInstantiate(recorded, 0),
-                                 "cudaGraphInstantiate")
-            checked(self.cuda.cudaGraphLaunch(self.graph, self.stream), "cudaGraphLaunch")
-        else:
-            self._enqueue()
-
-    def _enqueue(self) -> None:
-        kinds = self.cuda.cudaMemcpyKind
-        for name in self.inputs:
-            _, host, device = self.buffers[name]
-            size = self.views[name].nbytes
-            checked(self.cuda.cudaMemcpyAsync(device, host, size, kinds.cudaMemcpyHostToDevice,
-                                              self.stream), "cudaMemcpyAsync")
-        require(self.context.execute_async_v3(int(self.stream)), "TensorRT could not run the step")
-        for name in self.outputs:
-            _, host, device = self.buffers[name]
-            size = self.views[name].nbytes
-            checked(self.cuda.cudaMemcpyAsync(host, device, size, kinds.cudaMemcpyDeviceToHost,
-                                              self.stream), "cudaMemcpyAsync")

@@ -1,17 +1,22 @@
-"""Step and encoder as ONNX graphs, checked to be what TensorRT reads. A library of bundle.py."""
+"""Step, cached pass and encoder as ONNX graphs, checked to be what TensorRT reads. A library of
+bundle.py.
+"""
 
 import copy
 import io
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from jetson.engine_builder import DYNAMIC_AXES
-from jetson.report import NoisyRows, calibration_runs
+from jetson.report import NoisyRows, block_runs, calibration_runs
 from jetson.settings import ExportConfig
 
 if TYPE_CHECKING:
     import onnx
     import torch
+
+    from model import DiffusionTransformer
 
 OPSET, NEWEST_IR = 20, 10  # what TensorRT 10 reads; opset 23 has operators that it lacks
 # Those that it takes: onnx-tensorrt, docs/operators.md of its release for TensorRT 10.1
@@ -51,10 +56,10 @@ def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"
 
 
 def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], outputs: list[str],
-            largest: tuple[int, int] | None = None) -> "onnx.ModelProto":
+            shapes: tuple | None = None) -> "onnx.ModelProto":
     """The module as a graph of these shapes, checked to be one that TensorRT reads.
 
-    With `largest`, the largest batch and length, these two stay open.
+    `shapes` are the axes that stay open, as torch.export takes them.
     """
     import logging
     import warnings
@@ -62,14 +67,6 @@ def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], output
     import onnx
     import torch
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    shapes = None
-    if largest:
-        dims = (torch.export.Dim("batch", max=max(2, largest[0])),
-                16 * torch.export.Dim("sixteens", max=largest[1] // 16))
-        axes = [{axis: dims[which] for axis, which in DYNAMIC_AXES[name].items()}
-                for name in inputs]
-        # behind the fourth all are one argument, *context
-        shapes = (*axes[:4], tuple(axes[4:])) if axes[4:] else tuple(axes)
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(module.eval(), tuple(inputs.values()), dynamo=True,
@@ -82,6 +79,15 @@ def to_onnx(module: "torch.nn.Module", inputs: dict[str, "torch.Tensor"], output
     if versions.get("") != OPSET or graph.ir_version > NEWEST_IR:
         raise RuntimeError(f"the exporter gave opset {versions} and IR {graph.ir_version}")
     return graph
+
+
+def open_axes(inputs: dict[str, "torch.Tensor"], largest: tuple[int, int]) -> tuple:
+    """Those of a step whose batch and length stay open, up to `largest`."""
+    from torch.export import Dim
+    dims = (Dim("batch", max=max(2, largest[0])), 16 * Dim("sixteens", max=largest[1] // 16))
+    axes = [{axis: dims[which] for axis, which in DYNAMIC_AXES[name].items()} for name in inputs]
+    # behind the fourth all are one argument, *context
+    return (*axes[:4], tuple(axes[4:])) if axes[4:] else tuple(axes)
 
 
 def operators(graph: "onnx.ModelProto") -> list[str]:
@@ -121,23 +127,50 @@ def encoder_graph(model: Any) -> "onnx.ModelProto":
 def step_graph(config: ExportConfig, checkpoint: dict, precision: str, length: int,
                calibration: NoisyRows | None, condition_len: int | None) -> "onnx.ModelProto":
     """The unmasking step in that precision, with the logits as a third output."""
+    from jetson.step_graph import DeviceStep
+
+    def export(model: "DiffusionTransformer") -> "onnx.ModelProto":
+        step = DeviceStep(model, config.guided)
+        step.with_logits = True
+        largest = (config.batch, length) if config.dynamic else None
+        inputs = step_inputs(model, max(2, config.batch) if largest else config.batch, length)
+        return to_onnx(step, inputs, ["new_tokens", "confidence", "logits"],
+                       open_axes(inputs, largest) if largest else None)
+    return in_precision(checkpoint, precision, export, lambda model: calibration_runs(
+        model, calibration, condition_len))
+
+
+def cached_graph(config: ExportConfig, checkpoint: dict, precision: str, cached: dict,
+                 calibration: NoisyRows | None) -> "onnx.ModelProto":
+    """A pass behind a cache in that precision; `cached` is the entry of bundle.json."""
+    from torch.export import Dim
+
+    from jetson.cached_graph import CachedPass, pass_inputs
+
+    def export(model: "DiffusionTransformer") -> "onnx.ModelProto":
+        inputs = pass_inputs(model, config.batch, cached["slots"])
+        count = Dim("count", min=1, max=cached["tokens"])
+        return to_onnx(CachedPass(model), inputs, ["logits", "new_keys", "new_values"], (
+            {1: count}, {1: count}, {2: count, 3: count + cached["slots"]}, {}, {}))
+    return in_precision(checkpoint, precision, export,
+                        lambda model: block_runs(model, checkpoint, calibration))
+
+
+def in_precision(checkpoint: dict, precision: str,
+                 export: Callable[["DiffusionTransformer"], "onnx.ModelProto"],
+                 runs: Callable[["DiffusionTransformer"], Iterable[Callable]]) -> "onnx.ModelProto":
+    """What `export` makes of the model; INT8 takes its scales from the `runs`."""
     import onnx
 
     from jetson.int8 import activation_scales, balance, quantize
-    from jetson.step_graph import DeviceStep
     from kinds.checkpoints import model_from_checkpoint
     model = model_from_checkpoint(checkpoint)
     if precision == "int8":
-        balance(model, calibration_runs(model, calibration, condition_len))
+        balance(model, runs(model))
         balanced = copy.deepcopy(model).for_inference()  # in FP32
     model.set_precision("fp32" if precision == "fp32" else "fp16").for_inference()
-    step = DeviceStep(model, config.guided)
-    step.with_logits = True
-    largest = (config.batch, length) if config.dynamic else None
-    inputs = step_inputs(model, max(2, config.batch) if largest else config.batch, length)
-    graph = to_onnx(step, inputs, ["new_tokens", "confidence", "logits"], largest)
+    graph = export(model)
     if precision == "int8":
-        quantize(graph, balanced, activation_scales(balanced, calibration_runs(
-            balanced, calibration, condition_len)))
+        quantize(graph, balanced, activation_scales(balanced, runs(balanced)))
         onnx.checker.check_model(graph)
     return graph

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from corpus.tokens import EOS, MASK, PAD
 from jetson.engine_runtime import OnnxSession
+from sampling.noise import GAP_STREAM
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sampling.left_to_right import Reader
 
 
 class NoisyRow(NamedTuple):
@@ -33,7 +37,7 @@ class NoisyRows:
         import torch
 
         from corpus.rows import evenly_spread
-        from corpus.tokens import EOS, MASK, pad_rows
+        from corpus.tokens import pad_rows
         from diffusion import stratified_masks
         usable = np.flatnonzero(rows.lengths <= length)
         require(len(usable), f"{rows.data_dir} has no row of at most {length} tokens in its "
@@ -41,6 +45,7 @@ class NoisyRows:
         self.split, self.count = rows.split, min(count, len(usable))
         conditions = rows.conditions() if conditional else None
         self.items: list[NoisyRow] = []
+        self.plain = [rows[i].astype(np.int64) for i in usable[evenly_spread(count, len(usable))]]
         for i in usable[evenly_spread(count, len(usable))]:
             clean = torch.from_numpy(pad_rows([rows[i]]))
             for draw in range(draws):
@@ -91,6 +96,46 @@ def compare(session: OnnxSession, reference: Any, noisy: NoisyRows, condition_le
             "nelbo": nats / tokens, "nelbo_torch_fp32": torch_nats / tokens}
 
 
+def compare_cached(reader: "Reader", reference: "Reader", noisy: NoisyRows, size: int) -> dict:
+    """What a cached graph makes of the rows, left to right and in blocks of `size`, beside the FP32
+    torch model; `block_kl` is that of the graph from the model at the hidden places of blocks, in
+    nats."""
+    worst, agree, nats, torch_nats, kl, tokens = 0.0, [], 0.0, 0.0, [], 0
+    for i, row in enumerate(noisy.plain):
+        hidden = (np.random.default_rng([GAP_STREAM, i]).random(len(row)) < 0.5) & (row >= EOS)
+        (a, c), (b, d) = (answers(one, row, hidden, size) for one in (reference, reader))
+        target = (np.arange(len(a)), row[row >= EOS] - EOS)
+        torch_nats -= a[target].sum()
+        nats -= b[target].sum()
+        tokens += int((row > EOS).sum())
+        kl.append((np.exp(c) * (c - d)).sum(-1))
+        worst = max(worst, *(float(np.abs(x - y).max(initial=0)) for x, y in ((a, b), (c, d))))
+        agree += [x.argmax(-1) == y.argmax(-1) for x, y in ((a, b), (c, d))]
+    return {"rows": len(noisy.plain), "compared": sum(map(len, agree)), "block_size": size,
+            "max_log_p_difference": worst, "argmax_agreement": float(np.concatenate(agree).mean()),
+            "nll": nats / tokens, "nll_torch_fp32": torch_nats / tokens,
+            "block_kl": float(np.concatenate(kl).mean())}
+
+
+def answers(reader: "Reader", row: np.ndarray, hidden: np.ndarray, size: int,
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """log p over [EOS] and text of every such token of the row left to right, and of those that are
+    `hidden` (L,) in its blocks, (n, V') each."""
+    before = np.append(PAD, row[:-1])[None]
+    reader.begin(np.zeros(1, np.int64))
+    causal = reader.read(before, logits=len(row))[0, row >= EOS, EOS:]
+    reader.begin(np.zeros(1, np.int64))
+    reader.read(before[:, :1])
+    found = [np.zeros((0, causal.shape[1]))]
+    for start in range(0, len(row), size):
+        block, masked = row[None, start:start + size], hidden[start:start + size]
+        if masked.any():
+            found.append(reader.look(np.where(masked, MASK, block),
+                                     np.flatnonzero(masked))[0, :, EOS:])
+        reader.read(block)
+    return log_softmax(causal), log_softmax(np.concatenate(found))
+
+
 def encoded(model: Any, row: NoisyRow, condition_len: int | None) -> Any:
     """The context that the model's encoder makes of the row's condition; None without one."""
     import torch
@@ -114,10 +159,30 @@ def calibration_runs(model: Any, noisy: NoisyRows, condition_len: int | None,
         yield lambda row=row, context=context: model.hidden(row.noisy, ratio(row), context)
 
 
-def line_of(precision: str, report: dict, seconds: float) -> str:
-    quality = "" if "nelbo" not in report else (
+def block_runs(model: Any, checkpoint: dict, noisy: NoisyRows,
+               ) -> Iterator[Callable[[], "Tensor"]]:
+    """The same for a pass behind a cache: of each row both passes of the training, which are those
+    of the graph, causal and in blocks."""
+    import torch
+
+    from corpus.tokens import pad_rows
+    from kinds.registry import kind_of
+    kind, generator = kind_of(checkpoint), torch.Generator().manual_seed(0)
+    kind.sizes = tuple(filter(None, kind.sizes)) or kind.sizes  # not the row as one block
+    for row in noisy.plain:
+        batch = kind.corrupt_batch(torch.from_numpy(pad_rows([row])), generator)
+        yield lambda batch=batch: batch.both(model)
+
+
+def line_of(name: str, report: dict, seconds: float) -> str:
+    quality = "" if "nll" not in report else (
+        f", log p within {report['max_log_p_difference']:.2g} of torch's in FP32, likeliest token "
+        f"the same at {report['argmax_agreement']:.2%} of {report['compared']:,} positions, left "
+        f"to right {report['nll']:.4f} nats/token (torch {report['nll_torch_fp32']:.4f}), blocks "
+        f"of {report['block_size']} within KL {report['block_kl']:.2g}")
+    quality = quality if "nelbo" not in report else (
         f", logits within {report['max_logit_difference']:.2g} of torch's in FP32, likeliest token "
         f"the same at {report['argmax_agreement']:.2%} of {report['hidden_tokens']:,} hidden "
         f"positions, NELBO {report['nelbo']:.4f} (torch {report['nelbo_torch_fp32']:.4f})")
-    return (f"{precision}: {report['megabytes']:.1f} MB, opset {report['opset']}{quality}; "
+    return (f"{name}: {report['megabytes']:.1f} MB, opset {report['opset']}{quality}; "
             f"{seconds:.0f} s")

@@ -16,6 +16,8 @@ class ExportConfig:
     batch: int = flag(1, "rows of a step")
     dynamic: bool = flag(False, "any number of rows and any length, up to --batch and --length, in "
                                 "one graph (TensorRT likes fixed shapes better)")
+    cached_tokens: int = flag(32, "a model that writes from the left: tokens of a pass behind the "
+                                  "cache, at most; the largest --block_size on the device")
     guided: bool = flag(False, "a model with a condition: both sides in one step, for --guidance "
                                "other than 0 and 1 (twice the work)")
     data_dir: str | None = flag(None, "data folder, for INT8's scales and the report (default: "
@@ -32,7 +34,7 @@ class ExportConfig:
     def check_values(self) -> None:
         for name in self.precisions:
             require(name in PRECISIONS, f"--precisions {name}: choose from {', '.join(PRECISIONS)}")
-        for name in ("batch", "calibration_rows", "workspace_mb"):
+        for name in ("batch", "cached_tokens", "calibration_rows", "workspace_mb"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
         require(self.report_rows >= 0, f"--report_rows {self.report_rows}: must be 0 or more")
         require(self.length is None or (self.length >= 16 and self.length % 16 == 0),

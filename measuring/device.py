@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from jetson.engine_runtime import Bundle, read_bundle
+from jetson.engine_runtime import CACHED, Bundle, read_bundle
 from sampling.loop import fill
 from sampling.rows import blank_story, draw_length
 from sampling.sampler import Sampler
@@ -117,7 +117,8 @@ def board_name() -> str:
 def arms_of(config: DeviceBenchmark) -> dict[str, str]:
     """{name: file} of all graphs and engines of the bundle, and of the checkpoint."""
     steps = {name: Path(config.bundle) / entry["name"] for name, entry
-             in read_bundle(Path(config.bundle))["files"].items() if name != "encoder"}
+             in read_bundle(Path(config.bundle))["files"].items()
+             if name != "encoder" and not name.startswith(CACHED)}
     arms = {}
     if find_spec("onnxruntime"):
         arms = {f"onnxruntime {name}": str(path) for name, path in steps.items()}

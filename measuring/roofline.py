@@ -4,7 +4,9 @@
     python benchmark.py roofline --measured device_benchmark.json   # beside what was measured
 
 For each size and precision: the operations and bytes of a step, the least time that the device
-needs for them, for a step and for a story, and the memory.
+needs for them, for a step and for a story, and the memory. Then, for one network that writes from
+the left behind a cache (block_diffusion.py), the most tokens a second: token by token, in blocks,
+and in drafts that it verifies itself.
 """
 
 from cli import UserError, flag, parse, require
@@ -43,11 +45,21 @@ class Roofline:
     length: int = flag(256, "tokens of a row")
     vocab_size: int = flag(8192, "size of the vocabulary")
     nfe: list[int] = flag([8, 16, 32, 64, 128], "network evaluations of a story")
+    block_sizes: list[int] = flag([4, 8, 16, 32], "tokens of a block")
+    draft: int = flag(8, "tokens of a pass that drafts, or verifies")
+    draft_evaluations: int = flag(1, "network evaluations of a draft")
+    # Assumed, between what small blocks and good drafts give elsewhere; measure your own
+    round_tokens: list[float] = flag([2.5, 3.5], "tokens that a draft and its verification give "
+                                                 "together: assumed, not worked out")
     measured: str | None = flag(None, "a device_benchmark.json of that device, to compare with")
 
     def check(self) -> None:
         require(self.length >= 1 and self.vocab_size >= 260 and min(self.nfe) >= 1,
                 "--length, --vocab_size and --nfe must be positive, the vocabulary 260 or more")
+        require(min(*self.block_sizes, self.draft, self.draft_evaluations) >= 1,
+                "--block_sizes, --draft and --draft_evaluations must be positive")
+        require(all(1 <= tokens <= self.draft for tokens in self.round_tokens),
+                f"--round_tokens: a round gives from 1 to {self.draft} tokens (--draft)")
         require(self.measured is None or Path(self.measured).is_file(),
                 f"--measured {self.measured}: no such file")
 
@@ -67,6 +79,52 @@ def floor_of(size: Any, precision: str, device: Device, length: int) -> dict:
     return {"gflop": (products + other) / 1e9, "weight_megabytes": weights / 1e6,
             "compute_seconds": compute, "weight_seconds": weights / device.bandwidth,
             "floor_seconds": max(compute, weights / device.bandwidth)}
+
+
+def pass_seconds(size: Any, precision: str, device: Device, tokens: int, slots: int) -> float:
+    """Least seconds of a pass of a batch of 1 behind a cache: it reads all weights, and the keys
+    and values in all slots, whatever they hold. All logits; INT8 as in `floor_of`."""
+    floor = floor_of(size, precision, device, tokens)
+    rest = "fp16" if precision == "int8" else precision
+    attended = 4 * tokens * slots * size.width * size.layers
+    cache = 2 * size.layers * slots * size.width * WEIGHT_BYTES[rest]
+    return max(floor["compute_seconds"] + attended / device.operations[rest],
+               floor["weight_seconds"] + cache / device.bandwidth)
+
+
+def evaluations_of(block: int) -> list[int]:
+    """Those to show: 1, 2, 4, ... and as many as the block has tokens."""
+    return [*(2 ** i for i in range(block.bit_length()) if 2 ** i < block), block]
+
+
+def writing_table(config: Roofline, device: Device) -> list[str]:
+    """Tokens a second of a network that writes from the left. A block takes its evaluations and one
+    causal pass, which fills the cache; a draft as many and one pass that verifies it."""
+    lines = ["", f"Writing from the left behind a cache of {config.length} slots, batch 1, at most "
+             "so many tokens/s; worked out, without the launch of kernels", "",
+             "| size | precision | token by token | "
+             + "".join(f"blocks of {block} at {'/'.join(map(str, evaluations_of(block)))} "
+                       "evaluations | " for block in config.block_sizes)
+             + f"drafts of {config.draft - 1} at {config.draft_evaluations}, "
+             + "/".join(f"{tokens:g}" for tokens in config.round_tokens) + " tokens a round |",
+             "|---" * (4 + len(config.block_sizes)) + "|"]
+    for name, size in sizes_of(config):
+        for precision in ("fp16", "int8"):
+            def seconds(tokens: int, size=size, precision=precision) -> float:
+                return pass_seconds(size, precision, device, tokens, config.length)
+            blocks = ("/".join(f"{block / ((evaluations + 1) * seconds(block)):.0f}"
+                               for evaluations in evaluations_of(block))
+                      for block in config.block_sizes)
+            a_round = (config.draft_evaluations + 1) * seconds(config.draft)
+            verified = "/".join(f"{tokens / a_round:.0f}" for tokens in config.round_tokens)
+            lines.append(f"| {name} | {precision} | {1 / seconds(1):.0f} | {' | '.join(blocks)} "
+                         f"| {verified} |")
+    return lines
+
+
+def sizes_of(config: Roofline) -> list[tuple[str, ModelConfig]]:
+    return [(name, dataclasses.replace(size, vocab_size=config.vocab_size))
+            for name, size in MODEL_CONFIGS.items() if name != "micro"]
 
 
 def memory_of(size: Any, precision: str, length: int, weights_mb: float) -> dict:
@@ -102,10 +160,7 @@ def roofline(config: Roofline) -> str:
              + ", s | memory, MB |",
              "|---" * 9 + "|"]
     fits = {}
-    for name, size in MODEL_CONFIGS.items():
-        if name == "micro":
-            continue
-        size = dataclasses.replace(size, vocab_size=config.vocab_size)
+    for name, size in sizes_of(config):
         for precision in WEIGHT_BYTES:
             floor = floor_of(size, precision, device, config.length)
             memory = memory_of(size, precision, config.length, floor["weight_megabytes"])
@@ -120,6 +175,7 @@ def roofline(config: Roofline) -> str:
               f"and process {PROCESS_MB} MB (the last three estimated); of {device.megabytes} MB "
               f"the system keeps {SYSTEM_MB}. The largest that fits: "
               + ", ".join(f"{name} in {precision}" for precision, name in fits.items()) + "."]
+    lines += writing_table(config, device)
     on_it = "Orin Nano" in measured["machine"]
     for name, arm in measured["arms"].items():
         if on_it and name.startswith("tensorrt"):
@@ -128,7 +184,7 @@ def roofline(config: Roofline) -> str:
             lines.append(f"{name}: a step takes {1000 * arm['step_seconds']:.2f} ms, measured: "
                          f"{floor / arm['step_seconds']:.0%} of the floor's speed")
     if not on_it:
-        lines.append("Share of the floor reached: not measured on this device.")
+        lines.append("\nShare of the floor reached: not measured on this device.")
     return "\n".join(lines)
 
 

@@ -155,6 +155,8 @@ class Cache:
         if len(count) > 1 and (count == count[0]).all() and (
                 self.dropped == self.dropped[0]).all():
             count, self.dropped = count[:1], self.dropped[:1]
+        if (count < self.dropped).any():
+            raise ValueError("the cache has dropped tokens that are to be kept")
         self.known = count - self.dropped
         if len(self.known) != len(self.dropped):
             self.dropped = self.dropped.expand_as(self.known)

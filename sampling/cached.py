@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from corpus.tokens import EOS, MASK, PAD
 from network.attention import Cache, Context
+from sampling.drawing import end_blocks
 from sampling.sampler import Sampler
 from sampling.step import Drawing, UnmaskStep, numpy_run
 
@@ -63,10 +64,7 @@ class CachedModel:
             y[chosen] = x
             full.append(y)
         new, confidence = numpy_run(self.drawing, *full, None)
-        new, confidence = new[chosen], confidence[chosen]
-        ends = (new == EOS) | (new == PAD)
-        behind = (ends.cumsum(1) - ends > 0) & (new == MASK)
-        return np.where(behind, PAD, new), np.where(behind, 1.0, confidence).astype(np.float32)
+        return end_blocks(new[chosen], confidence[chosen])
 
     def forget(self, counts: np.ndarray) -> None:
         for cache in self.caches:

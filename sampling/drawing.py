@@ -1,5 +1,5 @@
-"""Distributions over tokens and exact draws from them, in NumPy. A library for whatever writes from
-left to right, with torch or without.
+"""Distributions over tokens and exact draws from them, and an unmasking step, in NumPy. A library
+for whatever writes from left to right, with torch or without.
 
 `distribution` and `draw` are what `sampling.step.draw` does in one; here what a draft was drawn
 from has to be kept, for it is verified.
@@ -7,6 +7,7 @@ from has to be kept, for it is verified.
 
 import numpy as np
 
+from corpus.tokens import EOS, MASK, PAD
 from sampling.sampler import Sampler
 
 
@@ -62,3 +63,57 @@ def verify(draft: np.ndarray, q: np.ndarray, p: np.ndarray, uniform: np.ndarray,
     first = int(stands.argmin())
     above = np.maximum(p[first] - q[first], 0.0)
     return first, int(draw(above[None], uniform[1, first:first + 1])[0])
+
+
+# ---- one unmasking step --------------------------------------------------------------------------
+
+def unmask_step(logits: np.ndarray, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray,
+                sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
+    """A `Step` of loop.py for logits (B, L, V), in which what cannot be is -inf: the same as
+    `sampling.step.UnmaskStep`, for the planned paces.
+
+    Positions are chosen first, of equals the leftmost, and tokens drawn only there.
+    """
+    masked = tokens == MASK  # (B, L)
+    score = noise[:, 0] if sampler.order == "random" else SCORES[sampler.order](logits)
+    score = np.where(masked, score, -np.inf)
+    positions = np.argsort(-score, axis=1, kind="stable")[:, :int(count.max())]  # (B, C)
+    rows, places = np.nonzero(np.arange(positions.shape[1]) < count[:, None])
+    at = positions[rows, places]
+    chosen = logits[rows, at]  # (N, V)
+    drawn = draw(distribution(chosen, sampler), noise[rows, 1, at])
+    new, confidence = tokens.copy(), np.zeros(tokens.shape, np.float32)
+    new[rows, at] = drawn
+    confidence[rows, at] = np.exp(log_p(chosen)[np.arange(len(drawn)), drawn])
+    return new, confidence
+
+
+def end_blocks(tokens: np.ndarray, confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is hidden in blocks (B, S) behind a visible [EOS] or [PAD] is [PAD], for certain."""
+    ends = (tokens == EOS) | (tokens == PAD)
+    behind = (ends.cumsum(1) - ends > 0) & (tokens == MASK)
+    return np.where(behind, PAD, tokens), np.where(behind, 1.0, confidence).astype(np.float32)
+
+
+def log_p(logits: np.ndarray) -> np.ndarray:
+    """Of logits (..., V)."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def confidence_score(logits: np.ndarray) -> np.ndarray:
+    return np.exp(log_p(logits).max(-1))
+
+
+def margin_score(logits: np.ndarray) -> np.ndarray:
+    second, first = np.moveaxis(np.exp(np.partition(log_p(logits), -2)[..., -2:]), -1, 0)
+    return first - second
+
+
+def entropy_score(logits: np.ndarray) -> np.ndarray:
+    p = log_p(logits)
+    return (np.exp(p) * np.where(p == -np.inf, 0.0, p)).sum(-1)
+
+
+# As sampling.step has them: of (..., V), the best the highest
+SCORES = {"confidence": confidence_score, "margin": margin_score, "entropy": entropy_score}

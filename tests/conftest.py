@@ -27,7 +27,7 @@ import export_jetson
 import model
 import prep_conditional_data
 import train
-from corpus.tokens import BOS, EOS, MASK
+from corpus.tokens import BOS, EOS, MASK, PAD
 from data_prep import DataConfig, prepare
 from kinds import checkpoints
 from model import ConditionalTransformer
@@ -186,6 +186,36 @@ def sharp_checkpoint(checkpoint, tmp_path_factory):
         path, model, source["tokenizer"], source["length_histogram"], ema=None, step=1,
         train_config=source["train_config"], licence="none")
     return path
+
+
+@pytest.fixture(scope="session")
+def joint_checkpoint(sharp_checkpoint, tmp_path_factory):
+    """The same weights as a joint model's, which ends its stories more often."""
+    source = checkpoints.load_checkpoint(sharp_checkpoint)
+    network = checkpoints.model_from_checkpoint(source)
+    with torch.no_grad():
+        network.embedding.weight[[PAD, EOS]] *= 1.5
+    path = tmp_path_factory.mktemp("shared") / "joint.pt"
+    checkpoints.save_checkpoint(
+        path, network, source["tokenizer"], source["length_histogram"], kind="joint", ema=None,
+        step=1, train_config=source["train_config"] | {"objective": "joint",
+                                                       "block_sizes": "4,16,row"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def joint_bundle(joint_checkpoint, long_data_dir, once):
+    return once("joint", lambda folder: export_jetson.main([
+        "--checkpoint", str(joint_checkpoint), "--data_dir", str(long_data_dir), "--out_dir",
+        str(folder), "--report_rows", "4", "--calibration_rows", "6", "--cached_tokens", "8"]))
+
+
+@pytest.fixture(scope="session")
+def joint_pairs_bundle(joint_checkpoint, once):
+    """Whose cached graph takes two rows."""
+    return once("joint_pairs", lambda folder: export_jetson.main([
+        "--checkpoint", str(joint_checkpoint), "--out_dir", str(folder), "--batch", "2",
+        "--precisions", "fp32", "--report_rows", "0"]))
 
 
 @pytest.fixture(scope="session")

@@ -220,12 +220,13 @@ def test_int8_is_not_calibrated_on_what_it_is_judged_on(pairs_dir, conditional_c
     assert f"rows of {judged}\n" in text and "scales are from 4 rows of train\n" in text
 
 
-def run_in(folder, *argv, blocked=("torch",)):
-    """generate.py of a bundle, in a process in which importing these modules fails."""
+def run_in(folder, *argv, blocked=("torch",), script="generate.py"):
+    """A script in a bundle, in a process in which importing these modules fails."""
     code = ("import sys\n"
             f"for name in {blocked!r}: sys.modules[name] = None\n"
-            f"sys.argv = ['generate.py', *{list(map(str, argv))!r}]\n"
-            "import runpy; runpy.run_path('generate.py', run_name='__main__')")
+            f"sys.argv = [{script!r}, *{list(map(str, argv))!r}]\n"
+            "sys.path.insert(0, '')\n"
+            f"import runpy; runpy.run_path({script!r}, run_name='__main__')")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(python("-c", code), cwd=folder, capture_output=True, text=True, env=env)
 
@@ -420,7 +421,8 @@ def test_a_step_with_a_condition_needs_one_in_its_bundle_json(told_bundle, tmp_p
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--precisions", "fp64"], "choose from fp32, fp16, int8"),
-    (["--batch", "0"], "must be at least 1"), (["--length", "20"], "multiple of 16"),
+    (["--batch", "0"], "must be at least 1"), (["--cached_tokens", "0"], "must be at least 1"),
+    (["--length", "20"], "multiple of 16"),
     (["--length", "512"], "rows of at most 256"), (["--guided"], "a model without a condition"),
     (["--check", "rtx", "--build_engine", "x"], "choose one"),
     (["--dynamic", "--length", "16"], "with --dynamic it must be at least 32"),

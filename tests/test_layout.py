@@ -34,10 +34,13 @@ MAY_IMPORT = {
     "jetson.settings": ("cli",),
     "jetson.engine_builder": ("cli", "corpus.tokens", "sampling"),
     "jetson.engine_runtime": ("cli", "corpus.tokens", "sampling"),
+    "jetson.tensorrt_session": ("cli",),
+    "jetson.reader": ("corpus.tokens", "sampling"),
 }
 # What never imports torch, not even when it is called, and what in it may
 WITHOUT_TORCH = {"cli": (), "corpus": (), "sampling": ("sampling.step", "sampling.cached"),
-                 "jetson.settings": (), "jetson.engine_builder": (), "jetson.engine_runtime": ()}
+                 "jetson.settings": (), "jetson.engine_builder": (), "jetson.engine_runtime": (),
+                 "jetson.tensorrt_session": (), "jetson.reader": ()}
 HEAVY = {"torch", "onnx", "onnxruntime", "datasets", "matplotlib"}
 # The standard library alone, so that a command that does little starts at once
 LIGHT = "cli"

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from benchmark import main
-from measuring.roofline import DEVICES, floor_of, memory_of
+from measuring.roofline import DEVICES, evaluations_of, floor_of, memory_of, pass_seconds
 from model import MODEL_CONFIGS
 
 
@@ -26,6 +26,26 @@ def test_the_floor_is_that_of_the_larger_of_two(capsys):
     assert "The largest that fits: xxlarge in fp32" in text
 
 
+def test_writing_from_the_left(capsys):
+    """Against figures worked out by hand: xlarge in FP16, 85M weights in its blocks and 6.3M in
+    its head; 256 slots of 12 layers of 768 for keys and for values."""
+    device, size = DEVICES["orin_nano_8gb"], MODEL_CONFIGS["xlarge"]
+    read = 2 * (12 * 768 ** 2 * 12 + 8192 * 768) + 2 * 2 * 12 * 256 * 768
+    one = pass_seconds(size, "fp16", device, 1, 256)
+    assert one == pytest.approx(read / 102e9)
+    assert pass_seconds(size, "fp16", device, 32, 256) == one  # the weights are what takes time
+    products = 2 * 256 * (12 * 768 ** 2 * 12 + 8192 * 768) + 4 * 256 * (256 + 256) * 12 * 768
+    assert pass_seconds(size, "fp16", device, 256, 256) == pytest.approx(products / 16.7e12)
+    assert evaluations_of(4) == [1, 2, 4] and evaluations_of(6) == [1, 2, 4, 6]
+    main(["roofline", "--block_sizes", "4", "--round_tokens", "2.5", "7"])
+    line = next(line for line in capsys.readouterr().out.splitlines()
+                if line.startswith("| xlarge | fp16 |") and line.count("|") == 6)
+    cells = [cell.strip() for cell in line.split("|")][3:6]
+    assert cells[0] == f"{1 / one:.0f}"
+    assert cells[1] == f"{2 / one:.0f}/{4 / 3 / one:.0f}/{4 / 5 / one:.0f}"
+    assert cells[2] == f"{2.5 / 2 / one:.0f}/{7 / 2 / one:.0f}"
+
+
 def test_a_measurement_beside_the_floor(tmp_path, capsys):
     path = tmp_path / "x.json"
     small = dataclasses.asdict(MODEL_CONFIGS["small"])
@@ -40,7 +60,9 @@ def test_a_measurement_beside_the_floor(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--nfe", "0"], "must be positive"), (["--measured", "nowhere.json"], "no such file")])
+    (["--nfe", "0"], "must be positive"), (["--block_sizes", "0"], "must be positive"),
+    (["--round_tokens", "9"], "from 1 to 8 tokens"),
+    (["--measured", "nowhere.json"], "no such file")])
 def test_mistakes(words, message, fails, tmp_path):
     assert message in fails(main, "roofline", *words)
     (tmp_path / "x.json").write_text("[1]")

@@ -17,14 +17,17 @@ import types
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_export_cached import STARTS, written
 from test_export_jetson import ROWS, stories
 
 import generate
 from export_jetson import main
 from jetson import engine_builder
-from jetson.engine_runtime import Bundle, cuda_runtime
+from jetson.engine_runtime import Bundle
+from jetson.tensorrt_session import cuda_runtime
 from sampling.sampler import Sampler
 
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
 API = json.loads((ROOT / "tests" / "tensorrt_api.json").read_text())
 
 
@@ -34,8 +37,8 @@ class Cuda(types.ModuleType):
     def __init__(self, devices: int = 1):
         super().__init__("runtime")
         self.devices, self.memory, self.recording, self.replays = devices, {}, None, 0
-        self.cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice=1,
-                                                    cudaMemcpyDeviceToHost=2)
+        self.cudaMemcpyKind = types.SimpleNamespace(
+            cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
         self.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def cudaGetDeviceCount(self):
@@ -69,6 +72,24 @@ class Cuda(types.ModuleType):
         assert kind in (1, 2) and stream == 7
         self.do(lambda: ctypes.memmove(target, source, size))
         return (0,)
+
+    def cudaMemset(self, target, value, size):
+        ctypes.memset(target, value, size)
+        return (0,)
+
+    def cudaMemcpy2DAsync(self, target, target_step, source, source_step, size, count, kind,
+                          stream):
+        assert kind == 3 and stream == 7 and size <= min(target_step, source_step)
+        for i in range(count):
+            self.inside(target + i * target_step, size)
+            self.inside(source + i * source_step, size)
+            ctypes.memmove(target + i * target_step, source + i * source_step, size)
+        return (0,)
+
+    def inside(self, address, size):
+        """Asserts that these bytes lie in one allocation."""
+        assert any(start <= address and address + size <= start + len(buffer)
+                   for start, buffer in self.memory.items())
 
     def cudaStreamBeginCapture(self, stream, mode):
         self.recording = []
@@ -250,11 +271,15 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
             cuda.do(self.run)
             return True
 
+        def get_tensor_shape(self, name):
+            sizes = {letter: n for x in self.session.get_inputs() if x.name in self.shapes
+                     for letter, n in zip(x.shape, self.shapes[x.name], strict=True)}
+            x = next(x for x in (*self.session.get_inputs(), *self.session.get_outputs())
+                     if x.name == name)
+            return tuple(n if isinstance(n, int) else sizes[n] for n in x.shape)
+
         def array(self, x):
-            dtype = {"tensor(float)": np.float32, "tensor(int32)": np.int32}[x.type]
-            shape = self.shapes.get(x.name, x.shape)
-            if not all(isinstance(n, int) for n in shape):
-                shape = self.shapes["tokens"]
+            dtype, shape = TYPES[x.type], self.get_tensor_shape(x.name)
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             return np.frombuffer((ctypes.c_byte * size).from_address(self.addresses[x.name]),
                                  dtype).reshape(shape)
@@ -287,8 +312,8 @@ def stand_in(version: str, cuda: Cuda) -> types.ModuleType:
             return self.profile.inside.shapes[name]
 
         def get_tensor_dtype(self, name):
-            return {"tensor(float)": trt.DataType.FLOAT,
-                    "tensor(int32)": trt.DataType.INT32}[self.of(name).type]
+            return {np.float32: trt.DataType.FLOAT, np.float16: trt.DataType.HALF,
+                    np.int32: trt.DataType.INT32}[TYPES[self.of(name).type]]
 
         def get_tensor_mode(self, name):
             inputs = [x.name for x in self.session.get_inputs()]
@@ -355,6 +380,46 @@ def test_an_engine_of_open_shapes(device, dynamic_bundle, tmp_path):
     sampler, told = Sampler(steps=4), np.array([[2, 20 + i, 3, *[0] * 29] for i in range(3)])
     assert stories(Bundle(copy / "step_fp32.engine").step(sampler, told), sampler) == stories(
         Bundle(copy / "step_fp32.onnx").step(sampler, told), sampler)
+
+
+@pytest.mark.parametrize("version", list(API))
+@pytest.mark.parametrize(("precision", "mode"), [
+    ("fp32", "causal"), ("fp32", "verified"), ("fp32", "4"), ("fp16", "verified")])
+def test_an_engine_behind_a_cache(version, precision, mode, device, joint_bundle, tmp_path):
+    """Keys and values stay on the GPU; three rows, so three caches for a graph of one row."""
+    cuda = device(version)
+    copy = shutil.copytree(joint_bundle, tmp_path / "copy")
+    graph = copy / f"cached_{precision}.onnx"
+    main(["--build_engine", str(graph)])
+    sampler = Sampler(steps=2)
+    reader = Bundle(graph.with_suffix(".engine")).reader(sampler)
+    assert written(reader, sampler, mode) == written(Bundle(graph).reader(sampler), sampler, mode)
+    assert {name for name, (host, _) in reader.slots.session.buffers.items() if host is None} == {
+        "new_keys", "new_values"}
+    cuda.replays = 0
+    alone = [STARTS[0]]
+    assert written(reader, sampler, mode, starts=alone) == written(
+        Bundle(graph).reader(sampler), sampler, mode, starts=alone)
+    assert cuda.replays  # of a single row
+
+
+def test_rows_side_by_side_behind_a_cache(device, joint_pairs_bundle, tmp_path):
+    device()
+    graph = shutil.copytree(joint_pairs_bundle, tmp_path / "copy") / "cached_fp32.onnx"
+    main(["--build_engine", str(graph)])
+    sampler = Sampler(steps=2)
+    a, b = (written(Bundle(path).reader(sampler), sampler, "verified") for path in (
+        graph, graph.with_suffix(".engine")))
+    assert a == b
+
+
+def test_an_engine_that_is_not_there_is_named(device, joint_bundle, tmp_path, fails):
+    device()
+    copy = shutil.copytree(joint_bundle, tmp_path / "copy")
+    main(["--build_engine", str(copy / "step_fp32.onnx")])
+    bundle = Bundle(copy / "step_fp32.engine")
+    assert f"--build_engine {copy / 'cached_fp32.onnx'}" in fails(
+        lambda argv: bundle.reader(Sampler()))
 
 
 def test_an_engine_of_another_device_is_refused(device, copy, fails):
