@@ -135,13 +135,16 @@ class Blocks(Corrupted):
                     known=[(keys[rows], values[rows]) for keys, values in known])
                 yield (*cut.chosen(noisy, cut.weight), self.ends)
         if len(whole.tokens):
-            hidden = model.hidden(whole.noisy, context=whole.context(model))
+            # Blocks may go beyond the longest row, where a whole one has nothing.
+            hidden = model.hidden(whole.noisy[:, :model.config.max_len],
+                                  context=whole.context(model))
             yield (*whole.chosen(hidden, whole.weight), self.ends)
 
     def chosen(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of (B, L, D) that count, their tokens and weights."""
+        """Those of (B, L, D) that count, their tokens and weights; L may be too short for others.
+        """
         wanted = weight > 0
-        return hidden[wanted], self.tokens[wanted], weight[wanted]
+        return hidden[wanted[:, :hidden.shape[1]]], self.tokens[wanted], weight[wanted]
 
     def view(self, model: nn.Module) -> View:
         """What the noisy tokens of cut rows look at: L clean ones, of which the first is the [PAD]
@@ -189,6 +192,8 @@ class JointDiffusion(DiscreteDiffusion):
 
     @classmethod
     def of_run(cls, config: Any) -> "JointDiffusion":
+        require(not config.fsdp, "--fsdp: a row of the joint model takes one pass or two, and "
+                "processes that share their weights must all take as many; leave it out")
         return cls(read_sizes(config.block_sizes), config.causal_share)
 
     @classmethod
@@ -240,8 +245,9 @@ class JointDiffusion(DiscreteDiffusion):
 
     def hide(self, tokens: Tensor, size: int, generator: torch.Generator | None = None,
              ) -> tuple[Tensor, Tensor, Tensor]:
-        """`noisy_blocks` of rows (B, L), at least one place of every block hidden, with shares
-        stratified over all blocks."""
+        """`noisy_blocks` of rows (B, L), at least one place of every block chosen, with shares
+        stratified over all blocks. What is chosen behind a visible end is not hidden: in a block
+        with an end that may be all."""
         can = predicted(in_blocks(tokens, size))  # (B, N, S)
         some = can.any(-1)
         low, high = mask_range(size)
