@@ -316,6 +316,16 @@ class JointDiffusion(DiscreteDiffusion):
                   write_blocks(reader, starts, sampler, int(self.mode), longest, seed))
         return rows_of(pieces, starts)
 
+    def fill_best(self, model: nn.Module, rows: Sequence[np.ndarray], sampler: Sampler,
+                  seed: int = 0, candidates: int = 8) -> list[np.ndarray]:
+        """The rows with something in the place of every [MASK]: of so many candidates, drawn with
+        both sides in view ("row"), that which is likeliest as a whole from left to right."""
+        drafts = [super(JointDiffusion, self).fill(model, rows, sampler, seed + k)
+                  for k in range(candidates)]
+        nats = np.array([self.in_mode(CAUSAL).nelbo(model, (row[None] for row in filled)).nats
+                         for filled in drafts])  # (candidates, rows)
+        return [drafts[k][i] for i, k in enumerate(nats.argmin(0))]
+
     def protocol(self, draws: int) -> str:
         if self.mode == ROW:
             return super().protocol(draws)

@@ -3,7 +3,8 @@
     python evaluate.py infilling --checkpoint checkpoints/best.pt --twin checkpoints_ar/best.pt
 
 Exact match, BLEU and nats/token of the hidden sentence, beside those of the autoregressive twin,
-which knows only what stands to the left of it, with the paired difference. Prints a table and
+which knows only what stands to the left of it, with the paired difference; of a joint model also
+the best of some --candidates ("rescored"). Prints a table and
 writes infilling.json beside the checkpoint. --num_samples makes it shorter.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from block_diffusion import JointDiffusion
 from corpus.rows import TokenRows
 from corpus.tokens import MASK, decode
 from kinds.autoregressive import Autoregressive
@@ -44,10 +46,12 @@ class InfillingConfig(ScoringConfig):
 
     twin: str | None = flag(None, "checkpoint of an autoregressive model to compare with")
     num_samples: int = flag(64, "stories to hide the middle sentence of")
+    candidates: int = flag(8, "of a joint model also the likeliest from left to right of so many "
+                              "sentences, drawn with both sides in view")
 
     def check(self) -> None:
         super().check()
-        self.require_from(1, "num_samples")
+        self.require_from(1, "num_samples", "candidates")
 
 
 def middle_sentence(text: str) -> tuple[int, int] | None:
@@ -90,15 +94,21 @@ def infilling(kind: Kind, model: torch.nn.Module, rows: list[np.ndarray],
               gaps: list[np.ndarray], sampler: Sampler, tokenizer, draws: int, seed: int) -> dict:
     """Exact match (share), BLEU (0 to 100) and nats/token of the filled gaps against the real, with
     their standard error over the stories, and the nats of each story."""
-    from sacrebleu.metrics import BLEU
     filled = kind.fill(model, gaps, sampler, seed)
+    nats, tokens = gap_nats(kind, model, rows, gaps, draws, seed)
+    return {**compared(rows, gaps, filled, tokenizer),
+            "nats_per_token": float(nats.sum() / tokens.sum()),
+            "standard_error": ratio_error(nats, tokens), "story_nats": nats.tolist()}
+
+
+def compared(rows: list[np.ndarray], gaps: list[np.ndarray], filled: list[np.ndarray], tokenizer,
+             ) -> dict:
+    """Exact match (share) and BLEU (0 to 100) of the filled gaps, and some of them."""
+    from sacrebleu.metrics import BLEU
     filled_in, real = ([decode(tokenizer, row[gap == MASK]).strip()
                    for row, gap in zip(group, gaps, strict=True)] for group in (filled, rows))
-    nats, tokens = gap_nats(kind, model, rows, gaps, draws, seed)
     return {"exact_match": float(np.mean([a == b for a, b in zip(filled_in, real, strict=True)])),
             "bleu": BLEU().corpus_score(filled_in, [real]).score,
-            "nats_per_token": float(nats.sum() / tokens.sum()),
-            "standard_error": ratio_error(nats, tokens), "story_nats": nats.tolist(),
             "examples": [{"left": decode(tokenizer, row[:np.argmax(gap == MASK)]), "made": a,
                           "real": b} for row, gap, a, b in zip(rows, gaps, filled_in, real,
                                                              strict=True)][:10]}
@@ -117,12 +127,16 @@ def measure(config: InfillingConfig, path: Path, kind: Kind, model: torch.nn.Mod
         arms["left to right"] = Autoregressive(), twin
     arms = {name: infilling(*arm, whole, gaps, config, tokenizer, config.draws, config.seed)
             for name, arm in arms.items()}
+    if isinstance(kind, JointDiffusion):
+        best = kind.fill_best(model, gaps, config, config.seed, config.candidates)
+        arms["rescored"] = compared(whole, gaps, best, tokenizer)
     tokens = np.array([(gap == MASK).sum() for gap in gaps])
     result = {"checkpoint": str(path), "twin": config.twin, "stories": len(pairs),
               "split": rows.split, "config": dataclasses.asdict(config), "arms": arms,
               "story_tokens": tokens.tolist()}
     if twin is not None:
-        mine, other = (np.array(arm["story_nats"]) for arm in arms.values())
+        mine, other = (np.array(arms[name]["story_nats"])
+                       for name in ("this model", "left to right"))
         result["difference"] = {  # story by story: a long one costs both much
             "nats_per_token": float((mine - other).sum() / tokens.sum()),
             "standard_error": ratio_error(mine - other, tokens)}
@@ -138,7 +152,8 @@ def report(result: dict) -> None:
           f"{'':15s}{'exact match':>12s}{'BLEU':>8s}{'nats/token':>12s}")
     for name, arm in result["arms"].items():
         print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}"
-              f"{arm['nats_per_token']:12.3f} ± {arm['standard_error']:.3f}")
+              + (f"{arm['nats_per_token']:12.3f} ± {arm['standard_error']:.3f}"
+                 if "nats_per_token" in arm else ""))
     if "difference" in result:
         print("\nthis model (a bound) less left to right (exact), story by story: "
               f"{result['difference']['nats_per_token']:+.3f} ± "

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "diffusion": (*BELOW_KINDS, "kinds"),  # of the same layer
     "block_diffusion": (*BELOW_KINDS, "kinds", "diffusion"),
     "training": (*BELOW_KINDS, "kinds", "diffusion"),
-    "measuring": (*BELOW_KINDS, "kinds", "diffusion", "training", "jetson.engine_runtime"),
+    "measuring": (*BELOW_KINDS, "kinds", "diffusion", "block_diffusion", "training",
+                  "jetson.engine_runtime"),
     "jetson": (*BELOW_KINDS, "kinds", "diffusion"),
     "jetson.settings": ("cli",),
     "jetson.engine_builder": ("cli", "corpus.tokens", "sampling"),
