@@ -79,13 +79,13 @@ class ScoringConfig(Sampler, HeldOutConfig):
 
     def check_used_by(self, kind: Kind, given: set[str]) -> None:
         """Refuses flags that were given and would change nothing for a model of this kind."""
-        if kind.unmasks:
+        if not kind.exact:
             self.check_used(given)
             return
         sampler = {field.name for field in dataclasses.fields(Sampler)} - DRAWING
         unused = sorted((sampler | {"draws"}) & given)
-        require(not unused, f"--{' --'.join(unused)}: without effect for an {kind.name} model; "
-                            "leave it out")
+        require(not unused, f"--{' --'.join(unused)}: without effect for "
+                + ("an exact mode" if kind.modes else f"an {kind.name} model") + "; leave it out")
 
 
 # ---- before the work -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from cli import Stopped
 
 import functools
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from test_diffusion import transformed
 from test_train import STATE, argv, lines, same
 from torch import Tensor
 
+import evaluate
 import train
+import train_long
 from block_diffusion import (
     CAUSAL,
     ROW,
@@ -31,7 +34,7 @@ from block_diffusion import (
 from corpus.tokens import BOS, EOS, MASK, PAD, pad_rows
 from diffusion import DiscreteDiffusion
 from kinds.autoregressive import before_each
-from kinds.checkpoints import load_checkpoint, model_from_checkpoint
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint, save_checkpoint
 from kinds.registry import kind_of
 from model import DiffusionTransformer
 from network.attention import HIDDEN, Cache
@@ -981,3 +984,116 @@ def test_bad_settings(settings, changes, message, checkpoint, conditional_checkp
     changes = {name: places.get(value, value) for name, value in changes.items()}
     assert message in fails(train.main, *argv({**settings, **changes}))
     assert not Path(settings["checkpoint_dir"], "last.pt").exists()
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def joint_checkpoint(checkpoint, tmp_path_factory) -> Path:
+    """That of a toy which has learned as a plain model what it knows."""
+    source = load_checkpoint(checkpoint)
+    path = tmp_path_factory.mktemp("joint") / "best.pt"
+    save_checkpoint(path, model_from_checkpoint(source), source["tokenizer"],
+                    source["length_histogram"], "joint", ema=None, step=1,
+                    train_config=source["train_config"] | {
+                        "objective": "joint", "block_sizes": "4,row"})
+    return path
+
+
+@pytest.fixture
+def evaluated(joint_checkpoint, tmp_path, capsys):
+    def run(command: str, *words: object) -> tuple[dict, str]:
+        target = tmp_path / "figures.json"
+        evaluate.main([command, "--checkpoint", str(joint_checkpoint), "--output", str(target),
+                       "--precision", "fp32", *map(str, words)])
+        return json.loads(target.read_text()), capsys.readouterr().out
+    return run
+
+
+def test_the_likelihood_of_every_mode(evaluated, checkpoint, tmp_path):
+    quick = ("--max_rows", 4, "--num_samples", 2, "--draws", 2, "--steps", 3)
+    result, text = evaluated("likelihood", *quick)
+    assert list(result["modes"]) == ["causal", "4", "row"] and "likelihood" not in result
+    figures = {mode: entry["likelihood"]["bits_per_byte"]
+               for mode, entry in result["modes"].items()}
+    assert len(set(figures.values())) == 3
+    for mode, value in figures.items():
+        assert f"| {mode} | {value:.4f} ± " in text
+        entry = result["modes"][mode]
+        assert f"{mode}: {entry['protocol']}" in text and "4 rows of val" in entry["protocol"]
+        assert ("curve" in entry) == (mode == "row")
+        assert entry["diversity"]["data"] == result["modes"]["row"]["diversity"]["data"]
+    for mode, words in (("causal", "exact likelihood, left to right"), ("4", "blocks of 4, any-"),
+                        ("row", "any-order NELBO, mask count")):
+        assert result["modes"][mode]["protocol"].startswith(words)
+    assert "sin(pi t/2)^2" in text and "self_bleu" in text
+    # the same network as a plain model
+    evaluate.main(["--checkpoint", str(checkpoint), *map(str, quick), "--output",
+                   str(tmp_path / "plain.json"), "--precision", "fp32"])
+    plain = json.loads((tmp_path / "plain.json").read_text())
+    row = result["modes"]["row"]
+    for key in ("likelihood", "masked_ce", "curve", "averages_over_t", "diversity"):
+        assert row[key] == plain[key]
+    assert "modes" not in plain and plain["config"] == {
+        **result["config"], "checkpoint": str(checkpoint), "output": str(tmp_path / "plain.json")}
+
+
+def test_the_likelihood_of_some_modes(evaluated):
+    result, _ = evaluated("likelihood", "--mode", 7, "causal", 7, "--max_rows", 3, "--num_samples",
+                          0, "--draws", 1)
+    assert list(result["modes"]) == ["7", "causal"]  # also one that it was not trained for
+    assert all("diversity" not in entry for entry in result["modes"].values())
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--mode", "0"], "--mode 0: choose causal, row or a block size"),
+    (["--mode", "4", "best"], "--mode best"), (["--mode", "-3"], "--mode"),
+    (["--mode", "causal", "1", "--draws", "2"], "--draws: without effect for an exact mode"),
+    (["--mode", "causal", "--steps", "2"], "--steps: without effect for an exact mode")])
+def test_bad_modes(joint_checkpoint, words, message, fails):
+    assert message in fails(evaluate.main, "--checkpoint", joint_checkpoint, *words)
+
+
+def test_only_some_kinds_have_modes(checkpoint, fails):
+    assert "--mode row: for a joint model alone" in fails(
+        evaluate.main, "--checkpoint", checkpoint, "--mode", "row")
+
+
+def test_other_measurements_are_those_of_the_row(evaluated, checkpoint, tmp_path):
+    plain = tmp_path / "plain.json"
+    for command, words, key in (
+            ("samplers", ["--num_samples", 2, "--evaluations", 2, "--samplers", "random"],
+             "samplers"), ("infilling", ["--num_samples", 3, "--steps", 2, "--draws", 1], "arms")):
+        result, text = evaluated(command, *words)
+        evaluate.main([command, "--checkpoint", str(checkpoint), "--output", str(plain),
+                       "--precision", "fp32", *map(str, words)])
+        one, other = result[key], json.loads(plain.read_text())[key]
+        if key == "samplers":
+            for line in (*one, *other):
+                del line["seconds"], line["tokens_per_second"]
+            assert one == other
+        else:
+            assert one["this model"] == other["this model"] and "rescored" in text
+
+
+def test_a_long_run(settings, tmp_path, capsys):
+    folder = tmp_path / "long"
+    corpus = tmp_path / "stories.txt"
+    corpus.write_text("".join(f"Once a cat had {i} hats. It was happy.\n<|endoftext|>\n"
+                              for i in range(200)))
+    train_long.main(argv(dict(
+        objective="joint", block_sizes="4,row", data_source=corpus, checkpoint_dir=folder,
+        model_config="tiny", max_steps=4, batch_tokens=512, vocab_size=300, seq_len=64,
+        device="cpu", precision="fp32", valid_rows=8, num_samples=0, draws=1, compared_stories=2,
+        written_stories=2, written_steps=4)))
+    report = (folder / "report.md").read_text()
+    modes = json.loads((folder / "evaluation.json").read_text())["modes"]
+    assert list(modes) == ["causal", "4", "row"]
+    for mode, entry in modes.items():
+        name = "NLL" if mode == "causal" else "NELBO"
+        assert f"| {mode}: bits/byte | {entry['likelihood']['bits_per_byte']:.4f} ±" in report
+        assert f"| {mode}: {name}, nats/token | " in report
+        assert f"{mode}: {entry['protocol']}." in report
+    evaluate.main(["curves", "--checkpoint_dir", str(folder)])
+    evaluate.main(["curves", "--compare", str(folder), "--output", str(tmp_path / "all.png")])
+    assert (tmp_path / "all.png").stat().st_size > 1000
