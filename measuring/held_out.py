@@ -158,8 +158,8 @@ def open_model(config: HeldOutConfig, path: Path, checkpoint: dict) -> tuple:
     return model, rows, tokenizer_from_checkpoint(checkpoint)
 
 
-def open_beside(path: str | None, kind: str, model: torch.nn.Module, rows: TokenRows,
-                ) -> torch.nn.Module | None:
+def open_beside(path: str | None, kind: str | tuple[str, ...], model: torch.nn.Module,
+                rows: TokenRows) -> torch.nn.Module | None:
     """The model of another checkpoint, on the device and in the precision of `model`; None without
     a path. Raises UserError for another kind, tokenizer or shorter rows."""
     if path is None:
