@@ -7,6 +7,10 @@
     python generate.py --num_samples 1 --steps 32 --trace story.html
     python generate.py --checkpoint conditional/best.pt --condition "Lily found a shiny key."
     python generate.py --checkpoint conditional/best.pt --conditions first_sentences.txt --json
+    python generate.py --checkpoint checkpoints_joint/best.pt --block_size 4 --steps 4 --stream
+    python generate.py --checkpoint checkpoints_joint/best.pt --verify --length 1000 --stream
+    python generate.py --checkpoint checkpoints_joint/best.pt --verify --verify_with twin/best.pt
+    python generate.py --checkpoint checkpoints_ar/best.pt --stream             # the twin
     python generate.py --onnx jetson_bundle/step_int8.onnx --preset fast        # without torch
     python generate.py --engine step_fp16.engine --preset fast                  # on the Jetson
 
@@ -28,6 +32,16 @@ A model with a condition (train.py --stage 2) goes on from the sentence that it 
 --conditions reads one a line of a .txt file, or the key "condition" of a .jsonl file. Without one
 the network is that of before stage 2; the lengths drawn are those of the texts that follow a
 condition.
+
+A model of train.py --objective joint also writes from the left: token by token (--block_size 1), in
+blocks of N tokens (--block_size N), each uncovered in --steps evaluations, or in such blocks as
+drafts, in one evaluation each, of which is kept what its token by token mode takes (--verify):
+distributed as that mode writes. --verify_with takes the mode of another model, the twin. The
+autoregressive twin itself writes token by token alone. A story then ends where the model ends it,
+or with --length tokens, which may be more than its rows have: each token sees as many before it as
+a row holds. --stream prints text as soon as it stands; with --json {"row": 0, "text": " ran",
+"tokens": [391], "ended": false} for each piece, of which the first is [BOS] and the prompt, beside
+the usual line of each story.
 """
 
 from cli import UserError, check_writable, flag, parse, preset, print_json, require, run
@@ -39,7 +53,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -47,7 +61,7 @@ from tqdm import tqdm
 from corpus.conditions import condition_rows
 from corpus.files import read_json_lines
 from corpus.tokens import MASK, decode
-from sampling.loop import Choice, Step, unmask_rows
+from sampling.loop import Choice, State, Step, unmask_rows
 from sampling.rows import (
     GAP,
     LIKE_A_GAP,
@@ -61,13 +75,17 @@ from sampling.rows import (
     text_with_gaps,
 )
 from sampling.sampler import PRESETS, Sampler
+from sampling.stories import FromLeft, Live, Tally, Written, begin, opening, write_stories
 from sampling.viewer import TRACE_FORMATS, Trace
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from sampling.left_to_right import Reader
+
+
 @dataclass(frozen=True)
-class GenerateConfig(Sampler):
+class GenerateConfig(FromLeft):
     temperature: float = flag(0.8, "0 is greedy, 1 the model's own distribution")
     checkpoint: str | None = flag(None, "checkpoint to use (default: the newest */best.pt)")
     onnx: str | None = flag(None, "exported step to use instead (of export_jetson.py), in ONNX "
@@ -85,12 +103,15 @@ class GenerateConfig(Sampler):
                                        "--stage 2 or 3")
     conditions: str | None = flag(None, "file of conditions, .txt (one a line) or .jsonl; "
                                         "--num_samples stories of each (default: one)")
-    length: int | None = flag(None, "tokens in the story (default: drawn from the data's lengths)")
+    length: int | None = flag(None, "tokens in the story (default: drawn from the data's lengths); "
+                                    "the most of one that is written from the left (default: what "
+                                    "a row holds)")
     seed: int = flag(0, "the same seed gives the same stories")
     batch_size: int = flag(32, "stories made together; does not change them")
     trace: str | None = flag(None, "file to write: a web page (.html) that plays the unmasking of "
                                    "the stories, or an animation (.gif) of the first")
-    show_steps: bool = flag(False, "print the text after every step, hidden tokens as _")
+    show_steps: bool = flag(False, "print the text (of blocks: the block) after every step, hidden "
+                                   "tokens as _")
     json: bool = flag(False, "print one JSON object for each story, as soon as it is finished")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("fp32", "fp32, or bf16 or fp16 (faster on a GPU; a story may then depend "
@@ -120,7 +141,6 @@ class GenerateConfig(Sampler):
             require(text.isascii() or text.encode(errors="replace").decode() == text,
                     f"--{name} is not valid Unicode; check the encoding of the terminal")
 
-
     def check_used(self, given: set[str]) -> None:
         super().check_used(given)
         given_one = self.condition is not None or self.conditions is not None
@@ -128,7 +148,10 @@ class GenerateConfig(Sampler):
                                                  "--conditions: add one, or leave it out")
         unused = sorted(given & {"device", "precision"}) if self.onnx or self.engine else []
         require(not unused, f"--{' --'.join(unused)}: an exported step has its own; leave it out")
-        require(not (self.heal and "heal" in given and (self.onnx or self.engine)),
+        require(not (self.verify_with and (self.onnx or self.engine)),
+                "--verify_with: needs the --checkpoint that it verifies")
+        unable = (self.onnx or self.engine) and not (self.verify or self.block_size)
+        require(not (unable and self.heal and "heal" in given),
                 "--heal: an exported step gives no probabilities to choose by; leave it out, or "
                 "use --checkpoint")
 
@@ -222,7 +245,7 @@ def warn_of_cuts(config: GenerateConfig, tokenizer: "Tokenizer", max_len: int) -
             return
 
 
-def main(argv: list[str] | None = None) -> None:
+def read_flags(argv: list[str] | None) -> tuple[GenerateConfig, set[str]]:
     config, given = parse(GenerateConfig, __doc__, argv)
     if config.preset:
         config = preset(config, PRESETS[config.preset], given)
@@ -234,49 +257,35 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{error}" + f" (--preset {config.preset} sets{settings})" * bool(settings)
                         ) from error
     config.check_used(given)
-    if config.conditions:
-        config = preset(config, {"num_samples": 1}, given)
+    return preset(config, {"num_samples": 1}, given) if config.conditions else config, given
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, given = read_flags(argv)
     texts = (read_conditions(Path(config.conditions)) if config.conditions else
              [config.condition] if config.condition is not None else [])
     if config.trace:
         check_writable(Path(config.trace).parent, "--trace")
     source = open_exported(config, bool(texts)) if config.onnx or config.engine else open_torch(
         config, bool(texts))
-    tokenizer = source.tokenizer
-    conditions = np.repeat(source.read_conditions(texts, tokenizer), config.num_samples,
+    config = config.for_model(given, source.name, source.step is not None,
+                              source.reader is not None)
+    conditions = np.repeat(source.read_conditions(texts, source.tokenizer), config.num_samples,
                            axis=0) if texts else None
     texts = [text for text in texts for _ in range(config.num_samples)]
-    heal = config.heal and source.choice is not None
-    starts = build_rows(config, tokenizer, source.histogram, source.max_len,
-                        len(texts) or config.num_samples, Vocabulary(tokenizer) if heal else None)
     warn_of_text(config, texts)
-    if config.heal and not heal:
-        warn_of_cuts(config, tokenizer, source.max_len)
-    step = source.step(config, conditions)
-    choice = source.choice(config, conditions) if heal else None
-    started = time.perf_counter()
-    trace = Trace(tokenizer, [start.row for start in starts]) if config.trace else None
 
     def print_line(i: int, row: np.ndarray, nfe: int) -> None:
         given = {"condition": texts[i], "guidance": config.guidance} if texts else {}
         with tqdm.external_write_mode():  # the bar makes room on a terminal
-            print_json({**given, "text": decode(tokenizer, row), "tokens": row.tolist(), "nfe": nfe,
-                        "seed": config.seed, "row": i, "checkpoint": source.name})
+            print_json({**given, "text": decode(source.tokenizer, row), "tokens": row.tolist(),
+                        "nfe": nfe, "seed": config.seed, "row": i, "checkpoint": source.name})
 
-    filled, row_evaluations, evaluations = generate(
-        step, choice, starts, config, tokenizer, trace,
-        config.evaluations_per_step if texts else 1, print_line if config.json else None)
-    seconds = time.perf_counter() - started
-    if trace:
-        Path(config.trace).parent.mkdir(parents=True, exist_ok=True)
-        trace.write(config.trace, f"{max(row_evaluations)} steps, {config.order} order, "
-                                  f"{config.pace} pace, temperature {config.temperature:g}")
-    if not config.json:
-        show(filled, tokenizer, texts)
-    tokens = sum(int((start.row == MASK).sum()) for start in starts)
-    print(f"{tokens:,} tokens in {len(starts)} stories, {evaluations} network evaluations, "
-          f"{seconds:.2f} s: {tokens / seconds:.1f} tokens/s",
-          file=sys.stderr if config.json else sys.stdout)
+    make = write_from_left if config.block_size else fill_rows
+    written = make(config, source, conditions, texts, print_line if config.json else None)
+    if not (config.json or config.stream):
+        show(written.rows, source.tokenizer, texts)
+    print(written.line(), file=sys.stderr if config.json else sys.stdout)
 
 
 class Source(NamedTuple):
@@ -287,30 +296,48 @@ class Source(NamedTuple):
     histogram: dict  # of lengths
     max_len: int
     read_conditions: Callable[[list[str], "Tokenizer"], np.ndarray]
-    step: Callable[[Sampler, np.ndarray | None], Step]
+    step: Callable[[Sampler, np.ndarray | None], Step] | None  # None: fills no rows in any order
     choice: Callable[[Sampler, np.ndarray | None], Choice] | None  # an exported step has none
+    reader: "Callable[[Sampler, np.ndarray | None], Reader] | None" = None  # writes from the left
+    verifier: "Callable[[Sampler, np.ndarray | None], Reader] | None" = None  # of --verify_with
 
 
 def open_torch(config: GenerateConfig, conditional: bool) -> Source:
-    from kinds.checkpoints import (
-        find_checkpoint,
-        load_checkpoint,
-        model_from_checkpoint,
-        tokenizer_from_checkpoint,
-    )
-    from kinds.registry import kind_of, kinds_that
-    from network.hardware import pick_device
-    kinds = kinds_that(lambda kind: kind.unmasks and (kind.conditional or not conditional))
-    path = find_checkpoint(config.checkpoint, kinds)
-    device = pick_device(config.device)
-    checkpoint = load_checkpoint(path, kinds)
-    kind = kind_of(checkpoint)
-    model = model_from_checkpoint(checkpoint).to(device).set_precision(config.precision)
-    model.for_inference()
+    from kinds.checkpoints import find_checkpoint, tokenizer_from_checkpoint
+    from kinds.registry import kinds_that
+    # The newest that does what is asked; one that is named may be of any kind that writes.
+    usual = kinds_that(lambda kind: (kind.conditional or not conditional)
+                       and (kind.unmasks if config.verify or not config.asks_for else True)
+                       and (kind.from_left if config.asks_for else True))
+    path = find_checkpoint(config.checkpoint, usual)
+    checkpoint, kind, model = load(path, config, conditional)
+    verifier = None
+    if config.verify_with:
+        other, its_kind, its_model = load(Path(config.verify_with), config, conditional)
+        require(its_kind.from_left, f"--verify_with {config.verify_with}: a {its_kind.name} model "
+                                    "does not write from the left; take the twin")
+        require(other["tokenizer_sha256"] == checkpoint["tokenizer_sha256"],
+                f"--verify_with {config.verify_with} has another tokenizer than {path}: take a "
+                "model that was trained on the same data")
+        verifier = partial(its_kind.reader, its_model)
     return Source(str(path), tokenizer_from_checkpoint(checkpoint),
                   checkpoint["length_histogram"], model.config.max_len,
-                  model.encoder.read if conditional else None, partial(kind.step, model),
-                  partial(kind.choice, model))
+                  model.encoder.read if conditional else None,
+                  partial(kind.step, model) if kind.unmasks else None,
+                  partial(kind.choice, model) if kind.unmasks else None,
+                  partial(kind.reader, model) if kind.from_left else None, verifier)
+
+
+def load(path: Path, config: GenerateConfig, conditional: bool) -> tuple[dict, Any, Any]:
+    """A checkpoint, its kind and its network."""
+    from kinds.checkpoints import load_checkpoint, model_from_checkpoint
+    from kinds.registry import kind_of, kinds_that
+    from network.hardware import pick_device
+    device = pick_device(config.device)
+    checkpoint = load_checkpoint(path, kinds_that(lambda kind: (
+        kind.unmasks or kind.from_left) and (kind.conditional or not conditional)))
+    model = model_from_checkpoint(checkpoint).to(device).set_precision(config.precision)
+    return checkpoint, kind_of(checkpoint), model.for_inference()
 
 
 def open_exported(config: GenerateConfig, conditional: bool) -> Source:
@@ -329,10 +356,73 @@ def open_exported(config: GenerateConfig, conditional: bool) -> Source:
                   None)
 
 
+# (number of a story, its row, network evaluations that it took): as soon as it is finished
+Done = Callable[[int, np.ndarray, int], None]
+
+
+def fill_rows(config: GenerateConfig, source: Source, conditions: np.ndarray | None,
+              texts: list[str], done: Done | None) -> Written:
+    """Stories whose rows are uncovered as a whole, in any order; `texts` are their conditions."""
+    tokenizer = source.tokenizer
+    heal = config.heal and source.choice is not None
+    starts = build_rows(config, tokenizer, source.histogram, source.max_len,
+                        len(texts) or config.num_samples, Vocabulary(tokenizer) if heal else None)
+    if config.heal and not heal:
+        warn_of_cuts(config, tokenizer, source.max_len)
+    step = source.step(config, conditions)
+    choice = source.choice(config, conditions) if heal else None
+    started = time.perf_counter()
+    trace = Trace(tokenizer, [start.row for start in starts]) if config.trace else None
+    filled, row_evaluations, evaluations = generate(
+        step, choice, starts, config, tokenizer, trace,
+        config.evaluations_per_step if texts else 1, done)
+    seconds = time.perf_counter() - started
+    if trace:
+        Path(config.trace).parent.mkdir(parents=True, exist_ok=True)
+        trace.write(config.trace, f"{max(row_evaluations)} steps, {config.order} order, "
+                                  f"{config.pace} pace, temperature {config.temperature:g}")
+    return Written(filled, sum(int((start.row == MASK).sum()) for start in starts), evaluations,
+                   seconds)
+
+
+def write_from_left(config: GenerateConfig, source: Source, conditions: np.ndarray | None,
+                    texts: list[str], done: Done | None) -> Written:
+    """Stories that the model ends itself; as `fill_rows`."""
+    tokenizer, count = source.tokenizer, len(texts) or config.num_samples
+    most = config.length or source.max_len - 2  # tokens of text
+    places = begin(given_text(config), tokenizer, Vocabulary(tokenizer) if config.heal else None,
+                   most)
+    if most > source.max_len - 2:
+        print(f"--length {most}: the model's rows are shorter; each token sees the "
+              f"{source.max_len} before it", file=sys.stderr)
+    drafter = source.reader(config, conditions)
+    reader = source.verifier(config, conditions) if source.verifier else drafter
+    tally = Tally(count, config.batch_size, config.evaluations_per_step if texts else 1)
+    live = Live(tokenizer, texts, count, config.json) if config.stream else None
+
+    def shown(numbers: np.ndarray, state: State) -> None:
+        for i, tokens in zip(numbers, state.tokens, strict=True):
+            print(f"[story {i + 1}, block {len(tally.row(i)) // config.block_size + 1}, step "
+                  f"{state.step}] {text_with_gaps(tokenizer, tokens)}",
+                  file=sys.stderr if config.json else sys.stdout)
+
+    started = time.perf_counter()
+    hidden = True if config.stream or config.show_steps else None  # None: where is no terminal
+    with tqdm(desc="writing", unit=" tokens", leave=False, disable=hidden) as bar:
+        for piece in write_stories(reader, drafter, places, config, most + 1, config.seed, count,
+                                   config.batch_size, shown if config.show_steps else None):
+            tally.add(piece)
+            bar.update(len(piece.tokens))
+            if live:
+                live.show(piece)
+            if done and piece.ended:
+                done(piece.row, tally.row(piece.row), tally.nfe[piece.row])
+    return tally.written(places, time.perf_counter() - started, config.verify)
+
+
 def generate(step: Step, choice: Choice | None, starts: list[Start], config: GenerateConfig,
              tokenizer: "Tokenizer", trace: Trace | None = None, each: int = 1,
-             done: Callable[[int, np.ndarray, int], None] | None = None,
-             ) -> tuple[list[np.ndarray], list[int], int]:
+             done: Done | None = None) -> tuple[list[np.ndarray], list[int], int]:
     """Fills the rows; a step takes `each` network evaluations.
 
     `done` is given every row as soon as it is filled: its number, itself, its network evaluations.
@@ -368,9 +458,7 @@ def generate(step: Step, choice: Choice | None, starts: list[Start], config: Gen
 def show(filled: list[np.ndarray], tokenizer: "Tokenizer", conditions: list[str]) -> None:
     for i, row in enumerate(filled):
         text = decode(tokenizer, row)
-        if conditions:  # a text that is the rest of a story brings its space
-            text = conditions[i] + (text if text[:1].isspace() else f"\n{text}")
-        print(f"--- {i + 1} ---\n{text}\n")
+        print(f"{opening(i, text, conditions)}{text}\n")
 
 
 if __name__ == "__main__":

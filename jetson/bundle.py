@@ -28,6 +28,7 @@ SCRIPTS = (
     "corpus/__init__.py", "corpus/tokens.py", "corpus/files.py", "corpus/conditions.py",
     "sampling/__init__.py", "sampling/sampler.py", "sampling/noise.py", "sampling/paces.py",
     "sampling/loop.py", "sampling/rows.py", "sampling/viewer.py", "sampling/viewer.html",
+    "sampling/stories.py", "sampling/left_to_right.py", "sampling/drawing.py",
     "jetson/__init__.py", "jetson/settings.py", "jetson/engine_runtime.py",
     "jetson/engine_builder.py", "measuring/__init__.py", "measuring/device.py")
 REQUIREMENTS = """\

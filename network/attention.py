@@ -208,7 +208,12 @@ KERNELS: tuple[tuple[str | None, torch.dtype | None, bool | None, bool | None, C
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None,
               ) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask) v for q (B, H, L, d), k and v (B, H, S, d), and a mask that
-    can be broadcast to (B, H, L, S); with `causal`, of L = S, query i sees the first i + 1 keys."""
+    can be broadcast to (B, H, L, S); with `causal` query i sees the first S - L + i + 1 keys."""
+    length, known = q.shape[2], k.shape[2] - q.shape[2]
+    if causal and known:  # the queries are the last tokens of all
+        later = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).triu(known + 1)
+        later = q.new_zeros(later.shape).masked_fill(later, HIDDEN)  # (L, S)
+        mask, causal = later if mask is None else mask + later, False
     here = q.device.type, q.dtype, torch.compiler.is_exporting(), causal
     kernel = next(kernel for *where, kernel in KERNELS if all(
         a in (None, b) for a, b in zip(where, here, strict=True)))

@@ -6,6 +6,7 @@
     loop.py      the loop, over any step
     drawing.py   distributions over tokens, exact draws, and drafts that are verified
     left_to_right.py  writing from the left: token by token, in blocks, in verified drafts
+    stories.py   stories from the left: what is asked, prompts, batches, text while it grows
     rows.py      the rows to fill: blank stories, prompts, gaps, words that they cut
     viewer.py    how a story was uncovered, as a page or a GIF
     viewer.html  that page

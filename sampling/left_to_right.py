@@ -68,16 +68,17 @@ class _Batch:
         self.last = np.array([start[-1] for start in starts])
         reader.begin(self.numbers)
 
-    def add(self, pieces: list[np.ndarray], evaluations: int) -> Iterator[Piece]:
+    def add(self, pieces: list[np.ndarray], evaluations: int | np.ndarray) -> Iterator[Piece]:
         """Adds tokens to every row; the rows that end with them leave. A row is cut where it has
-        `longest` tokens."""
+        `longest` tokens. `evaluations` are those of each row, (B,), or of every one."""
+        counts = np.broadcast_to(evaluations, len(pieces))
         ended = np.zeros(len(pieces), bool)
         for i, tokens in enumerate(pieces):
             tokens = tokens[:self.longest - self.lengths[i]]
             self.lengths[i] += len(tokens)
             ended[i] = tokens[-1] == EOS or self.lengths[i] >= self.longest
             self.last[i] = tokens[-1]
-            yield Piece(int(self.numbers[i]), tokens, bool(ended[i]), evaluations)
+            yield Piece(int(self.numbers[i]), tokens, bool(ended[i]), int(counts[i]))
         if ended.any():
             self.numbers, self.lengths, self.last = (
                 x[~ended] for x in (self.numbers, self.lengths, self.last))
@@ -158,7 +159,7 @@ def write_verified(reader: Reader, drafter: Reader, starts: Sequence[np.ndarray]
         rounds = rounds[alive]
         if apart and alive.any() and not alive.all():
             drafter.keep(alive)
-        yield from batch.add(pieces, min(sampler.steps, block_size - 1) + 1)
+        yield from batch.add(pieces, min(sampler.steps, block_size - 1) + 1 + apart)
 
 
 def draft_of(drafter: Reader, last: np.ndarray, size: int, sampler: Sampler, uniform: np.ndarray,
@@ -202,16 +203,17 @@ def write_blocks(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler,
             line[:len(known)] = known
         own = int(np.random.SeedSequence([BLOCK_STREAM, seed, done]).generate_state(
             1, np.uint64)[0] >> 1)
-        evaluations = 0
+        evaluations = np.zeros(len(begun), np.int64)
         for state in unmask(reader.step, tokens, sampler, own, batch.numbers):
-            evaluations, tokens = state.nfe, state.tokens
+            evaluations, tokens = evaluations + state.evaluated, state.tokens
             if shown:
                 shown(batch.numbers, state)
         pieces = [up_to_the_end(line)[len(known):]
                   for line, known in zip(tokens, begun, strict=True)]
         alive = np.array([piece[-1] != EOS for piece in pieces])
         done += 1
-        yield from batch.add(pieces, evaluations + 1)
+        # the rows that go on are read once more
+        yield from batch.add(pieces, evaluations + (alive & (done * block_size < longest)))
         if len(batch.numbers):
             reader.read(tokens[alive])
         begun = [np.zeros(0, np.int64)] * len(batch.numbers)
