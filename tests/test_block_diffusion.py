@@ -409,7 +409,11 @@ def test_a_good_draft_saves_evaluations():
     pieces = list(write_verified(CachedModel(network, sampler), drafter, starts, sampler, 2,
                                  LONGEST))
     causal = list(write_causal(CachedModel(network, sampler), starts, sampler, LONGEST))
-    assert len(causal) > len(pieces) and all(piece.evaluations == 2 for piece in pieces)
+    assert len(causal) > len(pieces)
+    # the draft, its verification, and the drafter's own reading of what stands
+    assert all(piece.evaluations == 3 for piece in pieces)
+    alone = list(verified(network, sampler, 2, "itself", starts))
+    assert all(piece.evaluations == 2 for piece in alone)
     assert [len(piece.tokens) for piece in pieces[:-1]] == [2] * (len(pieces) - 1)
 
 
