@@ -24,6 +24,7 @@ places behind its end; what its length costs is in `extra_nats`, as for the left
 from cli import require
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,6 +46,7 @@ from sampling.sampler import Sampler
 
 CAUSAL, ROW = "causal", "row"
 WORDS = {CAUSAL: -1, ROW: 0}  # as sizes of blocks
+LARGEST = 1024  # of the blocks
 # Shares of a block that are hidden in training, by block size (arXiv 2503.09573, table 8: few and
 # nearly all teach little there)
 MASK_RANGES = ((4, (0.45, 0.95)), (32, (0.3, 0.8)))
@@ -56,11 +58,14 @@ def mask_range(size: int) -> tuple[float, float]:
 
 def read_sizes(text: str) -> tuple[int, ...]:
     """"causal,4,16,row" -> (-1, 4, 16, 0): sizes of blocks, 0 for the whole row, -1 for none."""
-    for word in text.split(","):
-        require(word in WORDS or word.isascii() and word.isdigit() and 1 <= int(word) <= 1024,
-                f"--block_sizes {text}: write numbers of tokens from 1 to 1024, {ROW} or {CAUSAL}, "
-                "with a comma between them")
-    return tuple(WORDS.get(word) if word in WORDS else int(word) for word in text.split(","))
+    words = text.split(",")
+    require(all(map(is_mode, words)), f"--block_sizes {text}: write numbers of tokens from 1 to "
+            f"{LARGEST}, {ROW} or {CAUSAL}, with a comma between them")
+    return tuple(WORDS[word] if word in WORDS else int(word) for word in words)
+
+
+def is_mode(word: str) -> bool:
+    return word in WORDS or bool(re.fullmatch("[1-9][0-9]{0,3}", word)) and int(word) <= LARGEST
 
 
 # ---- what is hidden ------------------------------------------------------------------------------
@@ -135,13 +140,16 @@ class Blocks(Corrupted):
                     known=[(keys[rows], values[rows]) for keys, values in known])
                 yield (*cut.chosen(noisy, cut.weight), self.ends)
         if len(whole.tokens):
-            hidden = model.hidden(whole.noisy, context=whole.context(model))
+            # Blocks may go beyond the longest row, where a whole one has nothing.
+            hidden = model.hidden(whole.noisy[:, :model.config.max_len],
+                                  context=whole.context(model))
             yield (*whole.chosen(hidden, whole.weight), self.ends)
 
     def chosen(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of (B, L, D) that count, their tokens and weights."""
+        """Those of (B, L, D) that count, their tokens and weights; L may be too short for others.
+        """
         wanted = weight > 0
-        return hidden[wanted], self.tokens[wanted], weight[wanted]
+        return hidden[wanted[:, :hidden.shape[1]]], self.tokens[wanted], weight[wanted]
 
     def view(self, model: nn.Module) -> View:
         """What the noisy tokens of cut rows look at: L clean ones, of which the first is the [PAD]
@@ -189,11 +197,14 @@ class JointDiffusion(DiscreteDiffusion):
 
     @classmethod
     def of_run(cls, config: Any) -> "JointDiffusion":
+        require(not config.fsdp, "--fsdp: a row of the joint model takes one pass or two, and "
+                "processes that share their weights must all take as many; leave it out")
         return cls(read_sizes(config.block_sizes), config.causal_share)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: dict) -> "JointDiffusion":
-        return cls(read_sizes(checkpoint["train_config"]["block_sizes"]))
+        sizes = checkpoint.get("train_config", {}).get("block_sizes")
+        return cls() if sizes is None else cls(read_sizes(str(sizes)))
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -202,6 +213,9 @@ class JointDiffusion(DiscreteDiffusion):
         return tuple(dict.fromkeys((CAUSAL, *(words.get(size, str(size)) for size in self.sizes))))
 
     def in_mode(self, mode: str) -> "JointDiffusion":
+        """In blocks of any size, also of another than it was trained for."""
+        require(is_mode(mode), f"--mode {mode}: choose {CAUSAL}, {ROW} or a block size from 1 to "
+                               f"{LARGEST}")
         other = copy.copy(self)
         other.mode = mode
         return other
@@ -240,8 +254,9 @@ class JointDiffusion(DiscreteDiffusion):
 
     def hide(self, tokens: Tensor, size: int, generator: torch.Generator | None = None,
              ) -> tuple[Tensor, Tensor, Tensor]:
-        """`noisy_blocks` of rows (B, L), at least one place of every block hidden, with shares
-        stratified over all blocks."""
+        """`noisy_blocks` of rows (B, L), at least one place of every block chosen, with shares
+        stratified over all blocks. What is chosen behind a visible end is not hidden: in a block
+        with an end that may be all."""
         can = predicted(in_blocks(tokens, size))  # (B, N, S)
         some = can.any(-1)
         low, high = mask_range(size)

@@ -31,7 +31,7 @@ from corpus.rows import content_hashes, load_meta
 from corpus.sources import check_source, describe_source, other_source
 from corpus.tokens import decode
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
-from kinds.kind import drawn_lengths
+from kinds.kind import Kind, drawn_lengths
 from kinds.registry import kind_of
 from measuring import likelihood
 from network.hardware import machine
@@ -277,7 +277,6 @@ def remove_if_empty(folder: Path) -> None:
 def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, evaluation: dict,
                 lines: list[dict]) -> str:
     """report.md without its stories: figures, curve, command, machine, time, tokens, energy."""
-    numbers = evaluation["likelihood"]
     last = lines[-1]
     speeds = [line for line in lines if "mfu" in line]
     joules = [session["joules"] for session in sessions]
@@ -288,15 +287,9 @@ def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, eval
               "tell, several processes shared the work, or the run was killed in between")
     commands = "".join(f"`{command}`\n\n" for command in dict.fromkeys(
         session.get("command", checkpoint["command"]) for session in sessions))
-    rows = [
-        ("bits/byte", f"{numbers['bits_per_byte']:.4f} ± "
-                      f"{numbers['bits_per_byte_standard_error']:.4f}"),
-        (f"{kind_of(evaluation).likelihood_name}, nats/token",
-         f"{numbers['nelbo_nats_per_token']:.4f} ± {numbers['nelbo_standard_error']:.4f}"),
-        ("perplexity", f"{numbers['perplexity']:.2f}")]
-    for name, average in evaluation.get("averages_over_t", {}).items():
-        rows.append((f"masked cross-entropy / accuracy over {name}",
-                     f"{average['cross_entropy']:.3f} / {average['accuracy']:.1%}"))
+    entries, kind = evaluation.get("modes", {"": evaluation}), kind_of(evaluation)
+    rows = [(f"{mode}: {name}" if mode else name, value) for mode, entry in entries.items()
+            for name, value in likelihood_lines(entry, kind.in_mode(mode) if mode else kind)]
     rows += [
         ("best at step", f"{checkpoint['step']:,} of {config.max_steps:,}"),
         ("tokens trained on", f"{last['tokens']:,} ({last['epoch']:.1f} epochs)"),
@@ -307,10 +300,26 @@ def report_text(config: LongConfig, sessions: list[dict], checkpoint: dict, eval
         ("machine", "; ".join(dict.fromkeys(
             f"{s['machine']}, {s['precision']}" + f", {s['processes']} processes" * (
                 s["processes"] > 1) + ", compiled" * s["compiled"] for s in sessions)))]
+    protocols = "".join(f"{mode}: {entry['protocol']}.\n\n" if mode else
+                        f"{entry['protocol']}.\n\n" for mode, entry in entries.items())
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
     return (f"# {config.model_config}, {config.objective}\n\n{commands}"
-            f"{evaluation['protocol']}.\n\n| | |\n|---|---|\n{table}\n"
+            f"{protocols}| | |\n|---|---|\n{table}\n"
             "![training curves](training_curves.png)\n\n")
+
+
+def likelihood_lines(entry: dict, kind: Kind) -> list[tuple[str, str]]:
+    """What evaluation.json says of a kind, or of one in one of its modes, in words."""
+    numbers = entry["likelihood"]
+    return [
+        ("bits/byte", f"{numbers['bits_per_byte']:.4f} ± "
+                      f"{numbers['bits_per_byte_standard_error']:.4f}"),
+        (f"{kind.likelihood_name}, nats/token",
+         f"{numbers['nelbo_nats_per_token']:.4f} ± {numbers['nelbo_standard_error']:.4f}"),
+        ("perplexity", f"{numbers['perplexity']:.2f}"),
+        *((f"masked cross-entropy / accuracy over {name}",
+           f"{average['cross_entropy']:.3f} / {average['accuracy']:.1%}")
+          for name, average in entry.get("averages_over_t", {}).items())]
 
 
 def main(argv: list[str] | None = None) -> None:

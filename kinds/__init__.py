@@ -3,7 +3,7 @@
     kind.py            what every kind answers
     registry.py        the kinds there are, and which one a run or a checkpoint is of
     autoregressive.py  the causal twin
-    conditional.py     diffusion with a condition
+    conditional.py     diffusion and the joint model with a condition
     likelihood.py      batches with hidden tokens, their loss and the nats measured on them
     checkpoints.py     the .pt files of every kind
 

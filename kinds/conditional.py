@@ -1,6 +1,8 @@
-"""Diffusion with a condition: what a denoiser and its encoder add to diffusion.py.
+"""Diffusion with a condition: what an encoder adds to a denoiser, plain (diffusion.py) or joint
+(block_diffusion.py).
 
     python train.py --stage 2 --decoder_checkpoint checkpoints/best.pt --data_dir data_pairs
+    python train.py --stage 2 --objective joint --decoder_checkpoint joint/best.pt ...
 
 Stage 2 starts from a model without a condition (or from one that has an encoder already), and
 trains the encoder and the cross-attention alone; stage 3 then trains everything.
@@ -10,27 +12,30 @@ from cli import require
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from block_diffusion import JointDiffusion
 from diffusion import DiscreteDiffusion
+from kinds.kind import Kind
 from model import ConditionalTransformer, is_of_condition, size_of
 from network.encoders import ENCODERS, ConditionEncoder
 from network.layers import ModelConfig
 from network.transformer import check_size
 
 
-class ConditionalDiffusion(DiscreteDiffusion):
-    """Masked diffusion that attends to a condition."""
+class Conditional(Kind):
+    """Mixed in before a kind without a condition, `denoiser`: its network and the stages of its
+    training become those with one; loss, likelihood and writing stay."""
 
-    name = "conditional"
+    denoiser: ClassVar[type[Kind]]
     stages = (2, 3)
     network = ConditionalTransformer
     conditional = True
 
     def starts_from(self, stage: int) -> tuple[str, ...]:
-        return (DiscreteDiffusion.name, self.name) if stage == 2 else (self.name,)
+        return (self.denoiser.name, self.name) if stage == 2 else (self.name,)
 
     def create(self, config: Any, meta: dict, source: dict | None = None, resumed: bool = False,
                ) -> ConditionalTransformer:
@@ -68,6 +73,18 @@ class ConditionalDiffusion(DiscreteDiffusion):
 
     def trained(self, stage: int) -> Callable[[str], bool]:
         return is_of_condition if stage == 2 else super().trained(stage)
+
+
+class ConditionalDiffusion(Conditional, DiscreteDiffusion):
+    """Masked diffusion that attends to a condition."""
+
+    name, denoiser = "conditional", DiscreteDiffusion
+
+
+class ConditionalJoint(Conditional, JointDiffusion):
+    """The joint model that attends to a condition: in both passes, and in every mode."""
+
+    name, denoiser = "conditional_joint", JointDiffusion
 
 
 def restored_encoder(checkpoint: dict, weights: dict[str, Tensor]) -> ConditionEncoder:

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from block_diffusion import JointDiffusion
 from diffusion import DiscreteDiffusion
 from kinds.autoregressive import Autoregressive
-from kinds.conditional import ConditionalDiffusion
+from kinds.conditional import ConditionalDiffusion, ConditionalJoint
 from kinds.kind import Kind
 
 KINDS: dict[str, type[Kind]] = {
     kind.name: kind for kind in (DiscreteDiffusion, ConditionalDiffusion, Autoregressive,
-                                    JointDiffusion)}
+                                 JointDiffusion, ConditionalJoint)}
 
 
 def kind_of(checkpoint: dict) -> Kind:

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from block_diffusion import JointDiffusion
 from corpus.rows import TokenRows, evenly_spread
 from corpus.tokens import token_bytes
 from diffusion import DiscreteDiffusion
@@ -95,7 +96,8 @@ def measure_and_write(config: ConditionConfig, path: Path, checkpoint: dict, tar
     beside it, and prints the tables."""
     model, rows, tokenizer = open_model(config, path, checkpoint)
     twin = open_beside(config.twin, Autoregressive.name, model, rows)
-    plain = open_beside(config.plain, DiscreteDiffusion.name, model, rows) or model
+    plain = open_beside(config.plain, (DiscreteDiffusion.name, JointDiffusion.name), model,
+                        rows) or model
     pairs = Pairs(rows, model.encoder, tokenizer, model.config.max_len)
     readers, texts = measure_readers(config, kind_of(checkpoint), model, plain, twin, pairs, rows)
     chosen = pairs.some(np.random.default_rng(config.seed).permutation(len(pairs))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from corpus.rows import bucket_batches
 from corpus.tokens import BOS, EOS, MASK, maskable, pad_rows
 from diffusion import stratified_masks
+from kinds.autoregressive import next_tokens
 from kinds.kind import Kind
 from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats, ratio_error
 from measuring.condition_pairs import Pairs
@@ -92,7 +93,7 @@ def prompted_bound(kind: Kind, model: torch.nn.Module, pairs: Pairs, draws: int,
     def hide(clean: torch.Tensor, part: np.ndarray):
         whole = torch.from_numpy(pad_rows([pairs.prompted[i] for i in part]))
         if kind.exact:
-            every = kind.corrupt_batch(whole)
+            every = next_tokens(whole)
             every.masked = clean >= EOS  # the prompt is given
             yield every, maskable(clean).sum(1)
             return

@@ -79,13 +79,13 @@ class ScoringConfig(Sampler, HeldOutConfig):
 
     def check_used_by(self, kind: Kind, given: set[str]) -> None:
         """Refuses flags that were given and would change nothing for a model of this kind."""
-        if kind.unmasks:
+        if not kind.exact:
             self.check_used(given)
             return
         sampler = {field.name for field in dataclasses.fields(Sampler)} - DRAWING
         unused = sorted((sampler | {"draws"}) & given)
-        require(not unused, f"--{' --'.join(unused)}: without effect for an {kind.name} model; "
-                            "leave it out")
+        require(not unused, f"--{' --'.join(unused)}: without effect for "
+                + ("an exact mode" if kind.modes else f"an {kind.name} model") + "; leave it out")
 
 
 # ---- before the work -----------------------------------------------------------------------------
@@ -158,8 +158,8 @@ def open_model(config: HeldOutConfig, path: Path, checkpoint: dict) -> tuple:
     return model, rows, tokenizer_from_checkpoint(checkpoint)
 
 
-def open_beside(path: str | None, kind: str, model: torch.nn.Module, rows: TokenRows,
-                ) -> torch.nn.Module | None:
+def open_beside(path: str | None, kind: str | tuple[str, ...], model: torch.nn.Module,
+                rows: TokenRows) -> torch.nn.Module | None:
     """The model of another checkpoint, on the device and in the precision of `model`; None without
     a path. Raises UserError for another kind, tokenizer or shorter rows."""
     if path is None:

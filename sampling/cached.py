@@ -56,7 +56,7 @@ class CachedModel:
              ) -> tuple[np.ndarray, np.ndarray]:
         # All rows of the batch go through the network, for the cache has all; what nobody asked for
         # is thrown away.
-        chosen = np.searchsorted(self.numbers, rows)
+        chosen = np.flatnonzero(np.isin(self.numbers, rows))  # `rows` keep the batch's order
         everything = (np.full((len(self.numbers), *x.shape[1:]), value, x.dtype)
                       for x, value in ((tokens, MASK), (count, 0), (noise, 0.0)))
         full = []

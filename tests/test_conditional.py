@@ -554,5 +554,6 @@ def test_bad_condition_files(conditional_checkpoint, tmp_path, fails):
 
 
 def test_a_plain_model_takes_no_condition(checkpoint, fails):
-    assert "diffusion model; what is needed here is of the kind: conditional model" in fails(
+    words = "diffusion model; what is needed here is of the kind: conditional or conditional_joint"
+    assert words in fails(
         generate.main, "--checkpoint", checkpoint, "--condition", "Tom ran.")

@@ -400,7 +400,8 @@ def test_a_twin_trained_last_is_passed_over(checkpoint, twin, tmp_path, monkeypa
         os.utime(tmp_path / name / "best.pt", (age, age))
     main(["--steps", "2"])
     assert "using plain/best.pt; newer" in capsys.readouterr().err
-    assert "conditional model; found" in fails(main, "--steps", "2", "--condition", "Once.")
+    assert "conditional or conditional_joint model; found" in fails(
+        main, "--steps", "2", "--condition", "Once.")
 
 
 def test_golden_tokens():

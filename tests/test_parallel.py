@@ -163,7 +163,7 @@ def test_two_processes_hold_the_same_bits_in_every_recipe(two, case):
 
 
 @pytest.mark.parametrize("case, tolerance", [("adamw", 2e-5), ("bf16", 5e-3),
-                                             ("bf16 spread", 5e-3)])
+                                             ("bf16 spread", 5e-3), ("joint", 2e-5)])
 def test_two_processes_take_the_steps_of_one_in_other_recipes(two, data_dir, tmp_path, case,
                                                               tolerance):
     figures, _ = alone(data_dir, tmp_path, case)

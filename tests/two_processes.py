@@ -29,6 +29,7 @@ CASES = {
     "dropout spread": dict(dropout=0.2, fsdp=True),
     "compiled": dict(dropout=0.2, compile=True),
     "adamw": dict(optimizer="adamw"),
+    "joint": dict(objective="joint", block_sizes="causal,4,row"),
 }
 # Rows that two processes cannot share evenly, one that only one of them holds, and matrices of
 # which one gets fewer or none.

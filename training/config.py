@@ -54,8 +54,9 @@ class TrainConfig:
                                          "their condition, for guidance (in stage 2 the model "
                                          "without it cannot change)")
     # diffusion
-    objective: str = flag("masked_ce", f"training loss: {', '.join(objectives())}; the last trains "
-                                       "the causal twin")
+    objective: str = flag("masked_ce", f"training loss: {', '.join(objectives())}; "
+                                       "autoregressive trains the causal twin, joint one network "
+                                       "that writes from left to right, in blocks and whole rows")
     schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
     block_sizes: str = flag("4,16,row", "objective joint: what its rows are cut into, in turns: "
                                         "blocks of so many tokens, row for none")
