@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from corpus.tokens import EOS
 from network.attention import Context, CrossAttention, View, rope_frequencies
+from network.draft_head import DraftHead
 from network.encoders import ConditionEncoder, TextEncoder, reading_bias
 from network.head_loss import head_loss, head_scores
 from network.layers import Linear, ModelConfig
@@ -79,6 +80,7 @@ class DiffusionTransformer(Transformer):
         if config.time_conditioning == "sinusoidal":
             self.time = nn.Sequential(Linear(config.width, config.width), nn.SiLU(),
                                       Linear(config.width, config.width, std=0.0))
+        self.draft = DraftHead(config.vocab_size, config.draft_rank) if config.draft_rank else None
         # In the twin the end of the story has to be predicted; in diffusion it is always visible.
         impossible = torch.zeros(config.vocab_size)
         impossible[:EOS if config.causal else EOS + 1] = -math.inf
@@ -123,19 +125,20 @@ class DiffusionTransformer(Transformer):
         [EOS] in the causal twin and none where the end is always visible.
         """
         return F.linear(hidden, self.vocabulary.weight.to(hidden.dtype),
-                        self._head_bias(hidden, ends))
+                        self.head_bias(hidden, ends))
 
     def loss(self, hidden: Tensor, targets: Tensor, row_weights: Tensor, ends: Ends = None,
              ) -> Tensor:
         """Weighted sum of -log p of the targets (M,) behind hidden states (M, D): a scalar."""
-        return head_loss(hidden, self.vocabulary.weight, self._head_bias(hidden, ends), targets,
+        return head_loss(hidden, self.vocabulary.weight, self.head_bias(hidden, ends), targets,
                          row_weights)
 
     def scores(self, hidden: Tensor, targets: Tensor, ends: Ends = None) -> tuple[Tensor, Tensor]:
         """-log p of the targets (M,), and whether each was the likeliest token; no gradient."""
-        return head_scores(hidden, self.vocabulary.weight, self._head_bias(hidden, ends), targets)
+        return head_scores(hidden, self.vocabulary.weight, self.head_bias(hidden, ends), targets)
 
-    def _head_bias(self, hidden: Tensor, ends: Ends) -> Tensor:
+    def head_bias(self, hidden: Tensor, ends: Ends) -> Tensor:
+        """(V,) in the precision of `hidden`: 0 for what can be predicted, -inf (FP16: -1e4)."""
         bias = (self.impossible if ends is None else
                 impossible_but(ends, len(self.impossible), self.impossible.device))
         if hidden.dtype == torch.float16:  # an infinity there soon becomes NaN; e^-1e4 is 0 too

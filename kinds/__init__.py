@@ -4,10 +4,11 @@
     registry.py        the kinds there are, and which one a run or a checkpoint is of
     autoregressive.py  the causal twin
     conditional.py     diffusion and the joint model with a condition
+    drafts.py          a joint model whose draft head is in training
     likelihood.py      batches with hidden tokens, their loss and the nats measured on them
     checkpoints.py     the .pt files of every kind
 
-diffusion.py, the kind that this is all about, belongs to this layer. For training, measuring,
+diffusion.py, the kind that this is all about, and block_diffusion.py belong to this layer. For training, measuring,
 jetson and the scripts. It imports cli, corpus, network, model.py and sampling, and never what
 trains or measures.
 """

@@ -78,8 +78,12 @@ class Kind:
         size, *others = NETWORK_SETTINGS
         return self.network(size_of(
             getattr(config, size), vocab_size=meta["vocab_size"], max_len=meta["seq_len"],
-            causal=self.causal, dropout=config.dropout,
+            causal=self.causal, dropout=config.dropout, **self.network_settings(config),
             **{name: getattr(config, name) for name in others}))
+
+    def network_settings(self, config: Any) -> dict[str, Any]:
+        """Fields of the ModelConfig that only this kind has."""
+        return {}
 
     @classmethod
     def restore(cls, checkpoint: dict, weights: dict[str, Tensor]) -> DiffusionTransformer:

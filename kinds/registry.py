@@ -12,11 +12,14 @@ from block_diffusion import JointDiffusion
 from diffusion import DiscreteDiffusion
 from kinds.autoregressive import Autoregressive
 from kinds.conditional import ConditionalDiffusion, ConditionalJoint
+from kinds.drafts import DraftTraining
 from kinds.kind import Kind
 
 KINDS: dict[str, type[Kind]] = {
     kind.name: kind for kind in (DiscreteDiffusion, ConditionalDiffusion, Autoregressive,
                                  JointDiffusion, ConditionalJoint)}
+# Those that a run can be of: also what goes on with a model without changing its kind
+TRAINED = (*KINDS.values(), DraftTraining)
 
 
 def kind_of(checkpoint: dict) -> Kind:
@@ -29,7 +32,7 @@ def kind_of_run(config) -> Kind:
     known = objectives()
     require(config.objective in known, f"--objective {config.objective}: choose from "
                                        f"{', '.join(known)}")
-    kinds = [kind for kind in KINDS.values() if config.objective in kind.objectives]
+    kinds = [kind for kind in TRAINED if config.objective in kind.objectives]
     for kind in kinds:
         if config.stage in kind.stages:
             return kind.of_run(config)
@@ -38,7 +41,7 @@ def kind_of_run(config) -> Kind:
 
 def objectives() -> list[str]:
     """The values of --objective."""
-    return list(dict.fromkeys(name for kind in KINDS.values() for name in kind.objectives))
+    return list(dict.fromkeys(name for kind in TRAINED for name in kind.objectives))
 
 
 def kinds_that(test: Callable[[type[Kind]], bool]) -> tuple[str, ...]:

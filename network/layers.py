@@ -28,6 +28,7 @@ class ModelConfig:
     tied_head: bool = True  # one matrix for the embedding and the vocabulary head
     dropout: float = 0.0  # after attention and MLP
     rope_base: float = 10_000.0
+    draft_rank: int = 0  # of a DraftHead; 0: none
 
     def __post_init__(self):
         require(self.width % self.heads == 0 and self.width // self.heads % 2 == 0,

@@ -52,6 +52,12 @@ class CachedModel:
         return self.logits(hidden, self.ends).cpu().numpy()
 
     @torch.no_grad()
+    def follow(self, tokens: np.ndarray) -> np.ndarray | None:
+        if getattr(self.model, "draft", None) is None:
+            return None
+        return self.model.draft(self.drawing.tensor(tokens)).float().cpu().numpy()
+
+    @torch.no_grad()
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
              ) -> tuple[np.ndarray, np.ndarray]:
         # All rows of the batch go through the network, for the cache has all; what nobody asked for

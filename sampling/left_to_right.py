@@ -36,6 +36,10 @@ class Reader(Protocol):
         """FP32 logits (B, C, V) at the places (C,) of a block (B, S) that would come next, whose
         tokens see each other; it is not remembered."""
 
+    def follow(self, tokens: np.ndarray) -> np.ndarray | None:
+        """What tokens (B,) that were drafted say of the ones behind them, (B, V) to be added to the
+        logits there; None of a network without a draft head."""
+
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
              ) -> tuple[np.ndarray, np.ndarray]:
         """One unmasking step (a `Step` of loop.py) of such blocks; `rows` are numbers of some rows
@@ -171,14 +175,14 @@ def draft_of(drafter: Reader, last: np.ndarray, size: int, sampler: Sampler, uni
     block = np.full((len(last), size), MASK, np.int64)
     block[:, 0] = last
     q: list[np.ndarray] = []
-    for part in np.array_split(np.arange(1, size), min(sampler.steps, max(size - 1, 1))):
-        if not len(part):
-            continue
-        chances = distribution(drafter.look(block, part), sampler)  # (B, C, V)
-        block[:, part] = draw(chances.reshape(-1, chances.shape[-1]),
-                              uniform[:, part].reshape(-1)).reshape(len(last), -1)
-        q.append(chances)
-    return block[:, 1:], np.concatenate(q, 1) if q else np.zeros((len(last), 0, 1))
+    for part in np.array_split(np.arange(1, size), min(sampler.steps, size - 1)):
+        logits = drafter.look(block, part)  # (B, C, V)
+        for place, at in zip(part, logits.transpose(1, 0, 2), strict=True):
+            # The network has seen the token before, or what it says is added.
+            said = drafter.follow(block[:, place - 1]) if place > part[0] else None
+            q.append(distribution(at if said is None else at + said, sampler))
+            block[:, place] = draw(q[-1], uniform[:, place])
+    return block[:, 1:], np.stack(q, 1)
 
 
 def write_blocks(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler, block_size: int,

@@ -142,10 +142,13 @@ def start_from(model: DiffusionTransformer, config: TrainConfig, data: StageData
     check_tokenizer(config.init_from, source, config.data_dir, data.meta)
     weights = source["weights"] if source.get("ema") is None else source["ema"]
     try:
-        model.load_state_dict(weights)
+        missing, strange = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise UserError(f"--init_from {config.init_from}: its model is not of the size of "
-                        f"--model_config {config.model_config}, or has other parts") from error
+                        f"--model_config {config.model_config}") from error
+    parts = [name for name in (*missing, *strange) if not name.startswith("draft.")]
+    require(not parts, f"--init_from {config.init_from}: its model has other parts "
+                       f"({', '.join(parts[:3])})")
 
 
 def check_same_data(known: dict | None, config: TrainConfig, meta: dict) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from diffusion import SCHEDULES
 from kinds.kind import NETWORK_SETTINGS
-from kinds.registry import KINDS, kind_of_run, objectives
+from kinds.registry import KINDS, TRAINED, kind_of_run, objectives
 from model import MODEL_CONFIGS
 from network.layers import PRECISIONS
 from sampling.sampler import ORDERS, Sampler
@@ -63,6 +63,8 @@ class TrainConfig:
                             "token alone)")
     causal_share: float = flag(0.5, "objective joint: weight of the next-token loss; what is left "
                                     "is that of the hidden tokens")
+    draft_rank: int = flag(64, "objective draft: rank of the head that is trained")
+    draft_size: int = flag(8, "objective draft: places of a draft, the known first one among them")
     init_from: str | None = flag(None, "checkpoint whose weights stage 1 starts with, of the same "
                                        "size and tokenizer (default: random ones)")
     # optimisation
@@ -131,7 +133,7 @@ class TrainConfig:
             require(name not in given or self.stage in stages, f"--{name} belongs to --stage "
                     f"{' or '.join(map(str, stages))}: leave it out of stage {self.stage}")
         kind = kind_of_run(self)
-        for other in KINDS.values():
+        for other in TRAINED:
             strange = sorted(given & (other.own - kind.own))
             require(not strange, f"--{' --'.join(strange)}: for --objective "
                     f"{' or '.join(other.objectives)} alone; leave it out")

@@ -109,6 +109,8 @@ def make_optimizers(model: DiffusionTransformer, name: str, lr: float, weight_de
                 if p.ndim == 2 and p.requires_grad]
     inside = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
+    if not matrices:
+        return [torch.optim.AdamW(rest, lr=lr, betas=BETAS, weight_decay=0.0)]
     if name == "adamw":
         groups = [{"params": matrices, "weight_decay": weight_decay},
                   {"params": rest, "weight_decay": 0.0}]
