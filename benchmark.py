@@ -2,6 +2,7 @@
 
     python benchmark.py train --model_config small --batch 16     # a training step
     python benchmark.py sample --model_config small --batch 4     # the filling of whole stories
+    python benchmark.py write --model_config small --batch 4      # writing from the left
     python benchmark.py device --bundle jetson_bundle             # exported steps, where they run
     python benchmark.py roofline --device orin_nano_8gb           # what a device could do at best
 
@@ -13,6 +14,7 @@ from cli import choose, run
 import sys
 
 BENCHMARKS = {"train": "measuring.training_speed", "sample": "measuring.sampling_speed",
+              "write": "measuring.writing_speed",
               "device": "measuring.device", "roofline": "measuring.roofline"}
 
 

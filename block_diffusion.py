@@ -37,6 +37,7 @@ from corpus.tokens import BOS, EOS, MASK, PAD, maskable, round_up
 from diffusion import DiscreteDiffusion, hide_some
 from kinds.autoregressive import Autoregressive, before_each, next_tokens
 from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats
+from model import Ends
 from network.attention import HIDDEN, Context, View
 from network.transformer import Known
 from sampling.cached import CachedModel
@@ -121,7 +122,7 @@ class Blocks(Corrupted):
         *_, (hidden, *_) = self.parts(model)
         return hidden
 
-    def parts(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[int, ...]]]:
+    def parts(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor, Ends]]:
         """Hidden states (M, D), targets (M,), weights (M,) and the special tokens that can be
         predicted: of the next tokens, of the blocks and of the whole rows, as far as there are any.
 
@@ -143,7 +144,7 @@ class Blocks(Corrupted):
             # Blocks may go beyond the longest row, where a whole one has nothing.
             hidden = model.hidden(whole.noisy[:, :model.config.max_len],
                                   context=whole.context(model))
-            yield (*whole.chosen(hidden, whole.weight), self.ends)
+            yield (*whole.chosen(hidden, whole.weight), None)  # its end is visible
 
     def chosen(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those of (B, L, D) that count, their tokens and weights; L may be too short for others.

@@ -26,6 +26,7 @@ Notable features of the DiffusionTransformer
 from cli import require
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -135,11 +136,8 @@ class DiffusionTransformer(Transformer):
         return head_scores(hidden, self.vocabulary.weight, self._head_bias(hidden, ends), targets)
 
     def _head_bias(self, hidden: Tensor, ends: Ends) -> Tensor:
-        bias = self.impossible
-        if ends is not None:
-            bias = bias.clone()
-            bias[:EOS + 1] = -math.inf
-            bias[list(ends)] = 0
+        bias = (self.impossible if ends is None else
+                impossible_but(ends, len(self.impossible), self.impossible.device))
         if hidden.dtype == torch.float16:  # an infinity there soon becomes NaN; e^-1e4 is 0 too
             bias = bias.clamp(min=-1e4)
         return bias.to(hidden.dtype)
@@ -161,6 +159,14 @@ class DiffusionTransformer(Transformer):
         vocabulary = {id(module.weight): module.weight.numel() for name, module in
                       self.named_modules() if name.endswith(("embedding", "vocabulary"))}
         return total, total - sum(vocabulary.values())
+
+
+@functools.lru_cache(maxsize=16)
+def impossible_but(ends: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """(V,): 0 for text and these special tokens, -inf for the others."""
+    bias = torch.zeros(size)
+    bias[[i for i in range(EOS + 1) if i not in ends]] = -math.inf
+    return bias.to(device)
 
 
 class ConditionalTransformer(DiffusionTransformer):

@@ -13,6 +13,7 @@
     paired.py          arms that are timed in turn, in one process
     training_speed.py  a training step against textbook ones
     sampling_speed.py  whole stories filled, against ancestral samplers
+    writing_speed.py   stories from the left, against a plain cached loop
     device.py          an exported step, where it runs; without torch
     roofline.py        what a device could do at best, worked out
 

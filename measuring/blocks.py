@@ -96,9 +96,9 @@ class Way:
         if name in (CAUSAL, TWIN):
             return cls(name, 1, dataclasses.replace(drawing, steps=1))
         size, slash, steps = name.removeprefix("verify ").partition("/")
-        require(slash and steps.isdigit() and int(steps) and (size == ROW or size.isdigit()
-                and int(size) > 1), f"--ways {name!r}: choose from causal, twin, N/K, 'verify N/K' "
-                                    "and row/K with N of 2 or more and K of 1 or more")
+        require(slash and steps.isdigit() and int(steps) and (name.startswith(f"{ROW}/") or
+                size.isdigit() and int(size) > 1), f"--ways {name!r}: choose from causal, twin, "
+                "N/K, 'verify N/K' and row/K with N of 2 or more and K of 1 or more")
         way = cls(name, 0 if size == ROW else int(size),
                   dataclasses.replace(drawing, steps=int(steps)), name.startswith("verify "))
         way.sampler.check()

@@ -75,10 +75,14 @@ class Cache:
         self.first, self.window = first, window  # the position of a row's first token
         self.keys: dict[nn.Module, Tensor] = {}  # attention: (B, H, slots, D/H)
         self.values: dict[nn.Module, Tensor] = {}
-        self.known = torch.zeros(1, dtype=torch.int64)  # (B,) or (1,): slots in use, on the CPU
+        self.know(torch.zeros(1, dtype=torch.int64))
         self.dropped = torch.zeros(1, dtype=torch.int64)  # (B,) or (1,): tokens before slot 0
         self.slots = 0
         self.looking = False  # whether the passes only look
+
+    def know(self, known: Tensor) -> None:
+        self.known = known  # (B,) or (1,): slots in use, on the CPU
+        self.most = int(known.max())  # every layer asks for it
 
     @property
     def length(self) -> int:
@@ -92,23 +96,24 @@ class Cache:
     def room(self, count: int) -> None:
         """Makes slots for `count` tokens more: drops what no token sees any more, or takes more
         memory, twice as much each time."""
-        if self.window and int(self.known.max()) + count > 2 * self.window:
+        if self.window and self.most + count > 2 * self.window:
             kept = self.known.clamp(max=self.window - 1)
             start = self.known - kept  # (B,)
             # the last ones of every row, moved to slot 0 and on
             slots = (start[:, None] + torch.arange(self.window - 1)).clamp(max=self.slots - 1)
             self._each(lambda x: F.pad(x.gather(2, slots.to(x.device)[:, None, :, None].expand(
                 len(x), x.shape[1], -1, x.shape[3])), (0, 0, 0, self.slots - self.window + 1)))
-            self.known, self.dropped = kept, self.dropped + start
-        if int(self.known.max()) + count > self.slots:
-            more = max(64, self.slots, int(self.known.max()) + count - self.slots)
+            self.know(kept)
+            self.dropped = self.dropped + start
+        if self.most + count > self.slots:
+            more = max(64, self.slots, self.most + count - self.slots)
             self._each(lambda x: F.pad(x, (0, 0, 0, more)))
             self.slots += more
 
     def add(self, layer: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes those of new tokens, (B, H, L, D/H) each, behind the known ones (`room` is there),
         and gives all: slots that a row does not know yet are for the mask to hide."""
-        count, top = keys.shape[2], int(self.known.max()) + keys.shape[2]
+        count, top = keys.shape[2], self.most + keys.shape[2]
         for held, new in ((self.keys, keys), (self.values, values)):
             if layer not in held:
                 held[layer] = new.new_zeros(*new.shape[:2], self.slots, new.shape[3])
@@ -127,7 +132,7 @@ class Cache:
         with a window only those less than that far before it, or before the last of the new ones.
         """
         known = self.known[:, None, None]  # (B, 1, 1)
-        top = int(known.max()) + count
+        top = self.most + count
         if len(known) == 1 and (not causal or count == 1) and top <= (self.window or top):
             return None
         # (B, L, 1) or (B, 1, 1): the last slot that a token sees
@@ -141,13 +146,14 @@ class Cache:
     def advance(self, count: int) -> None:
         """After a pass of that many tokens: they are known now, unless it only looked."""
         if not self.looking:
-            self.known = self.known + count
+            self.know(self.known + count)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forgets all rows but those with these numbers, or marked in (B,) bool."""
         self._each(lambda x: x[rows.to(x.device)])
         if len(self.known) > 1:
-            self.known, self.dropped = self.known[rows.cpu()], self.dropped[rows.cpu()]
+            self.know(self.known[rows.cpu()])
+            self.dropped = self.dropped[rows.cpu()]
 
     def keep_tokens(self, count: int | Tensor) -> None:
         """Forgets all tokens but the first ones, as many of every row or, (B,), of each."""
@@ -157,7 +163,7 @@ class Cache:
             count, self.dropped = count[:1], self.dropped[:1]
         if (count < self.dropped).any():
             raise ValueError("the cache has dropped tokens that are to be kept")
-        self.known = count - self.dropped
+        self.know(count - self.dropped)
         if len(self.known) != len(self.dropped):
             self.dropped = self.dropped.expand_as(self.known)
 
@@ -294,18 +300,37 @@ class Attention(Heads):
         super().__init__(config, config.width)
         if config.neighbour_init:
             self.query_bias, self.key_bias = map(nn.Parameter, neighbour_biases(config))
+        self._joined: tuple[tuple, Tensor] | None = None
 
     def forward(self, x: Tensor, view: View) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(B, L, D) -> (B, L, D), or (B, C, D) for the wanted tokens; and the keys and values of
         all tokens, (B, H, L, D/H) each."""
-        q = self.queries(view.wanted(x), *view.wanted_rotation)
-        own = k, v = self.keys_values(x, *view.rotation)
+        if view.cache is not None and view.at is None and not self.query.weight.requires_grad:
+            q, *own = self.together(x, view)
+        else:
+            q = self.queries(view.wanted(x), *view.wanted_rotation)
+            own = self.keys_values(x, *view.rotation)
+        k, v = own
         if view.cache is not None:
             k, v = view.cache.add(self, k, v)
         elif view.known is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(view.known, own, strict=True))
         y = attention(q, k, v, view.causal, view.mask)
-        return self.out(y.transpose(1, 2).flatten(2)), own
+        return self.out(y.transpose(1, 2).flatten(2)), tuple(own)
+
+    def together(self, x: Tensor, view: View) -> list[Tensor]:
+        """Queries, keys and values by one product of three matrices in one, which is kept until
+        one of them changes: a token at a time, the number of calls counts."""
+        matrices = [part.weight for part in (self.query, self.key, self.value)]
+        state = (x.dtype, *((w.data_ptr(), w._version) for w in matrices))
+        if self._joined is None or self._joined[0] != state:
+            self._joined = state, torch.cat(matrices).to(x.dtype)
+        both = split_heads(F.linear(x, self._joined[1]), 3 * self.heads)  # (B, 3H, L, D/H)
+        turned, v = both.split([2 * self.heads, self.heads], dim=1)
+        if self.query_bias is not None:
+            turned = turned + torch.cat([self.query_bias, self.key_bias]).to(x.dtype)
+        turned = rotate(rms_norm(turned) if self.qk_norm else turned, *view.rotation)
+        return [*turned.chunk(2, dim=1), v]
 
 
 class CrossAttention(Heads):

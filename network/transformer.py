@@ -56,7 +56,8 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        angles = torch.arange(config.max_len).float()[:, None] * rope_frequencies(config)
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)  # (D/H/2,)
+        angles = torch.arange(config.max_len).float()[:, None] * self.frequencies
         self.register_buffer("cos", angles.cos(), persistent=False)  # (max_len, D/H/2)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self.compute_dtype = torch.float32
@@ -121,8 +122,8 @@ class Transformer(nn.Module):
                                  f"{self.config.max_len}")
             tables = self.cos[:positions], self.sin[:positions]
         else:
-            angles = positions[..., None].float() * rope_frequencies(self.config).to(
-                positions.device)  # (L, D/H/2) or (B, L, D/H/2), also before and behind the tables
+            # (L, D/H/2) or (B, L, D/H/2), also before and behind the tables
+            angles = positions[..., None].float() * self.frequencies
             angles = angles if positions.ndim == 1 else angles[:, None]
             tables = angles.cos(), angles.sin()
         cos, sin = (table.to(self.compute_dtype) for table in tables)

@@ -17,7 +17,7 @@ import numpy as np
 from corpus.tokens import EOS, MASK, PAD
 from sampling.drawing import distribution, draw, verify
 from sampling.loop import unmask
-from sampling.noise import BLOCK_STREAM, VERIFY_STREAM, step_noise
+from sampling.noise import BLOCK_STREAM, CAUSAL_STREAM, VERIFY_STREAM
 from sampling.sampler import Sampler
 
 
@@ -104,9 +104,11 @@ def write_causal(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler,
     numbers = range(len(starts)) if numbers is None else numbers
     batch = _Batch(reader, starts, numbers, longest)
     read_starts(reader, starts, batch.lengths - 1)
+    noise = {row: np.random.default_rng([CAUSAL_STREAM, seed, row]).random(longest)
+             for row in map(int, batch.numbers)}  # of every place
     while len(batch.numbers):
         logits = reader.read(batch.last[:, None], logits=1)[:, 0]
-        uniform = np.array([step_noise(seed, row, place, 1)[1, 0] for row, place in
+        uniform = np.array([noise[row][place] for row, place in
                             zip(batch.numbers, batch.lengths, strict=True)])
         drawn = draw(distribution(logits, sampler), uniform)
         yield from batch.add(list(drawn[:, None]), 1)

@@ -6,7 +6,7 @@ import numpy as np
 LENGTH_STREAM, NOISE_STREAM, HITTING_STREAM, REMASK_STREAM, LIMIT_STREAM = 1, 2, 5, 6, 8
 SHIFT_STREAM, MASK_STREAM = 3, 4  # of the masks of an evaluation
 GAP_STREAM = 7  # of the sentences that an evaluation hides
-BLOCK_STREAM, VERIFY_STREAM = 9, 10  # of the blocks of a row, of drafts
+BLOCK_STREAM, VERIFY_STREAM, CAUSAL_STREAM = 9, 10, 11  # blocks, drafts, token by token
 
 
 def step_noise(seed: int, row: int, step: int, length: int) -> np.ndarray:

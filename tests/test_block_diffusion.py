@@ -662,12 +662,12 @@ def test_a_story_does_not_depend_on_its_batch(name, longest):
     starts = [np.array(start) for start in (
         [BOS], [BOS, 4], [BOS, 5, 6], [BOS], [BOS, 6], [BOS, 4], [BOS, 4])]
     numbers = [0, 1, 2, 3, 9, 7, 8]
-    rows = together(write(model, starts, 1, numbers))
+    rows = together(write(model, starts, 3, numbers))
     lengths = {len(row) for row in rows.values()}
     assert len(lengths) > 2 and (longest == 24 or max(lengths) > 24)  # at different times
     for start, number in zip(starts, numbers, strict=True):
-        assert together(write(model, [start], 1, [number])) == {number: rows[number]}
-    half = together(write(model, starts[3:], 1, numbers[3:]))
+        assert together(write(model, [start], 3, [number])) == {number: rows[number]}
+    half = together(write(model, starts[3:], 3, numbers[3:]))
     assert half == {number: rows[number] for number in numbers[3:]}
     assert rows[7] != rows[8] or rows[0] != rows[3]  # each has noise of its own
     assert together(write(model, starts, 2, numbers)) != rows

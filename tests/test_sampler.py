@@ -133,7 +133,7 @@ def test_lengths_follow_the_histogram():
 
 def test_no_two_uses_of_randomness_share_a_stream():
     numbers = [value for name, value in vars(noise).items() if name.endswith("_STREAM")]
-    assert len(numbers) == 10 and len(set(numbers)) == 10
+    assert len(numbers) == 11 and len(set(numbers)) == 11
 
 
 def test_presets_and_costs_are_those_of_the_tables():

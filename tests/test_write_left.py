@@ -410,8 +410,9 @@ def test_blocks_are_shown_step_by_step(tell):
     ("joint.pt --block_size 4 --stream --show_steps", "--stream and --show_steps"),
     ("joint.pt --block_size 4 --guidance 2", "--guidance belongs to --condition"),
     ("joint.pt --block_size 4 --length 2 --prompt Tom-had-a-cat", "leaves no room in a story of 2"),
-    ("twin.pt --condition Tom.", "of the kind: conditional"),
-    ("joint.pt --verify --verify_with twin.pt --condition Tom.", "of the kind: conditional"),
+    ("twin.pt --condition Tom.", "conditional or conditional_joint model"),
+    ("joint.pt --verify --verify_with twin.pt --condition Tom.",
+     "conditional or conditional_joint model"),
     ("joint.pt --block_size 0 --length 47", "--length 47: this model's rows hold at most 46")])
 def test_what_is_refused(models, monkeypatch, fails, words, message):
     monkeypatch.chdir(models)

@@ -58,8 +58,9 @@ class TrainConfig:
                                        "autoregressive trains the causal twin, joint one network "
                                        "that writes from left to right, in blocks and whole rows")
     schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
-    block_sizes: str = flag("4,16,row", "objective joint: what its rows are cut into, in turns: "
-                                        "blocks of so many tokens, row for none")
+    block_sizes: str = flag("causal,row,row,16,row,row,4,row", "objective joint: how its rows "
+                            "take turns: blocks of so many tokens, row (whole), causal (next "
+                            "token alone)")
     causal_share: float = flag(0.5, "objective joint: weight of the next-token loss; what is left "
                                     "is that of the hidden tokens")
     init_from: str | None = flag(None, "checkpoint whose weights stage 1 starts with, of the same "

@@ -1,0 +1,159 @@
+"""How fast stories are written from the left, beside a plain cached loop. Each arm runs in turn in
+one process.
+
+    python benchmark.py write --model_config small --batch 4 --precision fp32
+    python benchmark.py write --checkpoint joint/best.pt --batch 1 --block_size 8 --steps 1
+
+`textbook` is what a user would take instead: a GPT of the same size (learned positions, layer norms
+with gains, GELU, one matrix for queries, keys and values), token by token with keys and values
+that are concatenated, drawn by torch.multinomial. Ours: token by token (`causal`), in blocks
+(`blocks`, --steps evaluations each) and in verified drafts (`verified`). Random weights do for the
+first three; what a draft is worth depends on the model: give a --checkpoint. Only tokens that were
+written count, up to --seq_len or the model's [EOS].
+
+The columns are those of `benchmark.py train`.
+"""
+
+from cli import flag, parse, require
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from corpus.tokens import BOS
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint
+from kinds.registry import kinds_that
+from measuring.paired import Benchmark, read_peers, run_and_write
+from model import MODEL_CONFIGS, create_model
+from network.hardware import pick_precision
+from sampling.cached import CachedModel
+from sampling.left_to_right import write_blocks, write_causal, write_verified
+from sampling.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class WriteBenchmark(Benchmark):
+    BASELINES = ("textbook",)
+    ARMS = (*BASELINES, "causal", "blocks", "verified")
+
+    batch: int = flag(4, "stories at a time")
+    repeats: int = flag(5, "how often each arm is timed")
+    block_size: int = flag(8, "tokens of a block, and places of a draft")
+    steps: int = flag(4, "evaluations of a block; a draft always has one")
+    temperature: float = flag(1.0, "0 is greedy, 1 the model's own distribution")
+    checkpoint: str | None = flag(None, "model to use (default: random weights of --model_config)")
+    arms: list[str] = flag(list(ARMS), "what to run: " + ", ".join(ARMS))
+
+    def check(self) -> None:
+        super().check()
+        require(self.block_size >= 2, f"--block_size {self.block_size}: must be at least 2")
+        self.sampler.check()
+
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(steps=self.steps, temperature=self.temperature)
+
+    def make(self, arm: str, device: torch.device) -> Callable[[], dict]:
+        if arm in self.BASELINES:
+            return textbook_writing(self, device)
+        model = self.model().to(device)
+        model.set_precision(pick_precision(device, self.precision)).for_inference()
+        starts, longest = [np.array([BOS])] * self.batch, self.seq_len
+
+        def write() -> dict:
+            sampler = replace(self.sampler, steps=1) if arm == "verified" else self.sampler
+            reader = CachedModel(model, sampler)
+            pieces = list(
+                write_causal(reader, starts, sampler, longest) if arm == "causal" else
+                write_blocks(reader, starts, sampler, self.block_size, longest) if arm == "blocks"
+                else write_verified(reader, reader, starts, sampler, self.block_size, longest))
+            return {"evaluations": max(sum(piece.evaluations for piece in pieces if piece.row == i)
+                                       for i in range(self.batch)),
+                    "tokens": sum(len(piece.tokens) for piece in pieces)}
+
+        return write
+
+    def model(self) -> nn.Module:
+        if self.checkpoint:
+            model = model_from_checkpoint(load_checkpoint(self.checkpoint, kinds_that(
+                lambda kind: kind.from_left and not kind.conditional)))
+            require(not model.config.causal or not {"blocks", "verified"} & {*self.arms},
+                    f"{self.checkpoint} writes token by token alone: name other --arms")
+            return model
+        torch.manual_seed(0)
+        return create_model(self.model_config, self.vocab_size, max_len=self.seq_len).eval()
+
+    def describe(self, peak: float, arms: dict) -> dict:
+        return {"what": (self.checkpoint or f"{self.model_config}, random weights") +
+                        f", {self.batch} stories of up to {self.seq_len} tokens, blocks and drafts "
+                        f"of {self.block_size}, blocks in {self.steps} steps, temperature "
+                        f"{self.temperature:g}; textbook in fp32",
+                "peers": read_peers()}
+
+
+class TextbookBlock(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.mixed, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, known: tuple[Tensor, Tensor] | None,
+                ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(B, 1, D) and the keys and values (B, H, S, D/H) of the tokens before."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for part in self.mixed(self.norms[0](x)).chunk(3, dim=-1))
+        if known is not None:
+            k, v = torch.cat([known[0], k], dim=2), torch.cat([known[1], v], dim=2)
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x)))), (k, v)
+
+
+class TextbookGPT(nn.Module):
+    def __init__(self, config: WriteBenchmark):
+        super().__init__()
+        size = MODEL_CONFIGS[config.model_config]
+        self.tokens = nn.Embedding(config.vocab_size, size.width)
+        self.positions = nn.Embedding(config.seq_len, size.width)
+        self.blocks = nn.ModuleList(TextbookBlock(size.width, size.heads)
+                                    for _ in range(size.layers))
+        self.norm = nn.LayerNorm(size.width)
+
+    def forward(self, token: Tensor, place: int, cache: list) -> Tensor:
+        """(B, 1) -> logits (B, V) of the next token; `cache` is brought up to date."""
+        x = self.tokens(token) + self.positions.weight[place]
+        for i, block in enumerate(self.blocks):
+            x, cache[i] = block(x, cache[i])
+        return self.norm(x)[:, 0] @ self.tokens.weight.T
+
+
+def textbook_writing(config: WriteBenchmark, device: torch.device) -> Callable[[], dict]:
+    torch.manual_seed(0)
+    model = TextbookGPT(config).eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def write() -> dict:
+        torch.manual_seed(0)
+        token = torch.full((config.batch, 1), BOS, device=device)
+        cache = [None] * len(model.blocks)
+        for place in range(config.seq_len - 1):
+            logits = model(token, place, cache) / max(config.temperature, 1e-9)
+            token = torch.multinomial(logits.softmax(-1), 1)
+        return {"evaluations": config.seq_len - 1, "tokens": config.batch * (config.seq_len - 1)}
+
+    return write
+
+
+def main(argv: list[str]) -> None:
+    config, given = parse(WriteBenchmark, __doc__, argv)
+    config.check()
+    unused = sorted({"model_config", "vocab_size"} & given) if (
+        config.checkpoint and "textbook" not in config.arms) else []
+    require(not unused, f"--{' --'.join(unused)}: the --checkpoint has its own; leave it out")
+    run_and_write(config)

@@ -1,0 +1,100 @@
+"""evaluate.py blocks and benchmark.py write: what each way of writing costs and gives."""
+
+import json
+
+import numpy as np
+import pytest
+
+import benchmark
+import evaluate
+from corpus.rows import TokenRows
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint
+from kinds.kind import drawn_lengths
+from kinds.registry import kind_of
+from measuring.blocks import BlocksConfig, Way, written
+
+WAYS = ["causal", "4/2", "verify 4/1", "row/4", "twin"]
+
+
+@pytest.fixture(scope="module")
+def table(joint_checkpoint, twin, long_data_dir, tmp_path_factory):
+    """The folder that one run of the command wrote into. The judge is the twin under another name.
+    """
+    folder = tmp_path_factory.mktemp("blocks")
+    judge = folder / "judge.pt"
+    judge.write_bytes(twin.read_bytes())
+    evaluate.main(["blocks", *map(str, (
+        "--checkpoint", joint_checkpoint, "--twin", twin, "--judge", judge, "--data_dir",
+        long_data_dir, "--num_samples", 3, "--max_rows", 8, "--batch", 2, "--repeats", 1,
+        "--device", "cpu", "--output", folder / "blocks.json", "--ways", *WAYS))])
+    return folder
+
+
+def test_every_way_has_its_line(table, capsys):
+    result = json.loads((table / "blocks.json").read_text())
+    lines = {line["way"]: line for line in result["ways"]}
+    assert list(lines) == WAYS and (table / "block_tradeoff.png").stat().st_size > 10_000
+    for line in lines.values():
+        assert line["bits_per_byte"] > 0 and line["generative_perplexity"] > 1
+        assert line["perplexity_error"] > 0 and len(line["story_nats_per_token"]) == 3
+        assert line["batch_1"]["tokens_per_cpu_second"] > 0
+        assert 0 < line["batch_2"]["seconds_to_first_text"]
+    # a verified draft is judged by the mode that it is distributed as; its own differ
+    assert lines["verify 4/1"]["bits_per_byte"] == lines["causal"]["bits_per_byte"]
+    assert len({line["bits_per_byte"] for line in lines.values()}) == 4
+    assert lines["causal"]["evaluations_per_token"] == 1 == lines["causal"]["tokens_per_piece"]
+    assert lines["row/4"]["cache_bytes_per_token"] == 0 < lines["4/2"]["cache_bytes_per_token"]
+    assert result["data"]["generative_perplexity"] > 1
+
+
+def test_a_way_writes_what_its_kind_writes(joint_checkpoint, long_data_dir):
+    """The stories of a table are those of the kind's own mode, in batches of any size."""
+    checkpoint = load_checkpoint(joint_checkpoint, "joint")
+    model, kind = model_from_checkpoint(checkpoint).for_inference(), kind_of(checkpoint)
+    histogram = TokenRows(long_data_dir, "val").meta["length_histogram"]
+    lengths = [n + 2 for n in drawn_lengths(histogram, 3, 0, model.config.max_len)]
+    for name, mode in (("causal", "causal"), ("4/4", "4"), ("row/4", "row")):
+        way = Way.read(name, BlocksConfig())
+        rows = written(way, kind, model, lengths, seed=5).rows
+        expected = kind.in_mode(mode).write(model, [n - 2 for n in lengths], way.sampler, 5)
+        assert all(np.array_equal(a, b) for a, b in zip(rows, expected, strict=True))
+        if way.size:
+            again = written(way, kind, model, lengths[2:], seed=5, first=2).rows
+            assert np.array_equal(again[0], rows[2])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--ways", "5"], "--ways '5'"), (["--ways", "1/1"], "--ways '1/1'"),
+    (["--ways", "verify row/2"], "--ways 'verify row/2'"), (["--ways", "twin"], "--twin"),
+    (["--num_samples", "1"], "--num_samples 1"), (["--judge", "TWIN", "--twin", "TWIN"], "--judge"),
+])
+def test_what_is_refused(joint_checkpoint, twin, long_data_dir, fails, argv, words):
+    argv = [twin if word == "TWIN" else word for word in argv]
+    if "--ways" not in argv:
+        argv += ["--ways", "causal"]
+    assert words in fails(evaluate.main, "blocks", "--checkpoint", joint_checkpoint, "--data_dir",
+                          long_data_dir, *argv)
+
+
+def test_another_kind_is_refused(checkpoint, long_data_dir, fails):
+    error = fails(evaluate.main, "blocks", "--checkpoint", checkpoint, "--data_dir", long_data_dir,
+                  "--ways", "causal")
+    assert "--objective joint" in error
+
+
+def test_the_benchmark_of_writing(tmp_path, capsys):
+    target = tmp_path / "write.json"
+    benchmark.main(["write", *map(str, (
+        "--model_config", "tiny", "--batch", 2, "--seq_len", 24, "--vocab_size", 50, "--repeats",
+        1, "--block_size", 4, "--steps", 2, "--device", "cpu", "--precision", "fp32",
+        "--no-memory", "--json", target))])
+    arms = json.loads(target.read_text())["arms"]
+    assert list(arms) == ["textbook", "causal", "blocks", "verified"]
+    assert arms["textbook"]["tokens"] == 2 * 23 and arms["textbook"]["evaluations"] == 23
+    assert all(arm["tokens_per_cpu_second"] > 0 for arm in arms.values())
+    assert arms["causal"]["evaluations"] <= 23
+    assert "textbook" in capsys.readouterr().out
+
+
+def test_arms_that_a_checkpoint_has_not(twin, fails):
+    assert "--arms" in fails(benchmark.main, "write", "--checkpoint", twin, "--no-memory")
