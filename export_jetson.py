@@ -19,7 +19,7 @@ INT8 takes its scales from training rows. The small model takes about 3 minutes 
 Of a joint model (block_diffusion.py) there is a second graph in each precision, cached_*.onnx: a
 pass of up to --cached_tokens tokens behind a cache of what is finished, causal or in a block. It
 gives logits; whoever writes from the left draws from them (jetson/reader.py). Build an engine of it
-in the same way.
+in the same way, and then `python generate.py --engine cached_fp16.engine --verify --stream`.
 """
 
 from cli import parse, require, run

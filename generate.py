@@ -12,6 +12,7 @@
     python generate.py --checkpoint checkpoints_joint/best.pt --verify --verify_with twin/best.pt
     python generate.py --checkpoint checkpoints_ar/best.pt --stream             # the twin
     python generate.py --onnx jetson_bundle/step_int8.onnx --preset fast        # without torch
+    python generate.py --onnx jetson_bundle/cached_fp16.onnx --verify --stream  # a joint model
     python generate.py --engine step_fp16.engine --preset fast                  # on the Jetson
 
 Starts from a row of [MASK] and uncovers it step by step. `[MASK:n]` in --infill hides n tokens
@@ -26,7 +27,7 @@ piece keeps a place beside the n hidden ones, and each edge costs one network ev
 before the hidden part says that the word is over: the first of the n hidden tokens then begins with
 that space. Text behind a gap that begins with a space needs nothing. --no-heal takes the text as
 the tokens that it is cut into, its last space left to the first hidden token to bring or not, and
-an exported step can do no other.
+an exported step can do no other where it fills whole rows.
 
 A model with a condition (train.py --stage 2) goes on from the sentence that it is given;
 --conditions reads one a line of a .txt file, or the key "condition" of a .jsonl file. Without one
@@ -37,11 +38,12 @@ A model of train.py --objective joint also writes from the left: token by token 
 blocks of N tokens (--block_size N), each uncovered in --steps evaluations, or in such blocks as
 drafts, in one evaluation each, of which is kept what its token by token mode takes (--verify):
 distributed as that mode writes. --verify_with takes the mode of another model, the twin. The
-autoregressive twin itself writes token by token alone. A story then ends where the model ends it,
-or with --length tokens, which may be more than its rows have: each token sees as many before it as
-a row holds. --stream prints text as soon as it stands; with --json {"row": 0, "text": " ran",
-"tokens": [391], "ended": false} for each piece, of which the first is [BOS] and the prompt, beside
-the usual line of each story.
+autoregressive twin itself writes token by token alone. A bundle of export_jetson.py has a graph of
+its own for this, cached_*.onnx, which naming the step finds too. A story then ends where the model
+ends it, or with --length tokens, which may be more than its rows have: each token sees as many
+before it as a row holds. --stream prints text as soon as it stands; with --json {"row": 0, "text":
+" ran", "tokens": [391], "ended": false} for each piece, of which the first is [BOS] and the prompt,
+beside the usual line of each story.
 """
 
 from cli import UserError, check_writable, flag, parse, preset, print_json, require, run
@@ -58,21 +60,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from corpus.conditions import condition_rows
-from corpus.files import read_json_lines
+from corpus.conditions import condition_rows, read_conditions
 from corpus.tokens import MASK, decode
 from sampling.loop import Choice, State, Step, unmask_rows
 from sampling.rows import (
-    GAP,
-    LIKE_A_GAP,
+    Given,
     Start,
     Vocabulary,
-    draw_length,
-    infill_parts,
-    infill_row,
-    lay_out,
-    start_of,
+    build_rows,
     text_with_gaps,
+    warn_of_cuts,
+    warn_of_text,
 )
 from sampling.sampler import PRESETS, Sampler
 from sampling.stories import FromLeft, Live, Tally, Written, begin, opening, write_stories
@@ -156,93 +154,12 @@ class GenerateConfig(FromLeft):
                 "use --checkpoint")
 
 
-def read_conditions(path: Path) -> list[str]:
-    """One a line, or the key "condition" of every line of a .jsonl file."""
-    suffix = path.suffix.lower()
-    require(suffix in (".txt", ".jsonl"), f"--conditions {path}: use a .txt file, one condition a "
-                                          'line, or a .jsonl file with the key "condition"')
-    try:
-        lines = ([text for text, in read_json_lines(path, ("condition",))]
-                 if suffix == ".jsonl" else path.read_text(encoding="utf-8-sig").split("\n"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8"
-                        ) from error
-    if None in lines:
-        print(f"{lines.count(None)} conditions of {path} are null and left out", file=sys.stderr)
-    conditions = [line.strip() for line in lines if line and line.strip()]
-    require(conditions, f"{path} holds no condition")
-    return conditions
-
-
-def warn_of_text(config: GenerateConfig, conditions: list[str]) -> None:
-    """Says on stderr, in one line, which text was probably meant as a gap and is none."""
-    notes = []
-    for name, texts in (("prompt", [config.prompt or ""]), ("infill", [config.infill or ""]),
-                        ("conditions" if config.conditions else "condition", conditions)):
-        found = next((gap[0] for text in texts for gap in LIKE_A_GAP.finditer(text)
-                      if name != "infill" or not GAP.fullmatch(gap[0])), None)
-        if found:
-            notes.append(f"--{name}: {found!r} is taken as text; " + (
-                "a gap is spelled [MASK:n]" if name == "infill" else
-                "gaps are filled in --infill, spelled [MASK:n]"))
-    if notes:
-        print("warning: " + "; ".join(notes), file=sys.stderr)
-
-
-def given_text(config: GenerateConfig) -> str:
+def given_text(config: GenerateConfig) -> Given:
     """--infill or --prompt. As in training there is no white space around a story, but what follows
     a condition begins with some."""
     conditional = config.condition is not None or config.conditions is not None
     text = (config.prompt or "") if config.infill is None else config.infill.rstrip()
-    return text if conditional else text.lstrip()
-
-
-def build_rows(config: GenerateConfig, tokenizer: "Tokenizer", histogram: dict, max_len: int,
-               count: int, vocabulary: Vocabulary | None) -> list[Start]:
-    """`count` rows to fill; with a vocabulary words that the text cuts are healed."""
-    text = given_text(config)
-    if config.infill is not None:
-        shown = infill_row(text, tokenizer, max_len).tolist()[1:-1]
-        places = lay_out(infill_parts(text, max_len), tokenizer, vocabulary)
-        return [start_of(places, shown)] * count
-    # One hidden token behind the prompt shows what stands before; the rest is repeated.
-    *places, first = lay_out([text, 1], tokenizer, vocabulary)
-    *ids, _ = lay_out([text, 1], tokenizer, None)
-    longest = max_len - 2  # [BOS] and [EOS]
-    require(config.length is None or config.length <= longest,
-            f"--length {config.length}: this model's rows hold at most {longest} tokens of text")
-    require(len(places) < (config.length or longest), f"--prompt has {len(places)} tokens and "
-            f"leaves no room in a story of {config.length or longest} tokens; shorten it")
-    rows = []
-    for i in range(count):
-        # A prompt longer than every story of the data: continue to the end of the row.
-        length = config.length or draw_length(histogram, config.seed, i, len(places) + 1) or longest
-        hidden = [MASK] * (min(length, longest) - len(places) - 1)
-        rows.append(start_of([*places, first, *hidden], [*ids, MASK, *hidden]))
-    return rows
-
-
-def warn_of_cuts(config: GenerateConfig, tokenizer: "Tokenizer", max_len: int) -> None:
-    """For an exported step: says on stderr, in one line, which word it cannot complete.
-
-    On the right of a text that is one of several tokens with which another begins; a word that is
-    one token may be meant as it is. A gap that is followed by a letter always ends inside a word.
-    """
-    vocabulary, text = Vocabulary(tokenizer), given_text(config)
-    parts = [text, 1] if config.infill is None else infill_parts(text, max_len)
-    for k, part in enumerate(parts):
-        if isinstance(part, int) or not part:
-            continue
-        left, right = k > 0, k + 1 < len(parts)
-        ids = tokenizer.encode(part).ids
-        cut = part.split()[0] if left and part[0].isalnum() else ""
-        if right and part[-1].isalnum() and len(vocabulary.take_back(ids, False, True)) < len(ids):
-            cut = cut or part.split()[-1]
-        if cut:
-            name = "prompt" if config.infill is None else "infill"
-            print(f"warning: --{name}: {cut!r} is cut inside a word, which an exported step does "
-                  "not complete; give whole words, or use --checkpoint", file=sys.stderr)
-            return
+    return Given(text if conditional else text.lstrip(), config.infill is not None)
 
 
 def read_flags(argv: list[str] | None) -> tuple[GenerateConfig, set[str]]:
@@ -273,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     conditions = np.repeat(source.read_conditions(texts, source.tokenizer), config.num_samples,
                            axis=0) if texts else None
     texts = [text for text in texts for _ in range(config.num_samples)]
-    warn_of_text(config, texts)
+    warn_of_text({"prompt": [config.prompt or ""], "infill": [config.infill or ""],
+                  "conditions" if config.conditions else "condition": texts})
 
     def print_line(i: int, row: np.ndarray, nfe: int) -> None:
         given = {"condition": texts[i], "guidance": config.guidance} if texts else {}
@@ -289,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Source(NamedTuple):
-    """What writes the stories: a checkpoint or an exported step."""
+    """What writes the stories: a checkpoint, or exported graphs."""
 
     name: str
     tokenizer: "Tokenizer"
@@ -350,10 +268,10 @@ def open_exported(config: GenerateConfig, conditional: bool) -> Source:
     bundle = Bundle(path)
     require(not conditional or bundle.conditional, f"{path}: {bundle.kind} model; what is "
             "needed here is of the kind: conditional model")
-    bundle.check(config, conditional)
     return Source(path, bundle.tokenizer, bundle.contents["length_histogram"], bundle.max_len,
-                  partial(condition_rows, max_len=bundle.condition_len), bundle.step,
-                  None)
+                  partial(condition_rows, max_len=bundle.condition_len), bundle.step, None,
+                  (lambda config, conditions: bundle.reader(config, conditions, config.block_size))
+                  if bundle.contents.get("cached") else None)
 
 
 # (number of a story, its row, network evaluations that it took): as soon as it is finished
@@ -363,13 +281,14 @@ Done = Callable[[int, np.ndarray, int], None]
 def fill_rows(config: GenerateConfig, source: Source, conditions: np.ndarray | None,
               texts: list[str], done: Done | None) -> Written:
     """Stories whose rows are uncovered as a whole, in any order; `texts` are their conditions."""
-    tokenizer = source.tokenizer
+    tokenizer, given = source.tokenizer, given_text(config)
     heal = config.heal and source.choice is not None
-    starts = build_rows(config, tokenizer, source.histogram, source.max_len,
-                        len(texts) or config.num_samples, Vocabulary(tokenizer) if heal else None)
-    if config.heal and not heal:
-        warn_of_cuts(config, tokenizer, source.max_len)
     step = source.step(config, conditions)
+    starts = build_rows(given, tokenizer, source.max_len, len(texts) or config.num_samples,
+                        Vocabulary(tokenizer) if heal else None, source.histogram, config.seed,
+                        config.length)
+    if config.heal and not heal:
+        warn_of_cuts(given, tokenizer, source.max_len)
     choice = source.choice(config, conditions) if heal else None
     started = time.perf_counter()
     trace = Trace(tokenizer, [start.row for start in starts]) if config.trace else None
@@ -390,12 +309,12 @@ def write_from_left(config: GenerateConfig, source: Source, conditions: np.ndarr
     """Stories that the model ends itself; as `fill_rows`."""
     tokenizer, count = source.tokenizer, len(texts) or config.num_samples
     most = config.length or source.max_len - 2  # tokens of text
-    places = begin(given_text(config), tokenizer, Vocabulary(tokenizer) if config.heal else None,
-                   most)
+    places = begin(given_text(config).text, tokenizer,
+                   Vocabulary(tokenizer) if config.heal else None, most)
+    drafter = source.reader(config, conditions)
     if most > source.max_len - 2:
         print(f"--length {most}: the model's rows are shorter; each token sees the "
               f"{source.max_len} before it", file=sys.stderr)
-    drafter = source.reader(config, conditions)
     reader = source.verifier(config, conditions) if source.verifier else drafter
     tally = Tally(count, config.batch_size, config.evaluations_per_step if texts else 1)
     live = Live(tokenizer, texts, count, config.json) if config.stream else None

@@ -97,7 +97,7 @@ def open_source(config: ExportConfig) -> Source:
                                             f"{model.config.max_len}")
     return Source(checkpoint, model, length,
                   model.encoder.config.max_len if conditional else None,
-                  cached_of(config, length) if kind.from_left else None,
+                  cached_of(config, length) if kind.from_left and not conditional else None,
                   *open_noisy_rows(config, path, checkpoint, length, conditional))
 
 
@@ -223,15 +223,20 @@ def write_text(path: Path, text: str) -> None:
 def device_readme(contents: dict) -> str:
     step = contents["files"].get("fp16", next(iter(contents["files"].values())))["name"]
     engine = step.replace(".onnx", ".engine")
-    left = "" if contents["cached"] is None else (
-        f", and for writing from the left\n   `python export_jetson.py --build_engine "
-        f"{step.replace('step_', CACHED, 1)}`")
+    cached = engine.replace("step_", CACHED, 1)
+    build = write = ""
+    if contents["cached"] is not None:
+        build = (f", and for writing from the left\n   `python export_jetson.py --build_engine "
+                 f"{cached.replace('.engine', '.onnx')}`")
+        write = (f", or from the left, token by token\n   (`--block_size 1`), in blocks of up to "
+                 f"{contents['cached']['tokens']} tokens (`--block_size 4 --steps 4`) or in\n"
+                 f"   verified drafts: `python generate.py --engine {cached} --verify --stream`")
     return f"""# A story model for a Jetson
 
 1. `python3 -m venv --system-site-packages env && . env/bin/activate`
 2. `pip install -r requirements-jetson.txt`
-3. `python export_jetson.py --build_engine {step}` (once, some minutes; on this very device){left}
-4. `python generate.py --engine {engine} --preset fast`
+3. `python export_jetson.py --build_engine {step}` (once, some minutes; on this very device){build}
+4. `python generate.py --engine {engine} --preset fast`{write}
 5. `python benchmark.py device --bundle .` (without a GPU `pip install onnxruntime`, and
    `python generate.py --onnx {step}`)
 """

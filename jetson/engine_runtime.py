@@ -14,6 +14,7 @@ from cli import UserError, require, sha256_of
 import json
 import re
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ AGAIN = "export it again, or copy the whole folder again"
 
 class Bundle:
     """A folder that export_jetson.py wrote, and the sessions of one precision in it: of the step,
-    and of the graph behind a cache, which is opened when `reader` is called. The path is that of
-    the one or the other; with the latter there is no step.
+    and of the graph behind a cache, each opened when it is asked for. The path is that of the one
+    or the other; with the latter there is no step.
     """
 
     def __init__(self, path: str | Path):
@@ -55,28 +56,27 @@ class Bundle:
         self.conditional = self.condition_len is not None
         self.dynamic = self.contents["dynamic"]
         self.encoder = None
-        self.session = None
-        if not self.path.name.startswith(CACHED):
-            self.session = open_session(self.path, self.contents)
-            self.check_step()
 
-    def check_step(self) -> None:
-        """Raises UserError for a step whose inputs are not what bundle.json says."""
+    @cached_property
+    def session(self) -> "OnnxSession | TensorRTSession":
+        """Of the step. Raises UserError for one whose inputs are not what bundle.json says."""
         path = self.path
+        require(not path.name.startswith(CACHED), f"{path} is no unmasking step: it writes from "
+                "the left (--block_size N, --verify); for whole rows name a step")
+        session = open_session(path, self.contents)
         shape = [None, None] if self.dynamic else [self.batch, self.max_len]
-        found = self.session.inputs.get("tokens", (None, None))[0]
+        found = session.inputs.get("tokens", (None, None))[0]
         require(found == shape, f"{path} takes rows of shape {found}, its bundle.json says "
                                 f"{shape}: {AGAIN}")
-        require(("keys" in self.session.inputs) == self.conditional, f"{path} takes "
+        require(("keys" in session.inputs) == self.conditional, f"{path} takes "
                 f"{'no' if self.conditional else 'a'} condition, its bundle.json says otherwise: "
                 f"{AGAIN}")
+        return session
 
     def check(self, sampler: Sampler, conditional: bool) -> None:
         """Raises UserError for a sampler that this graph cannot run, with conditions or without.
         """
         likeliest = self.contents["likeliest"]
-        require(self.session, f"{self.path} is no unmasking step: it writes from the left; for "
-                "whole rows name a step")
         require(sampler.pace != "entropy_bound", "--pace entropy_bound needs the entropy of every "
                 "position, which an exported step does not give: choose another one")
         require(sampler.top_k <= likeliest, f"--top_k {sampler.top_k}: an exported step draws "
@@ -91,6 +91,7 @@ class Bundle:
         `conditions` (N, S) int64 belong to the rows with the numbers 0 to N - 1.
         """
         self.check(sampler, conditions is not None)
+        session = self.session
         options = np.array([
             sampler.temperature, sampler.top_p, sampler.top_k or self.contents["likeliest"],
             ORDERS.index(sampler.order),
@@ -115,7 +116,7 @@ class Bundle:
                 uniform[:filled, :, :width] = np.minimum(noise[part], np.float32(1 - 2**-24))
                 counts = np.zeros(size, np.int64)
                 counts[:filled] = count[part]
-                outputs = self.session.run(dict(
+                outputs = session.run(dict(
                     tokens=padded, count=counts, noise=uniform, options=options,
                     **context(rows[part], size)))
                 new[part], confidence[part] = (array[:filled, :width] for array in outputs)
@@ -123,8 +124,10 @@ class Bundle:
 
         return run
 
-    def reader(self, sampler: Sampler, conditions: np.ndarray | None = None) -> GraphReader:
-        """What writes from the left with this sampler, for sampling/left_to_right.py."""
+    def reader(self, sampler: Sampler, conditions: np.ndarray | None = None, block_size: int = 1,
+               ) -> GraphReader:
+        """What writes from the left with this sampler, for sampling/left_to_right.py, in blocks of
+        up to `block_size`."""
         cached = self.contents.get("cached")
         require(cached, f"{self.path} is of a {self.kind} model, which fills whole rows alone")
         require(conditions is None, "an exported graph that writes from the left takes no "
@@ -132,10 +135,15 @@ class Bundle:
         sampler.check()
         require(sampler.pace in PLANNED_PACES, f"--pace {sampler.pace} is not there for an "
                 f"exported graph that writes from the left: choose from {', '.join(PLANNED_PACES)}")
+        require(block_size <= cached["tokens"], f"--block_size {block_size}: {self.path} takes "
+                f"{cached['tokens']} tokens at most; export it with a larger --cached_tokens")
         name = self.path.name
         path = self.path.with_name(name if name.startswith(CACHED) else
                                    name.replace("step_", CACHED, 1))
         session = open_session(path, self.contents, RESIDENT)
+        found = session.inputs.get("keys", ((),))[0]
+        require(len(found) == 5 and found[3] == cached["slots"], f"{path} is not the graph "
+                f"behind a cache that its bundle.json tells of: {AGAIN}")
         slots = (HostSlots if isinstance(session, OnnxSession) else DeviceSlots)(session)
         return GraphReader(slots, sampler, self.max_len, cached["tokens"])
 

@@ -168,10 +168,11 @@ def block_runs(model: Any, checkpoint: dict, noisy: NoisyRows,
     from corpus.tokens import pad_rows
     from kinds.registry import kind_of
     kind, generator = kind_of(checkpoint), torch.Generator().manual_seed(0)
-    kind.sizes = tuple(filter(None, kind.sizes)) or kind.sizes  # not the row as one block
+    # those with both passes, where there are any: not the row at once, not pass 1 alone
+    kind.sizes = tuple(size for size in kind.sizes if size > 0) or kind.sizes
     for row in noisy.plain:
         batch = kind.corrupt_batch(torch.from_numpy(pad_rows([row])), generator)
-        yield lambda batch=batch: batch.both(model)
+        yield lambda batch=batch: list(batch.parts(model))
 
 
 def line_of(name: str, report: dict, seconds: float) -> str:

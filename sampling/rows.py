@@ -8,7 +8,8 @@ row say which tokens may be drawn there (`Limits` of loop.py): token healing.
 from cli import require
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -167,3 +168,81 @@ def text_with_gaps(tokenizer: "Tokenizer", row: np.ndarray) -> str:
         pieces.append(decode(tokenizer, row[start:i]))
         start = i + 1
     return " ".join(" _".join(pieces).split())
+
+
+# ---- what a person gives -------------------------------------------------------------------------
+
+class Given(NamedTuple):
+    """The text of --infill or of --prompt."""
+
+    text: str
+    gaps: bool  # it is that of --infill
+
+    @property
+    def name(self) -> str:
+        return "infill" if self.gaps else "prompt"
+
+    def parts(self, max_len: int) -> list[str | int]:
+        """For `lay_out`. One hidden token behind a prompt shows what stands before; the rest of
+        them would be the same."""
+        return infill_parts(self.text, max_len) if self.gaps else [self.text, 1]
+
+
+def build_rows(given: Given, tokenizer: "Tokenizer", max_len: int, count: int,
+               vocabulary: Vocabulary | None, histogram: dict, seed: int, length: int | None = None,
+               ) -> list[Start]:
+    """`count` rows to fill, behind a prompt of `length` tokens or of drawn ones; with a vocabulary
+    words that the text cuts are healed."""
+    if given.gaps:
+        shown = infill_row(given.text, tokenizer, max_len).tolist()[1:-1]
+        return [start_of(lay_out(given.parts(max_len), tokenizer, vocabulary), shown)] * count
+    *places, first = lay_out(given.parts(max_len), tokenizer, vocabulary)
+    *ids, _ = lay_out(given.parts(max_len), tokenizer, None)
+    longest = max_len - 2  # [BOS] and [EOS]
+    require(length is None or length <= longest,
+            f"--length {length}: this model's rows hold at most {longest} tokens of text")
+    require(len(places) < (length or longest), f"--prompt has {len(places)} tokens and leaves no "
+            f"room in a story of {length or longest} tokens; shorten it")
+    rows = []
+    for i in range(count):
+        # A prompt longer than every story of the data: continue to the end of the row.
+        tokens = length or draw_length(histogram, seed, i, len(places) + 1) or longest
+        hidden = [MASK] * (min(tokens, longest) - len(places) - 1)
+        rows.append(start_of([*places, first, *hidden], [*ids, MASK, *hidden]))
+    return rows
+
+
+def warn_of_text(given: dict[str, Sequence[str]]) -> None:
+    """Says on stderr, in one line, which text of {flag: its texts} was probably meant as a gap and
+    is none."""
+    notes = []
+    for name, texts in given.items():
+        found = next((gap[0] for text in texts for gap in LIKE_A_GAP.finditer(text)
+                      if name != "infill" or not GAP.fullmatch(gap[0])), None)
+        if found:
+            notes.append(f"--{name}: {found!r} is taken as text; " + (
+                "a gap is spelled [MASK:n]" if name == "infill" else
+                "gaps are filled in --infill, spelled [MASK:n]"))
+    if notes:
+        print("warning: " + "; ".join(notes), file=sys.stderr)
+
+
+def warn_of_cuts(given: Given, tokenizer: "Tokenizer", max_len: int) -> None:
+    """For an exported step: says on stderr, in one line, which word it cannot complete.
+
+    On the right of a text that is one of several tokens with which another begins; a word that is
+    one token may be meant as it is. A gap that is followed by a letter always ends inside a word.
+    """
+    vocabulary, parts = Vocabulary(tokenizer), given.parts(max_len)
+    for k, part in enumerate(parts):
+        if isinstance(part, int) or not part:
+            continue
+        left, right = k > 0, k + 1 < len(parts)
+        ids = tokenizer.encode(part).ids
+        cut = part.split()[0] if left and part[0].isalnum() else ""
+        if right and part[-1].isalnum() and len(vocabulary.take_back(ids, False, True)) < len(ids):
+            cut = cut or part.split()[-1]
+        if cut:
+            print(f"warning: --{given.name}: {cut!r} is cut inside a word, which an exported step "
+                  "does not complete; give whole words, or use --checkpoint", file=sys.stderr)
+            return

@@ -207,7 +207,7 @@ def joint_checkpoint(sharp_checkpoint, tmp_path_factory):
 def joint_bundle(joint_checkpoint, long_data_dir, once):
     return once("joint", lambda folder: export_jetson.main([
         "--checkpoint", str(joint_checkpoint), "--data_dir", str(long_data_dir), "--out_dir",
-        str(folder), "--report_rows", "4", "--calibration_rows", "6", "--cached_tokens", "8"]))
+        str(folder), "--report_rows", "3", "--calibration_rows", "4", "--cached_tokens", "8"]))
 
 
 @pytest.fixture(scope="session")

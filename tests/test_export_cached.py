@@ -1,6 +1,7 @@
 """The graph behind a cache: the same stories as the joint checkpoint's, without torch."""
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -8,6 +9,7 @@ import pytest
 import torch
 from test_export_jetson import run_in
 
+import generate
 from corpus.tokens import BOS, EOS
 from export_jetson import main
 from jetson.engine_runtime import Bundle, OnnxSession
@@ -157,19 +159,41 @@ def test_what_bundle_json_says_of_it(joint_bundle, capsys):
         assert operators(onnx.load(joint_bundle / f"cached_{name}.onnx")) == report["operators"]
 
 
-def test_a_copied_bundle_writes_from_the_left_without_torch(joint_bundle, joint_model):
-    (joint_bundle / "write.py").write_text(
-        "import numpy as np\nfrom jetson.engine_runtime import Bundle\n"
-        "from sampling.left_to_right import rows_of, write_blocks\n"
-        "from sampling.sampler import Sampler\n"
-        "sampler, starts = Sampler(steps=2), [np.array([2])]\n"
-        "reader = Bundle('cached_fp32.onnx').reader(sampler)\n"
-        "print(rows_of(write_blocks(reader, starts, sampler, 4, 40, 3), starts)[0].tolist())\n")
-    done = run_in(joint_bundle, script="write.py")
+WORDS = {
+    "causal": "--block_size 1", "blocks": "--block_size 4 --steps 3", "verified": "--verify",
+    "other drafts": "--verify --block_size 6 --steps 2 --top_k 80 --top_p 0.9"}
+
+
+@pytest.mark.parametrize("mode", WORDS.values(), ids=WORDS)
+def test_the_command_line_tells_the_stories_of_the_checkpoint(joint_bundle, joint_checkpoint, mode,
+                                                              capsys):
+    """The prompt ends inside a word, which both complete; the batches differ."""
+    def told(*source: object) -> tuple[list[dict], str]:
+        generate.main([*map(str, source), *mode.split(), "--prompt", "Tom had a fri", "--json",
+                       "--num_samples", "3", "--stream", "--length", "50"])
+        text, error = capsys.readouterr()
+        lines = [json.loads(line) for line in text.splitlines()]
+        return [{**line, "checkpoint": None} for line in lines], error
+    expected, _ = told("--checkpoint", joint_checkpoint)
+    for name in ("step_fp32.onnx", "cached_fp32.onnx"):
+        got, error = told("--onnx", joint_bundle / name)
+        assert got == expected and "warning" not in error
+    stories = [line for line in expected if "nfe" in line]
+    assert len(stories) == 3 and len(expected) > 9
+    assert all(story["text"].startswith("Tom had a fri") for story in stories)
+
+
+def test_a_copied_bundle_writes_from_the_left_without_torch(joint_bundle, joint_checkpoint, capsys):
+    words = "--verify --stream --num_samples 2 --length 40 --prompt Tom".split()
+    done = run_in(joint_bundle, "--onnx", "cached_fp32.onnx", *words)
     assert done.returncode == 0, done.stderr
-    sampler = Sampler(steps=2)
-    assert json.loads(done.stdout) == written(CachedModel(joint_model, sampler), sampler, "4", 40,
-                                              STARTS[:1])[0]
+    generate.main(["--checkpoint", str(joint_checkpoint), *words])
+    told, line = done.stdout.rsplit("\n", 2)[:2]
+    expected, same_line = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    assert told == expected and told.count("---\nTom") == 2
+    assert line.split(", ")[:2] == same_line.split(", ")[:2] and "tokens a round" in line
+    assert "generate.py --engine cached_fp16.engine --verify" in (
+        joint_bundle / "README.md").read_text()
 
 
 @pytest.mark.parametrize("mode", ["causal", "4", "verified"])
@@ -179,15 +203,59 @@ def test_no_row_is_no_story(joint_model, mode):
 
 # ---- mistakes ------------------------------------------------------------------------------------
 
-def test_what_the_graph_cannot_do(joint_bundle, bundle, fails):
+def test_what_the_graph_cannot_do(joint_bundle, fails):
     def told(path, *args, **settings) -> str:
         return fails(lambda argv: Bundle(path).reader(Sampler(**settings), *args))
-    assert "is of a diffusion model, which fills whole rows" in told(bundle / "step_fp32.onnx")
     step = joint_bundle / "step_fp32.onnx"
     assert "--pace threshold is not there" in told(step, pace="threshold")
     assert "takes no condition" in told(step, np.zeros((1, 4), np.int64))
     assert "is no unmasking step" in fails(lambda argv: Bundle(
         joint_bundle / "cached_fp32.onnx").step(Sampler()))
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--block_size 9", "--block_size 9: {} takes 8 tokens at most"),
+    ("--block_size 9 --length 400", "--block_size 9: {} takes 8 tokens at most"),
+    ("--verify --block_size 16", "--block_size 16: {} takes 8 tokens at most"),
+    ("--block_size 4 --pace threshold", "--pace threshold is not there"),
+    ("--block_size 4 --pace entropy_bound", "--pace entropy_bound is not there"),
+    ("--verify --condition Tom.", "joint model; what is needed here"),
+    ("--verify --verify_with x.pt", "--verify_with: needs the --checkpoint"),
+    ("--verify --precision fp16", "--precision: an exported step has its own"),
+    ("--verify --infill a[MASK]", "--infill: needs the whole row"),
+    ("--stream", "--stream: text stands when its row does")])
+def test_what_the_command_line_cannot_do(joint_bundle, words, message, fails):
+    for name in ("step_fp32.onnx", "cached_fp32.onnx"):
+        path = joint_bundle / name
+        assert message.format(path) in fails(generate.main, "--onnx", path, *words.split())
+
+
+def test_whole_rows_need_the_step(joint_bundle, fails, capsys):
+    for words in ([], ["--block_size", "0"], ["--infill", "Tom [MASK:2] ran."]):
+        assert "is no unmasking step" in fails(generate.main, "--onnx", joint_bundle /
+                                               "cached_fp32.onnx", *words)
+    assert "--heal: an exported step" in fails(generate.main, "--onnx", joint_bundle /
+                                               "step_fp32.onnx", "--heal")
+    generate.main(["--onnx", str(joint_bundle / "step_fp32.onnx"), "--steps", "2"])
+    assert "--- 3 ---" in capsys.readouterr().out
+
+
+def test_a_bundle_that_fills_whole_rows_alone(joint_bundle, tmp_path, fails):
+    for path in joint_bundle.iterdir():
+        if path.suffix in (".json", ".onnx"):
+            shutil.copy(path, tmp_path)
+    contents = json.loads((tmp_path / "bundle.json").read_text())
+    step = tmp_path / "step_fp32.onnx"
+
+    def told(cached: dict | None, main, *words: str) -> str:
+        (tmp_path / "bundle.json").write_text(json.dumps({**contents, "cached": cached}))
+        return fails(main, *words)
+    assert "joint model, which fills whole rows alone" in told(
+        None, lambda argv: Bundle(step).reader(Sampler()))
+    assert f"--verify: {step} does not write from the left" in told(
+        None, generate.main, "--onnx", str(step), "--verify")
+    assert "cached_fp32.onnx is not the graph behind a cache" in told(
+        {"slots": 288, "tokens": 8}, generate.main, "--onnx", str(step), "--verify")
 
 
 def test_a_missing_graph_is_named(joint_bundle, tmp_path, fails):

@@ -135,6 +135,22 @@ def test_a_kind_of_another_name_is_exported(sharp_checkpoint, tmp_path, monkeypa
         numpy_step(model.for_inference(), sampler), sampler)
 
 
+def test_a_joint_model_with_a_condition_has_its_step_alone(conditional_checkpoint, tmp_path, fails,
+                                                           capsys):
+    """What a cached graph wrote would not follow from the condition."""
+    source = load_checkpoint(conditional_checkpoint, kind="conditional")
+    save_checkpoint(tmp_path / "joint.pt", model_from_checkpoint(source), source["tokenizer"],
+                    source["length_histogram"], kind="conditional_joint")
+    main(["--checkpoint", str(tmp_path / "joint.pt"), "--out_dir", str(tmp_path / "bundle"),
+          "--precisions", "fp32", "--report_rows", "0"])
+    step, words = tmp_path / "bundle" / "step_fp32.onnx", ["--condition", "Tom ran."]
+    assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["cached"] is None
+    assert "does not write from the left" in fails(generate.main, "--onnx", step, "--verify",
+                                                   *words)
+    generate.main(["--onnx", str(step), "--steps", "2", *words])
+    assert capsys.readouterr().out.count("---\nTom ran.") == 3
+
+
 def test_open_shapes_of_a_single_row(sharp_checkpoint, tmp_path):
     main(["--checkpoint", str(sharp_checkpoint), "--out_dir", str(tmp_path / "bundle"), "--dynamic",
           "--precisions", "fp32", "--report_rows", "0", "--length", "32"])

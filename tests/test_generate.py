@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, python
 
+from corpus.conditions import read_conditions
 from corpus.tokens import BOS, EOS, MASK, decode, round_up
 from diffusion import DiscreteDiffusion
-from generate import main, read_conditions
+from generate import main
 from kinds.checkpoints import load_checkpoint, tokenizer_from_checkpoint
 from model import DiffusionTransformer
 from network.layers import ModelConfig

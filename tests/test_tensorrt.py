@@ -403,7 +403,7 @@ def test_an_engine_behind_a_cache(version, precision, mode, device, joint_bundle
     assert cuda.replays  # of a single row
 
 
-def test_rows_side_by_side_behind_a_cache(device, joint_pairs_bundle, tmp_path):
+def test_rows_side_by_side_behind_a_cache(device, joint_pairs_bundle, tmp_path, capsys):
     device()
     graph = shutil.copytree(joint_pairs_bundle, tmp_path / "copy") / "cached_fp32.onnx"
     main(["--build_engine", str(graph)])
@@ -411,6 +411,12 @@ def test_rows_side_by_side_behind_a_cache(device, joint_pairs_bundle, tmp_path):
     a, b = (written(Bundle(path).reader(sampler), sampler, "verified") for path in (
         graph, graph.with_suffix(".engine")))
     assert a == b
+    capsys.readouterr()
+    told = []  # on the command line, in graphs that take two rows
+    for source in (["--onnx", graph], ["--engine", graph.with_suffix(".engine")]):
+        generate.main([*map(str, source), "--verify", "--stream", "--prompt", "Tom had a fri"])
+        told.append(capsys.readouterr().out.rsplit("\n", 2)[0])
+    assert told[0] == told[1] and told[0].count("---\nTom had a fri") == 3
 
 
 def test_an_engine_that_is_not_there_is_named(device, joint_bundle, tmp_path, fails):
