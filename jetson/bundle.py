@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from corpus.tokens import round_up
 from jetson.engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, CACHED, OnnxSession
 from jetson.graphs import OPSET, cached_graph, encoder_graph, operators, step_graph, without_logits
@@ -34,6 +36,7 @@ SCRIPTS = (
     "jetson/__init__.py", "jetson/settings.py", "jetson/engine_runtime.py",
     "jetson/tensorrt_session.py", "jetson/reader.py", "jetson/engine_builder.py",
     "measuring/__init__.py", "measuring/device.py")
+DRAFT_HEAD = "draft_head.npz"
 JUDGED_BLOCK = 8  # tokens of a block in the report
 REQUIREMENTS = """\
 # On the Jetson, in an environment made with `python3 -m venv --system-site-packages`: TensorRT is
@@ -158,6 +161,11 @@ def write_cached(config: ExportConfig, source: Source, folder: Path, files: dict
     import onnx
 
     from sampling.cached import CachedModel
+    draft = source.model.draft
+    if draft is not None:  # a product of the host's
+        np.savez(folder / DRAFT_HEAD, **{name: part.float().numpy() for name, part in
+                                         draft.named_parameters()})
+        files["draft_head"] = file_entry(folder / DRAFT_HEAD)
     for precision in config.precisions:
         started = time.perf_counter()
         name = f"{CACHED}{precision}"

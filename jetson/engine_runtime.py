@@ -145,7 +145,19 @@ class Bundle:
         require(len(found) == 5 and found[3] == cached["slots"], f"{path} is not the graph "
                 f"behind a cache that its bundle.json tells of: {AGAIN}")
         slots = (HostSlots if isinstance(session, OnnxSession) else DeviceSlots)(session)
-        return GraphReader(slots, sampler, self.max_len, cached["tokens"])
+        return GraphReader(slots, sampler, self.max_len, cached["tokens"], self.draft_head())
+
+    def draft_head(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The two matrices (V, rank) of the model's draft head, where it has one."""
+        entry = self.contents["files"].get("draft_head")
+        if entry is None:
+            return None
+        path = checked_path(self.folder / entry["name"], self.contents)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return file["before"], file["behind"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is not a draft head: {AGAIN}") from error
 
     def contexts(self, conditions: np.ndarray | None,
                  ) -> Callable[[np.ndarray, int], dict[str, np.ndarray]]:

@@ -88,7 +88,8 @@ class GraphReader:
     """
 
     def __init__(self, slots: HostSlots | DeviceSlots, sampler: Sampler, max_len: int,
-                 longest: int):
+                 longest: int, draft_head: tuple[np.ndarray, np.ndarray] | None = None):
+        self.draft_head = draft_head  # (V, rank) each
         self.slots, self.sampler, self.window, self.longest = slots, sampler, max_len + 1, longest
         _, self.batch, _, self.size, _ = slots.session.inputs["keys"][0]
         self.begin(np.zeros(0, np.int64))
@@ -113,6 +114,12 @@ class GraphReader:
     def look(self, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
         return possible(self.run(tokens, np.arange(len(tokens)), causal=False)[:, places],
                         (PAD, MASK, BOS))
+
+    def follow(self, tokens: np.ndarray) -> np.ndarray | None:
+        if self.draft_head is None:
+            return None
+        before, behind = self.draft_head
+        return before[tokens] @ behind.T
 
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
              ) -> tuple[np.ndarray, np.ndarray]:

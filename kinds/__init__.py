@@ -8,7 +8,7 @@
     likelihood.py      batches with hidden tokens, their loss and the nats measured on them
     checkpoints.py     the .pt files of every kind
 
-diffusion.py, the kind that this is all about, and block_diffusion.py belong to this layer. For training, measuring,
-jetson and the scripts. It imports cli, corpus, network, model.py and sampling, and never what
-trains or measures.
+diffusion.py, the kind that this is all about, and block_diffusion.py belong to this layer. For
+training, measuring, jetson and the scripts. It imports cli, corpus, network, model.py and sampling,
+and never what trains or measures.
 """

@@ -190,8 +190,13 @@ def sharp_checkpoint(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def joint_checkpoint(sharp_checkpoint, tmp_path_factory):
-    """The same weights as a joint model's, which ends its stories more often."""
+    """The same weights as a joint model's, which ends its stories more often and has a head for its
+    drafts, of which nothing is true."""
     source = checkpoints.load_checkpoint(sharp_checkpoint)
+    source["model_config"]["draft_rank"], size = 3, source["model_config"]["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    for name in ("draft.before", "draft.behind"):
+        source["weights"][name] = torch.randn(size, 3, generator=generator)
     network = checkpoints.model_from_checkpoint(source)
     with torch.no_grad():
         network.embedding.weight[[PAD, EOS]] *= 1.5

@@ -1,0 +1,183 @@
+"""The head that tells a draft what stands before each token: its training, and that it costs no
+exactness."""
+
+from cli import UserError
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, chi_squared_p
+
+import generate
+import train
+from block_diffusion import NextTokens
+from corpus.tokens import BOS, EOS, PAD
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint, save_checkpoint
+from kinds.drafts import DraftTraining, of_drafts
+from model import MODEL_CONFIGS, DiffusionTransformer
+from network.layers import ModelConfig
+from sampling.cached import CachedModel
+from sampling.left_to_right import draft_of, rows_of, write_causal, write_verified
+from sampling.sampler import Sampler
+
+
+@pytest.fixture
+def model() -> DiffusionTransformer:
+    """Over three letters, with a head that says much and nothing true."""
+    torch.manual_seed(0)
+    model = DiffusionTransformer(ModelConfig(width=32, heads=2, layers=2, vocab_size=7, max_len=16,
+                                             draft_rank=3))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model.eval()
+
+
+def test_a_draft_is_drawn_from_what_is_told_of_it(model):
+    """q of the first place is the network's, of the others the network's and the head's."""
+    sampler, reader = Sampler(steps=1), CachedModel(model, Sampler(steps=1))
+    reader.begin(np.arange(2))
+    reader.read(np.array([[PAD, BOS], [PAD, BOS]]))
+    last, uniform = np.array([4, 5]), np.random.default_rng(0).random((2, 4))
+    draft, q = draft_of(reader, last, 4, sampler, uniform)
+    block = np.array([[4, 1, 1, 1], [5, 1, 1, 1]])
+    logits = torch.from_numpy(reader.look(block, np.arange(1, 4)))
+    matrix = (model.draft.before @ model.draft.behind.T).detach()
+    logits[:, 1:] += matrix[torch.from_numpy(draft[:, :-1])]
+    np.testing.assert_allclose(q, logits.softmax(-1).numpy(), atol=1e-6)
+    # in three evaluations the network sees every token before the next, and the head has no say
+    _, alone = draft_of(reader, last, 4, Sampler(steps=3), uniform)
+    model.draft.behind.data.zero_()
+    np.testing.assert_array_equal(alone, draft_of(reader, last, 4, Sampler(steps=3), uniform)[1])
+    assert not np.allclose(q, draft_of(reader, last, 4, sampler, uniform)[1])
+
+
+def test_a_head_that_lies_costs_no_exactness(model):
+    """Verified drafts follow the causal mode's distribution over all texts of two letters."""
+    count, sampler, starts = 4000, Sampler(steps=1), [np.array([BOS])] * 4000
+    reader = CachedModel(model, sampler)
+    rows = rows_of(write_verified(reader, reader, starts, sampler, 4, 3, seed=1), starts)
+    texts = [[BOS, EOS], *([BOS, a, b] for a in (4, 5, 6) for b in (EOS, 4, 5, 6))]
+    reader = CachedModel(model, sampler)
+    with torch.no_grad():
+        chances = []
+        for text in texts:
+            reader.begin(np.arange(1))
+            logits = reader.read(np.array([[PAD, *text[:-1]]]), logits=len(text) - 1)[0]
+            log_p = torch.from_numpy(logits).double().log_softmax(-1)
+            chances.append(log_p[np.arange(len(text) - 1), text[1:]].sum().exp().item())
+    assert sum(chances) == pytest.approx(1, abs=1e-6)
+    observed = np.array([sum(row.tolist() == text for row in rows) for text in texts])
+    assert observed.sum() == count
+    assert chi_squared_p(observed, count * np.array(chances)) > 0.001
+    # and the test would notice a sampler of another distribution
+    other = rows_of(write_causal(CachedModel(model, sampler), starts, Sampler(temperature=0.7), 3),
+                    starts)
+    observed = np.array([sum(row.tolist() == text for row in other) for text in texts])
+    assert chi_squared_p(observed, count * np.array(chances)) < 1e-6
+
+
+def test_the_loss_is_that_of_the_logits(model):
+    kind = DraftTraining(4)
+    rows = torch.tensor([[BOS, 4, 5, 6, 4, 4, EOS, PAD], [5, 6, 4, 5, 6, 5, 4, 6]])
+    batch = kind.corrupt_batch(rows)
+    # the first token of a block is known; what follows [EOS] in its block has to be drafted too
+    assert batch.masked.tolist() == [[False, True, True, True] * 2] * 2
+    with torch.no_grad():
+        hidden = batch.hidden(model)
+        logits = model.head(hidden, (EOS, PAD))
+        left, drafted = of_drafts(model, batch, hidden)[3:5]
+        assert drafted.tolist() == [False, True, True] * 4
+        logits[drafted] += model.draft(left[drafted])
+        expected = torch.nn.functional.cross_entropy(logits, rows[batch.masked])
+    loss = kind.loss(model, batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert kind.nelbo(model, [rows.numpy()]).nats_per_token == pytest.approx(loss.item(), rel=1e-5)
+    loss.backward()
+    assert all((p.grad is not None) == name.startswith("draft.")
+               for name, p in model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def headless(joint_checkpoint, tmp_path_factory):
+    """The joint checkpoint as one that has never drafted."""
+    source = load_checkpoint(joint_checkpoint, "joint")
+    source["weights"] = {name: weight for name, weight in source["weights"].items()
+                         if not name.startswith("draft.")}
+    source["model_config"]["draft_rank"] = 0
+    path = tmp_path_factory.mktemp("drafts") / "headless.pt"
+    torch.save(source, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(headless, long_data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drafts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODEL_CONFIGS, "tiny", SMALL)
+        train.main([*map(str, (
+            "--objective", "draft", "--init_from", headless, "--checkpoint_dir", folder / "run",
+            "--data_dir", long_data_dir, "--model_config", "tiny", "--draft_rank", 8,
+            "--draft_size", 4, "--max_steps", 30, "--batch_tokens", 1024, "--lr", 0.05,
+            "--valid_rows", 16, "--num_samples", 1, "--device", "cpu", "--precision", "fp32"))])
+    return folder / "run"
+
+
+def test_training_changes_the_head_alone(trained, headless, capsys):
+    before, after = (load_checkpoint(path, "joint")["weights"]
+                     for path in (headless, trained / "final.pt"))
+    assert set(after) - set(before) == {"draft.before", "draft.behind"}
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert after["draft.behind"].abs().max() > 0.01
+    checkpoint = load_checkpoint(trained / "best.pt", "joint")
+    assert checkpoint["model_config"]["draft_rank"] == 8
+    metrics = (trained / "metrics.jsonl").read_text()
+    assert "valid_nelbo" in metrics
+    generate.main(["--checkpoint", str(trained / "best.pt"), "--verify", "--num_samples", "1"])
+    assert "tokens a round" in capsys.readouterr().out
+
+
+def test_it_resumes(trained, capsys):
+    train.main(["--resume", "--checkpoint_dir", str(trained), "--max_steps", "31"])
+    assert load_checkpoint(trained / "last.pt", None)["step"] == 31
+    assert "draft loss" in capsys.readouterr().out
+
+
+def test_its_modes_are_those_of_the_model_without(trained, headless):
+    rows = np.array([[BOS, 20, 30, 40, 50, EOS]])
+    bounds = []
+    for path in (headless, trained / "best.pt"):
+        model = model_from_checkpoint(load_checkpoint(path, "joint"))
+        batch = NextTokens(*(torch.from_numpy(rows) for _ in range(2)),
+                           torch.from_numpy(rows > BOS), torch.ones(1, 6), torch.ones(1))
+        with torch.no_grad():
+            bounds.append(batch.hidden(model))
+    assert torch.equal(*bounds)
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "--init_from"), (["--draft_rank", "0"], "--draft_rank 0"),
+    (["--draft_size", "1"], "--draft_size 1"), (["--block_sizes", "4"], "--block_sizes"),
+    (["--dropout", "0.1"], "--dropout")])
+def test_what_is_refused(joint_checkpoint, long_data_dir, tmp_path, fails, argv, words):
+    given = ["--init_from", joint_checkpoint] if argv else []
+    assert words in fails(train.main, "--objective", "draft", *given, "--data_dir", long_data_dir,
+                          "--checkpoint_dir", tmp_path / "run", *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_flags_of_drafts_are_for_drafts(long_data_dir, tmp_path, fails):
+    error = fails(train.main, "--draft_rank", 8, "--data_dir", long_data_dir, "--checkpoint_dir",
+                  tmp_path / "run")
+    assert "--draft_rank: for --objective draft alone" in error
+
+
+def test_a_head_of_another_size_is_not_taken_for_it(trained, tmp_path):
+    checkpoint = load_checkpoint(trained / "best.pt", "joint")
+    model = model_from_checkpoint(checkpoint)
+    model.config = dataclasses.replace(model.config, draft_rank=9)
+    save_checkpoint(tmp_path / "x.pt", model, checkpoint["tokenizer"],
+                    checkpoint["length_histogram"], kind="joint")
+    with pytest.raises(UserError, match="do not fit"):
+        model_from_checkpoint(load_checkpoint(tmp_path / "x.pt", "joint"))
