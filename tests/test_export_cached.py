@@ -147,8 +147,9 @@ def test_more_rows_than_the_graph_takes(joint_pairs_bundle, joint_model):
 def test_what_bundle_json_says_of_it(joint_bundle, capsys):
     contents = json.loads((joint_bundle / "bundle.json").read_text())
     assert contents["kind"] == "joint" and contents["cached"] == {"slots": 272, "tokens": 8}
-    assert set(contents["files"]) == {f"{graph}{precision}" for graph in ("", "cached_")
-                                      for precision in ("fp32", "fp16", "int8")}
+    assert set(contents["files"]) == {"draft_head", *(
+        f"{graph}{precision}" for graph in ("", "cached_") for precision in ("fp32", "fp16", "int8")
+    )}
     reports = {name: contents["reports"][f"cached_{name}"] for name in ("fp32", "fp16", "int8")}
     assert reports["fp32"]["max_log_p_difference"] < 1e-3
     assert reports["fp32"]["nll"] == pytest.approx(reports["fp32"]["nll_torch_fp32"], abs=1e-5)
