@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from corpus.tokens import BOS, MASK, PAD
-from sampling.drawing import end_blocks, unmask_step
+from sampling.drawing import ahead, end_blocks, unmask_step
 from sampling.sampler import Sampler
 
 HIDDEN = np.float32(-1e4)  # as in network/attention.py
@@ -115,6 +115,14 @@ class GraphReader:
         return possible(self.run(tokens, np.arange(len(tokens)), causal=False)[:, places],
                         (PAD, MASK, BOS))
 
+    def propose(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows, size = tokens.shape
+        hidden = np.full((rows, size * size), MASK, np.int64)
+        logits = possible(self.run(np.concatenate([tokens, hidden], 1), np.arange(rows),
+                                   causal=True, among=ahead(size), kept=size), (PAD, MASK, BOS))
+        self.known = self.known + size
+        return logits[:, :size], logits[:, size:].reshape(rows, size, size, -1)[:, :, 1:]
+
     def follow(self, tokens: np.ndarray) -> np.ndarray | None:
         if self.draft_head is None:
             return None
@@ -139,14 +147,20 @@ class GraphReader:
 
     # ---- graph ----
 
-    def run(self, tokens: np.ndarray, which: np.ndarray, causal: bool) -> np.ndarray:
+    def run(self, tokens: np.ndarray, which: np.ndarray, causal: bool,
+            among: tuple[np.ndarray, np.ndarray] | None = None, kept: int | None = None,
+            ) -> np.ndarray:
         """Logits (R, N, V) of the next tokens (R, N) of some rows of the batch; a causal pass stays
-        in the cache."""
+        in the cache, or its first `kept` tokens. `among` says instead of `causal` which of them
+        sees which, (N, N) bool, and how far behind the first each stands, (N,)."""
         count = tokens.shape[1]
         if count > self.longest:
             raise ValueError(f"a pass of {count} tokens: the graph takes {self.longest} at most")
-        masks = self.masks(count, self.known[which], causal)
-        positions = self.known[which, None] - 1 + np.arange(count)
+        new = np.arange(count)
+        sees, places = among or (new <= new[:, None] if causal else np.ones((count, count), bool),
+                                 new if causal else np.full(count, count - 1))
+        masks = self.masks(sees, places, self.known[which])
+        positions = self.known[which, None] - 1 + (places if among else new)
         group, seat = np.divmod(self.seats[which], self.batch)
         logits: list[Any] = [None] * len(which)
         for g in np.unique(group):
@@ -161,7 +175,7 @@ class GraphReader:
             for i in here:
                 logits[i] = found[seat[i]]
                 if causal:
-                    self.write(int(g), int(seat[i]), int(self.known[which[i]]), count)
+                    self.write(int(g), int(seat[i]), int(self.known[which[i]]), kept or count)
         return np.stack(logits)
 
     def write(self, group: int, row: int, known: int, count: int) -> None:
@@ -173,18 +187,17 @@ class GraphReader:
         if count > fitting:
             self.slots.write(group, row, 0, fitting, count - fitting)
 
-    def masks(self, count: int, known: np.ndarray, causal: bool) -> np.ndarray:
-        """What the next `count` tokens of rows that know so many must not see: 0 or HIDDEN,
-        (R, 1, N, S + N)."""
-        known, new = known[:, None, None], np.arange(count)
+    def masks(self, sees: np.ndarray, places: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """What the next N tokens of rows that know so many (R,) must not see: 0 or HIDDEN, (R, 1,
+        N, S + N). Of themselves they see what `sees` (N, N) says, and of the slots what is less
+        than the window before their `places` (N,) behind the first."""
+        known, count = known[:, None, None], len(places)
         # the newest token in each slot, (R, 1, S); below 0 there is none
         token = known - 1 - (known - 1 - np.arange(self.size)) % self.size
-        last = known + (new[:, None] if causal else count - 1)  # that a token sees, (R, N or 1, 1)
-        hidden = (token < 0) | (token <= last - self.window)
+        hidden = (token < 0) | (token <= known + places[:, None] - self.window)  # (R, N, S)
         mask = np.zeros((len(known), 1, count, self.size + count), np.float32)
-        mask[:, 0, :, :self.size][np.broadcast_to(hidden, (len(known), count, self.size))] = HIDDEN
-        if causal:
-            mask[..., self.size:][..., new > new[:, None]] = HIDDEN
+        mask[:, 0, :, :self.size][hidden] = HIDDEN
+        mask[:, 0, :, self.size:][:, ~sees] = HIDDEN
         return mask
 
 

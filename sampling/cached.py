@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from corpus.tokens import EOS, MASK, PAD
 from network.attention import Cache, Context
-from sampling.drawing import end_blocks
+from sampling.drawing import ahead, end_blocks
 from sampling.sampler import Sampler
 from sampling.step import Drawing, UnmaskStep, numpy_run
 
@@ -52,6 +52,23 @@ class CachedModel:
         return self.logits(hidden, self.ends).cpu().numpy()
 
     @torch.no_grad()
+    def propose(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows, size = tokens.shape
+        among = tuple(map(torch.from_numpy, ahead(size)))
+        hidden_ones = np.full((rows, size * size), MASK, np.int64)
+        hidden = self.passes(self.drawing.tensor(np.concatenate([tokens, hidden_ones], 1)),
+                             causal=False, among=among)
+        for cache in self.caches:  # the tokens themselves stay
+            cache.looking = False
+            cache.advance(size)
+        # (B, S + S (S - 1), D): the first place of every group is that of a token yet to be drawn
+        wanted = [torch.cat([h[:, :size], h[:, size:].unflatten(1, (size, size))[:, :, 1:].flatten(
+            1, 2)], dim=1) for h in hidden]
+        logits = self.logits(wanted, self.ends)
+        return (logits[:, :size].cpu().numpy(),
+                logits[:, size:].unflatten(1, (size, size - 1)).cpu().numpy())
+
+    @torch.no_grad()
     def follow(self, tokens: np.ndarray) -> np.ndarray | None:
         if getattr(self.model, "draft", None) is None:
             return None
@@ -87,13 +104,14 @@ class CachedModel:
 
     # ---- network ----
 
-    def passes(self, tokens: Tensor, causal: bool, at: Tensor | None = None) -> list[Tensor]:
+    def passes(self, tokens: Tensor, causal: bool, at: Tensor | None = None,
+               among: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
         """Hidden states (B, L, D) or (B, C, D) of the next tokens (B, L), for every evaluation; a
-        causal pass stays in the cache."""
+        causal pass stays in the cache. `among` is that of `Transformer.view`."""
         results = []
         for cache, given in zip(self.caches, self.given, strict=True):
             cache.looking = not causal
-            view = self.model.view(tokens.shape[1], cache=cache, causal=causal)
+            view = self.model.view(tokens.shape[1], cache=cache, causal=causal, among=among)
             results.append(self.model.hidden(tokens, context=given, at=at, view=view))
         return results
 

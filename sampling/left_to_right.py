@@ -10,6 +10,7 @@ Rows are texts from their start, [BOS] and a prompt; the writer goes on from the
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -35,6 +36,11 @@ class Reader(Protocol):
     def look(self, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
         """FP32 logits (B, C, V) at the places (C,) of a block (B, S) that would come next, whose
         tokens see each other; it is not remembered."""
+
+    def propose(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`read` of the next tokens (B, S) with all their logits, (B, S, V), and in the same pass,
+        for every one of them, a `look` at a block of S hidden tokens that would come behind it: the
+        logits of all but the first, (B, S, S - 1, V)."""
 
     def follow(self, tokens: np.ndarray) -> np.ndarray | None:
         """What tokens (B,) that were drafted say of the ones behind them, (B, V) to be added to the
@@ -140,21 +146,11 @@ def write_verified(reader: Reader, drafter: Reader, starts: Sequence[np.ndarray]
         read_starts(one, starts, batch.lengths - 1)
     rounds = np.zeros(len(starts), np.int64)
     while len(batch.numbers):
-        uniform = np.stack([np.random.default_rng([VERIFY_STREAM, seed, row, k]).random(
-            (3, block_size)) for row, k in zip(batch.numbers, rounds, strict=True)])
+        uniform = round_noise(seed, batch.numbers, rounds, block_size)
         draft, q = draft_of(drafter, batch.last, block_size, sampler, uniform[:, 0])
         given = np.concatenate([batch.last[:, None], draft], 1)  # (B, S)
-        p = distribution(reader.read(given, logits=block_size), sampler)  # (B, S, V)
-        known, pieces = batch.lengths, []
-        for i in range(len(draft)):
-            count, token = verify(draft[i], q[i], p[i, :-1], uniform[i, 1:, :-1])
-            ended = np.flatnonzero(draft[i, :count] == EOS)
-            if len(ended):
-                pieces.append(draft[i, :ended[0] + 1])
-                continue
-            if token is None:
-                token = int(draw(p[i, -1:], uniform[i, 2, -1:])[0])
-            pieces.append(np.append(draft[i, :count], token))
+        pieces = verified(draft, q, reader.read(given, logits=block_size), sampler, uniform[:, 1:])
+        known = batch.lengths
         rounds = rounds + 1
         grown = known + [len(piece) for piece in pieces]  # all but the last token are in the cache
         reader.forget(grown)
@@ -168,21 +164,99 @@ def write_verified(reader: Reader, drafter: Reader, starts: Sequence[np.ndarray]
         yield from batch.add(pieces, min(sampler.steps, block_size - 1) + 1 + apart)
 
 
+def write_ahead(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler, block_size: int,
+                longest: int, seed: int = 0, numbers: Sequence[int] | None = None,
+                ) -> Iterator[Piece]:
+    """As `write_verified` with one reader, in one pass a round: the pass that verifies a draft also
+    drafts what comes behind each of its tokens, for the case that it is the last that stands (as
+    arXiv 2511.08923 does). Such a draft does not know the token that then takes the place behind;
+    a draft head says of it what it can (`Reader.follow`).
+
+    A pass is of `block_size` (`block_size` + 1) tokens: for a device whose time goes into reading
+    the weights.
+    """
+    numbers = range(len(starts)) if numbers is None else numbers
+    batch = _Batch(reader, starts, numbers, longest)
+    if not len(starts):
+        return
+    read_starts(reader, starts, batch.lengths - 1)
+    rounds = np.zeros(len(starts), np.int64)
+    uniform = round_noise(seed, batch.numbers, rounds, block_size)
+    alone = replace(sampler, steps=1)
+    draft, q = draft_of(reader, batch.last, block_size, alone, uniform[:, 0])
+    extra = 1  # the first draft has a pass of its own
+    while len(batch.numbers):
+        given = np.concatenate([batch.last[:, None], draft], 1)  # (B, S)
+        logits, behind = reader.propose(given)
+        pieces = verified(draft, q, logits, sampler, uniform[:, 1:])
+        stood = np.array([len(piece) for piece in pieces])
+        grown = batch.lengths + stood
+        reader.forget(grown)
+        alive = np.array([piece[-1] != EOS for piece in pieces]) & (grown < longest)
+        rounds, behind = (rounds + 1)[alive], behind[alive, stood[alive] - 1]
+        yield from batch.add(pieces, 1 + extra)
+        extra = 0
+        if len(batch.numbers):
+            uniform = round_noise(seed, batch.numbers, rounds, block_size)
+            block = np.zeros((len(rounds), block_size), np.int64)
+            block[:, 0] = batch.last
+            q = draw_places(reader, block, np.arange(1, block_size), behind, sampler,
+                            uniform[:, 0], np.ones(block_size - 1, bool))
+            draft = block[:, 1:]
+
+
+def round_noise(seed: int, numbers: np.ndarray, rounds: np.ndarray, size: int) -> np.ndarray:
+    """(B, 3, S) uniforms of these rows in their rounds: for the draft, and two to verify it."""
+    return np.stack([np.random.default_rng([VERIFY_STREAM, seed, row, k]).random((3, size))
+                     for row, k in zip(numbers, rounds, strict=True)])
+
+
+def verified(draft: np.ndarray, q: np.ndarray, logits: np.ndarray, sampler: Sampler,
+             uniform: np.ndarray) -> list[np.ndarray]:
+    """What a round adds to each row: the tokens that stand of the draft (B, S - 1), drawn from q
+    (B, S - 1, V), and one more, unless they end the story. `logits` (B, S, V) are the causal mode's
+    for each token of the draft and for the one behind it, `uniform` is (B, 2, S)."""
+    p, pieces = distribution(logits, sampler), []
+    for i in range(len(draft)):
+        count, token = verify(draft[i], q[i], p[i, :-1], uniform[i, :, :-1])
+        ended = np.flatnonzero(draft[i, :count] == EOS)
+        if len(ended):
+            pieces.append(draft[i, :ended[0] + 1])
+            continue
+        if token is None:
+            token = int(draw(p[i, -1:], uniform[i, 1, -1:])[0])
+        pieces.append(np.append(draft[i, :count], token))
+    return pieces
+
+
 def draft_of(drafter: Reader, last: np.ndarray, size: int, sampler: Sampler, uniform: np.ndarray,
              ) -> tuple[np.ndarray, np.ndarray]:
     """`size` - 1 tokens behind the `last` (B,) of every row, (B, S - 1), and the distributions that
     they were drawn from, (B, S - 1, V); by the uniforms (B, S)."""
     block = np.full((len(last), size), MASK, np.int64)
     block[:, 0] = last
-    q: list[np.ndarray] = []
+    q = []
     for part in np.array_split(np.arange(1, size), min(sampler.steps, size - 1)):
-        logits = drafter.look(block, part)  # (B, C, V)
-        for place, at in zip(part, logits.transpose(1, 0, 2), strict=True):
-            # The network has seen the token before, or what it says is added.
-            said = drafter.follow(block[:, place - 1]) if place > part[0] else None
-            q.append(distribution(at if said is None else at + said, sampler))
-            block[:, place] = draw(q[-1], uniform[:, place])
-    return block[:, 1:], np.stack(q, 1)
+        # of the place before the first the network has seen the token
+        q.append(draw_places(drafter, block, part, drafter.look(block, part), sampler, uniform,
+                             part > part[0]))
+    return block[:, 1:], np.concatenate(q, 1)
+
+
+def draw_places(drafter: Reader, block: np.ndarray, places: np.ndarray, logits: np.ndarray,
+                sampler: Sampler, uniform: np.ndarray, told: np.ndarray) -> np.ndarray:
+    """Draws the tokens at these places (C,) of the block (B, S), into it, from left to right;
+    returns the distributions that they were drawn from, (B, C, V).
+
+    `logits` (B, C, V) are the network's; where it is `told` (C,), the draft head says what the
+    token before means, if there is a head.
+    """
+    q = []
+    for place, at, add in zip(places, logits.transpose(1, 0, 2), told, strict=True):
+        said = drafter.follow(block[:, place - 1]) if add else None
+        q.append(distribution(at if said is None else at + said, sampler))
+        block[:, place] = draw(q[-1], uniform[:, place])
+    return np.stack(q, 1)
 
 
 def write_blocks(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler, block_size: int,
