@@ -9,6 +9,7 @@
     python generate.py --checkpoint conditional/best.pt --conditions first_sentences.txt --json
     python generate.py --checkpoint checkpoints_joint/best.pt --block_size 4 --steps 4 --stream
     python generate.py --checkpoint checkpoints_joint/best.pt --verify --length 1000 --stream
+    python generate.py --checkpoint checkpoints_joint/best.pt --verify --ahead --stream
     python generate.py --checkpoint checkpoints_joint/best.pt --verify --verify_with twin/best.pt
     python generate.py --checkpoint checkpoints_ar/best.pt --stream             # the twin
     python generate.py --onnx jetson_bundle/step_int8.onnx --preset fast        # without torch
@@ -270,7 +271,7 @@ def open_exported(config: GenerateConfig, conditional: bool) -> Source:
             "needed here is of the kind: conditional model")
     return Source(path, bundle.tokenizer, bundle.contents["length_histogram"], bundle.max_len,
                   partial(condition_rows, max_len=bundle.condition_len), bundle.step, None,
-                  (lambda config, conditions: bundle.reader(config, conditions, config.block_size))
+                  (lambda config, conditions: bundle.reader(config, conditions, config.pass_tokens))
                   if bundle.contents.get("cached") else None)
 
 

@@ -124,10 +124,10 @@ class Bundle:
 
         return run
 
-    def reader(self, sampler: Sampler, conditions: np.ndarray | None = None, block_size: int = 1,
+    def reader(self, sampler: Sampler, conditions: np.ndarray | None = None, tokens: int = 1,
                ) -> GraphReader:
-        """What writes from the left with this sampler, for sampling/left_to_right.py, in blocks of
-        up to `block_size`."""
+        """What writes from the left with this sampler, for sampling/left_to_right.py, in passes of
+        up to so many tokens."""
         cached = self.contents.get("cached")
         require(cached, f"{self.path} is of a {self.kind} model, which fills whole rows alone")
         require(conditions is None, "an exported graph that writes from the left takes no "
@@ -135,8 +135,8 @@ class Bundle:
         sampler.check()
         require(sampler.pace in PLANNED_PACES, f"--pace {sampler.pace} is not there for an "
                 f"exported graph that writes from the left: choose from {', '.join(PLANNED_PACES)}")
-        require(block_size <= cached["tokens"], f"--block_size {block_size}: {self.path} takes "
-                f"{cached['tokens']} tokens at most; export it with a larger --cached_tokens")
+        require(tokens <= cached["tokens"], f"--block_size: a pass of {tokens} tokens; {self.path} "
+                f"takes {cached['tokens']} at most; export it with a larger --cached_tokens")
         name = self.path.name
         path = self.path.with_name(name if name.startswith(CACHED) else
                                    name.replace("step_", CACHED, 1))

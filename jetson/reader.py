@@ -158,9 +158,9 @@ class GraphReader:
             raise ValueError(f"a pass of {count} tokens: the graph takes {self.longest} at most")
         new = np.arange(count)
         sees, places = among or (new <= new[:, None] if causal else np.ones((count, count), bool),
-                                 new if causal else np.full(count, count - 1))
+                                 new)
         masks = self.masks(sees, places, self.known[which])
-        positions = self.known[which, None] - 1 + (places if among else new)
+        positions = self.known[which, None] - 1 + places
         group, seat = np.divmod(self.seats[which], self.batch)
         logits: list[Any] = [None] * len(which)
         for g in np.unique(group):
@@ -189,12 +189,13 @@ class GraphReader:
 
     def masks(self, sees: np.ndarray, places: np.ndarray, known: np.ndarray) -> np.ndarray:
         """What the next N tokens of rows that know so many (R,) must not see: 0 or HIDDEN, (R, 1,
-        N, S + N). Of themselves they see what `sees` (N, N) says, and of the slots what is less
-        than the window before their `places` (N,) behind the first."""
+        N, S + N). Of themselves, at `places` (N,) behind the known ones, they see what `sees` (N,
+        N) says, and of the slots what is less than the window before the last that they see."""
         known, count = known[:, None, None], len(places)
+        last = known + np.where(sees, places, 0).max(1)[:, None]  # (R, N, 1)
         # the newest token in each slot, (R, 1, S); below 0 there is none
         token = known - 1 - (known - 1 - np.arange(self.size)) % self.size
-        hidden = (token < 0) | (token <= known + places[:, None] - self.window)  # (R, N, S)
+        hidden = (token < 0) | (token <= last - self.window)  # (R, N, S)
         mask = np.zeros((len(known), 1, count, self.size + count), np.float32)
         mask[:, 0, :, :self.size][hidden] = HIDDEN
         mask[:, 0, :, self.size:][:, ~sees] = HIDDEN

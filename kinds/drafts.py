@@ -3,7 +3,8 @@
     python train.py --objective draft --init_from joint/best.pt --checkpoint_dir joint_drafts
 
 The network stays as it is; only its DraftHead learns, on blocks as `generate.py --verify` drafts
-them: the first token of each is known, all others are hidden. The result is a joint checkpoint.
+them: the first token of each is known to the network, or with --ahead to the head alone, and all
+others are hidden. The result is a joint checkpoint.
 """
 
 from cli import require
@@ -55,12 +56,14 @@ class DraftTraining(JointDiffusion):
         return lambda name: name.startswith("draft.")
 
     def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Blocks:
-        """Rows (B, L) in blocks of which the first token is known; nothing is random."""
+        """Rows (B, L) in blocks of which everything is hidden, or in every other row all but the
+        first token; what comes first is never drafted. Nothing is random."""
         size, = self.sizes
         tokens = nn.functional.pad(tokens, (0, -tokens.shape[1] % size))
-        masked = predicted(in_blocks(tokens, size))
-        masked[..., 0] = False
+        masked = predicted(in_blocks(tokens, size))  # (B, N, S)
+        masked[::2, :, 0] = False
         noisy, wanted, there = noisy_blocks(tokens, masked)
+        wanted[:, ::size] = False
         return Blocks(tokens, noisy, wanted, wanted / wanted.sum().clamp(min=1),
                       torch.ones(len(tokens)), there=there,
                       size=torch.full((len(tokens),), size), next_weight=torch.zeros(tokens.shape))

@@ -40,7 +40,7 @@ from measuring.held_out import (
     output_file,
 )
 from measuring.quality import PERPLEXITY, Judge, figures
-from sampling.left_to_right import Piece, write_blocks, write_causal, write_verified
+from sampling.left_to_right import Piece, write_ahead, write_blocks, write_causal, write_verified
 from sampling.loop import unmask_rows
 from sampling.rows import blank_story
 from sampling.sampler import Sampler
@@ -50,7 +50,8 @@ BATCH = 32  # stories at a time, but for the timings
 CAUSAL, ROW, TWIN = "causal", "row", "twin"
 # Blocks of so many tokens in so many evaluations, drafts verified of so many places, whole rows
 WAYS = (CAUSAL, "2/2", "4/2", "4/4", "8/4", "8/8", "16/4", "16/8", "16/16", "32/8", "32/16",
-        "verify 4/1", "verify 8/1", "verify 8/2", "verify 16/1", "row/32", "row/64", TWIN)
+        "verify 4/1", "verify 8/1", "verify 8/2", "verify 16/1", "ahead 4/1", "ahead 6/1", "row/32",
+        "row/64", TWIN)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class BlocksConfig(HeldOutConfig):
     twin: str | None = flag(None, "checkpoint of an autoregressive model, which writes beside it")
     judge: str | None = flag(None, "checkpoint of another one, which judges the stories")
     ways: list[str] = flag(list(WAYS), "which to measure: causal, N/K (blocks of N tokens in K "
-                                       "evaluations), 'verify N/K', row/K, twin")
+                                       "evaluations), 'verify N/K', 'ahead N/1', row/K, twin")
     num_samples: int = flag(64, "stories that each writes")
     max_rows: int | None = flag(None, "score only so many rows, evenly spread over the split")
     draws: int = flag(1, "masks drawn for every row")
@@ -95,12 +96,13 @@ class Way:
         drawing = Sampler(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
         if name in (CAUSAL, TWIN):
             return cls(name, 1, dataclasses.replace(drawing, steps=1))
-        size, slash, steps = name.removeprefix("verify ").partition("/")
+        verified = name.startswith(("verify ", "ahead "))
+        size, slash, steps = name.split(" ")[-1].partition("/")
         require(slash and steps.isdigit() and int(steps) and (name.startswith(f"{ROW}/") or
                 size.isdigit() and int(size) > 1), f"--ways {name!r}: choose from causal, twin, "
-                "N/K, 'verify N/K' and row/K with N of 2 or more and K of 1 or more")
+                "N/K, 'verify N/K', 'ahead N/1' and row/K with N of 2 or more and K of 1 or more")
         way = cls(name, 0 if size == ROW else int(size),
-                  dataclasses.replace(drawing, steps=int(steps)), name.startswith("verify "))
+                  dataclasses.replace(drawing, steps=int(steps)), verified)
         way.sampler.check()
         return way
 
@@ -118,7 +120,9 @@ class Way:
             return
         starts = [np.array([BOS])] * len(lengths)
         reader, longest = kind.reader(model, self.sampler), model.config.max_len
-        if self.verified:
+        if self.name.startswith("ahead "):
+            yield from write_ahead(reader, starts, self.sampler, self.size, longest, seed, numbers)
+        elif self.verified:
             yield from write_verified(reader, reader, starts, self.sampler, self.size, longest,
                                       seed, numbers)
         elif self.size == 1:

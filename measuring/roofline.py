@@ -51,6 +51,8 @@ class Roofline:
     # Assumed, between what small blocks and good drafts give elsewhere; measure your own
     round_tokens: list[float] = flag([2.5, 3.5], "tokens that a draft and its verification give "
                                                  "together: assumed, not worked out")
+    ahead: int = flag(4, "places of a draft that is made in the pass that verifies another")
+    ahead_tokens: float = flag(2.1, "tokens that such a pass gives: assumed")
     measured: str | None = flag(None, "a device_benchmark.json of that device, to compare with")
 
     def check(self) -> None:
@@ -106,8 +108,9 @@ def writing_table(config: Roofline, device: Device) -> list[str]:
              + "".join(f"blocks of {block} at {'/'.join(map(str, evaluations_of(block)))} "
                        "evaluations | " for block in config.block_sizes)
              + f"drafts of {config.draft - 1} at {config.draft_evaluations}, "
-             + "/".join(f"{tokens:g}" for tokens in config.round_tokens) + " tokens a round |",
-             "|---" * (4 + len(config.block_sizes)) + "|"]
+             + "/".join(f"{tokens:g}" for tokens in config.round_tokens) + " tokens a round | "
+             f"ahead, {config.ahead} at {config.ahead_tokens:g} tokens a pass |",
+             "|---" * (5 + len(config.block_sizes)) + "|"]
     for name, size in sizes_of(config):
         for precision in ("fp16", "int8"):
             def seconds(tokens: int, size=size, precision=precision) -> float:
@@ -117,8 +120,9 @@ def writing_table(config: Roofline, device: Device) -> list[str]:
                       for block in config.block_sizes)
             a_round = (config.draft_evaluations + 1) * seconds(config.draft)
             verified = "/".join(f"{tokens / a_round:.0f}" for tokens in config.round_tokens)
+            ahead = config.ahead_tokens / seconds(config.ahead * (config.ahead + 1))
             lines.append(f"| {name} | {precision} | {1 / seconds(1):.0f} | {' | '.join(blocks)} "
-                         f"| {verified} |")
+                         f"| {verified} | {ahead:.0f} |")
     return lines
 
 

@@ -7,9 +7,10 @@ one process.
 `textbook` is what a user would take instead: a GPT of the same size (learned positions, layer norms
 with gains, GELU, one matrix for queries, keys and values), token by token with keys and values
 that are concatenated, drawn by torch.multinomial. Ours: token by token (`causal`), in blocks
-(`blocks`, --steps evaluations each) and in verified drafts (`verified`). Random weights do for the
-first three; what a draft is worth depends on the model: give a --checkpoint. Only tokens that were
-written count, up to --seq_len or the model's [EOS].
+(`blocks`, --steps evaluations each) and in verified drafts (`verified`, two passes a round, and
+`ahead`, one). Random weights do for the first three arms; what a draft is worth depends on the
+model: give a --checkpoint. Only tokens that were written count, up to --seq_len or the model's
+[EOS].
 
 The columns are those of `benchmark.py train`.
 """
@@ -31,26 +32,30 @@ from measuring.paired import Benchmark, read_peers, run_and_write
 from model import MODEL_CONFIGS, create_model
 from network.hardware import pick_precision
 from sampling.cached import CachedModel
-from sampling.left_to_right import write_blocks, write_causal, write_verified
+from sampling.left_to_right import write_ahead, write_blocks, write_causal, write_verified
 from sampling.sampler import Sampler
+
+DRAFTED = ("verified", "ahead")
 
 
 @dataclass(frozen=True)
 class WriteBenchmark(Benchmark):
     BASELINES = ("textbook",)
-    ARMS = (*BASELINES, "causal", "blocks", "verified")
+    ARMS = (*BASELINES, "causal", "blocks", "verified", "ahead")
 
     batch: int = flag(4, "stories at a time")
     repeats: int = flag(5, "how often each arm is timed")
     block_size: int = flag(8, "tokens of a block, and places of a draft")
     steps: int = flag(4, "evaluations of a block; a draft always has one")
+    ahead_size: int = flag(4, "places of a draft that is made in the pass that verifies another")
     temperature: float = flag(1.0, "0 is greedy, 1 the model's own distribution")
     checkpoint: str | None = flag(None, "model to use (default: random weights of --model_config)")
     arms: list[str] = flag(list(ARMS), "what to run: " + ", ".join(ARMS))
 
     def check(self) -> None:
         super().check()
-        require(self.block_size >= 2, f"--block_size {self.block_size}: must be at least 2")
+        for name in ("block_size", "ahead_size"):
+            require(getattr(self, name) >= 2, f"--{name} {getattr(self, name)}: must be at least 2")
         self.sampler.check()
 
     @property
@@ -65,12 +70,14 @@ class WriteBenchmark(Benchmark):
         starts, longest = [np.array([BOS])] * self.batch, self.seq_len
 
         def write() -> dict:
-            sampler = replace(self.sampler, steps=1) if arm == "verified" else self.sampler
+            sampler = replace(self.sampler, steps=1) if arm in DRAFTED else self.sampler
             reader = CachedModel(model, sampler)
             pieces = list(
                 write_causal(reader, starts, sampler, longest) if arm == "causal" else
                 write_blocks(reader, starts, sampler, self.block_size, longest) if arm == "blocks"
-                else write_verified(reader, reader, starts, sampler, self.block_size, longest))
+                else write_ahead(reader, starts, sampler, self.ahead_size, longest)
+                if arm == "ahead" else
+                write_verified(reader, reader, starts, sampler, self.block_size, longest))
             return {"evaluations": max(sum(piece.evaluations for piece in pieces if piece.row == i)
                                        for i in range(self.batch)),
                     "tokens": sum(len(piece.tokens) for piece in pieces)}
@@ -81,7 +88,7 @@ class WriteBenchmark(Benchmark):
         if self.checkpoint:
             model = model_from_checkpoint(load_checkpoint(self.checkpoint, kinds_that(
                 lambda kind: kind.from_left and not kind.conditional)))
-            require(not model.config.causal or not {"blocks", "verified"} & {*self.arms},
+            require(not model.config.causal or not {"blocks", *DRAFTED} & {*self.arms},
                     f"{self.checkpoint} writes token by token alone: name other --arms")
             return model
         torch.manual_seed(0)

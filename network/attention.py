@@ -139,7 +139,7 @@ class Cache:
                 self.window or top):
             return None
         # (B, L, 1) or (B, 1, 1): the last place that a token sees
-        last = known + (among[1][:, None] if among is not None else
+        last = known + (torch.where(*among, 0).amax(1)[:, None] if among is not None else
                         torch.arange(count)[:, None] if causal else count - 1)
         slot = torch.arange(top)
         if among is None:

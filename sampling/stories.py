@@ -15,7 +15,14 @@ import numpy as np
 
 from corpus.tokens import BOS, EOS, MASK, PAD
 from sampling.drawing import distribution, draw
-from sampling.left_to_right import Piece, Reader, write_blocks, write_causal, write_verified
+from sampling.left_to_right import (
+    Piece,
+    Reader,
+    write_ahead,
+    write_blocks,
+    write_causal,
+    write_verified,
+)
 from sampling.noise import LIMIT_STREAM
 from sampling.rows import Vocabulary, lay_out
 from sampling.sampler import Sampler
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
 # --block_size where none is given, of a model that writes in any order and from the left
 BLOCK_SIZE = 0
 VERIFIED = {"block_size": 8, "steps": 1}  # where none is given with --verify
+AHEAD = {"block_size": 4, "steps": 1}  # and with --verify --ahead
 MOST_BLOCK = 1024  # tokens, as in train.py --block_sizes
 
 # Flags without effect
@@ -44,6 +52,10 @@ class FromLeft(Sampler):
     verify: bool = flag(False, "draft each block in --steps (default: 1) evaluations, and keep of "
                                "it what the model's token by token mode takes: stories are "
                                "distributed as in that mode")
+    ahead: bool = flag(False, "with --verify: one pass verifies a draft and makes the next, for "
+                              "every token of it that may be the last to stand; for a device that "
+                              f"is slow to read weights (--block_size {AHEAD['block_size']}, a "
+                              "pass is of that times one more)")
     verify_with: str | None = flag(None, "checkpoint whose token by token mode verifies instead")
     stream: bool = flag(False, "print text as soon as it stands; with --json an object a piece")
 
@@ -56,9 +68,14 @@ class FromLeft(Sampler):
                 f"--block_size {size}: leaves --verify no draft; take 2 or more")
         require(self.verify or self.verify_with is None,
                 "--verify_with belongs to --verify: add it, or leave --verify_with out")
+        require(self.verify or not self.ahead, "--ahead belongs to --verify: add it, or leave "
+                                               "--ahead out")
+        require(not (self.ahead and self.verify_with),
+                "--ahead and --verify_with: one pass is of one model; give one of them")
 
     def check_used(self, given: set[str]) -> None:
         if self.verify:
+            refuse(("steps",) * self.ahead, given, "--ahead drafts in one evaluation")
             refuse(OF_ORDERS, given, "--verify uncovers a draft from the left, in equal parts")
         elif self.block_size == 1:
             refuse(("steps", *OF_ORDERS), given, "token by token there are no steps and no order")
@@ -68,6 +85,11 @@ class FromLeft(Sampler):
         require(not self.stream or "show_steps" not in given,
                 "--stream and --show_steps: give one of them")
         super().check_used(given)
+
+    @property
+    def pass_tokens(self) -> int:
+        """Of a row, at most, but for what it begins with."""
+        return self.block_size * (self.block_size + 1 if self.ahead else 1)
 
     @property
     def asks_for(self) -> str | None:
@@ -80,7 +102,7 @@ class FromLeft(Sampler):
         writes `from_left`, or both. Raises UserError for what it cannot do."""
         require(from_left or not self.asks_for, f"{self.asks_for}: {name} does not write from the "
                 "left; use a model of train.py --objective joint or autoregressive")
-        config = preset(self, VERIFIED, given) if self.verify else self
+        config = preset(self, AHEAD if self.ahead else VERIFIED, given) if self.verify else self
         if not unmasks:
             require(not config.verify and config.block_size in (None, 1),
                     f"{'--verify' if config.verify else f'--block_size {config.block_size}'}: "
@@ -146,7 +168,10 @@ def write(reader: Reader, drafter: Reader, places: Places, config: FromLeft, lon
         yield Piece(number, start, full, len(limits_of(places)))
     if full:
         return
-    if config.verify:
+    if config.ahead:
+        yield from write_ahead(reader, list(starts), config, config.block_size, longest, seed,
+                               numbers)
+    elif config.verify:
         yield from write_verified(reader, drafter, list(starts), config, config.block_size, longest,
                                   seed, numbers)
     elif config.block_size == 1:

@@ -46,6 +46,7 @@ from sampling.left_to_right import (
     Piece,
     rows_of,
     up_to_the_end,
+    write_ahead,
     write_blocks,
     write_causal,
     write_verified,
@@ -352,6 +353,8 @@ DRAFTERS = {"itself": lambda model, sampler: None,
 def verified(model, sampler: Sampler, size: int, drafter: str, starts: list[np.ndarray],
              seed: int = 0, longest: int = LONGEST, **more) -> Iterator[Piece]:
     reader = CachedModel(model, sampler)
+    if drafter == "ahead":
+        return write_ahead(reader, starts, sampler, size, longest, seed, **more)
     return write_verified(reader, DRAFTERS[drafter](model, sampler) or reader, starts, sampler,
                           size, longest, seed, **more)
 
@@ -360,6 +363,7 @@ def verified(model, sampler: Sampler, size: int, drafter: str, starts: list[np.n
     ("itself", 2, dict(steps=1)), ("itself", 4, dict(steps=2)),
     ("itself", 3, dict(steps=1, temperature=0.7)), ("another", 3, dict(steps=2)),
     ("another", 4, dict(steps=1, top_k=2)), ("opposite", 2, dict(steps=1, top_p=0.8)),
+    ("ahead", 2, dict()), ("ahead", 4, dict(temperature=0.7)), ("ahead", 3, dict(top_p=0.8)),
     ("opposite", 4, dict(steps=2)), ("opposite", 3, dict(steps=2, temperature=0.7, top_k=3,
                                                          top_p=0.8))])
 def test_drafts_are_verified_exactly(network, drafter, size, options):
@@ -378,7 +382,8 @@ def test_a_wrong_verifier_would_be_noticed(network, monkeypatch):
         return count, token if token is None else int(
             draw(p[count:count + 1], uniform[1, count:count + 1])[0])
     for wrong, drafter in ((lambda draft, q, p, uniform: (len(draft), None), "itself"),
-                           (without_what_is_above, "another")):
+                           (without_what_is_above, "another"),
+                           (without_what_is_above, "ahead")):
         monkeypatch.setattr(left_to_right, "verify", wrong)
         rows = rows_of(verified(network, Sampler(steps=1), 4, drafter, starts), starts)
         assert fits(rows, chances) < 1e-6
@@ -390,9 +395,36 @@ def test_greedy_writers_agree(network):
     expected = [BOS]
     while expected[-1] != EOS and len(expected) < LONGEST:
         expected.append(int(by_hand(network, tuple(expected))[0].argmax()))
-    for drafter in DRAFTERS:
+    for drafter in (*DRAFTERS, "ahead"):
         again = rows_of(verified(network, sampler, 3, drafter, starts), starts)
         assert [row.tolist() for row in (*rows, *again)] == [expected] * 4
+
+
+@pytest.mark.parametrize("longest", [1, 20, 60])
+def test_one_pass_gives_what_reading_and_looking_give(longest):
+    """Also of rows of different lengths, and where the window has slid."""
+    model, rng = made(0), np.random.default_rng(0)
+    known = rng.integers(4, 7, (2, longest))
+    counts, tokens = np.array([longest + 1, max(2, longest - 3)]), rng.integers(4, 7, (2, 3))
+
+    def begun() -> CachedModel:
+        reader = CachedModel(model, Sampler())
+        reader.begin(np.arange(2))
+        for start in range(0, longest + 1, 5):  # as it is written: in short passes
+            reader.read(np.concatenate([[[PAD]] * 2, known], 1)[:, start:start + 5])
+        reader.forget(counts)
+        return reader
+    reader = begun()
+    logits, behind = reader.propose(tokens)
+    after = reader.read(tokens[:, :1], logits=1)  # the tokens have stayed, and they alone
+    other = begun()
+    np.testing.assert_allclose(logits, other.read(tokens, logits=3), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(after, other.read(tokens[:, :1], logits=1), rtol=1e-4, atol=1e-5)
+    for stood in range(3):
+        other = begun()
+        other.read(tokens[:, :stood + 1])
+        np.testing.assert_allclose(behind[:, stood], other.look(
+            np.full((2, 3), MASK), np.arange(1, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_good_draft_saves_evaluations():
@@ -630,7 +662,7 @@ def writers(size: int = 4, longest: int = 24, **options) -> dict:
             **{drafter: functools.partial(
                 lambda drafter, model, starts, seed, numbers: verified(
                     model, sampler, size, drafter, starts, seed, longest, numbers=numbers),
-                drafter) for drafter in DRAFTERS}}
+                drafter) for drafter in (*DRAFTERS, "ahead")}}
 
 
 def together(pieces: Iterator[Piece]) -> dict[int, list[int]]:
@@ -696,7 +728,8 @@ def test_no_story_is_asked_for(network):
     reader = CachedModel(network, Sampler())
     assert not [*write_causal(reader, [], Sampler(), LONGEST),
                 *write_blocks(reader, [], Sampler(), 2, LONGEST),
-                *write_verified(reader, reader, [], Sampler(), 2, LONGEST)]
+                *write_verified(reader, reader, [], Sampler(), 2, LONGEST),
+                *write_ahead(reader, [], Sampler(), 2, LONGEST)]
 
 
 def test_starts_of_different_blocks_are_refused(network):

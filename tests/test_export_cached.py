@@ -19,7 +19,7 @@ from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 from network.attention import HIDDEN
 from sampling.cached import CachedModel
 from sampling.drawing import distribution
-from sampling.left_to_right import rows_of, write_blocks, write_causal, write_verified
+from sampling.left_to_right import rows_of, write_ahead, write_blocks, write_causal, write_verified
 from sampling.sampler import ORDERS, REMASKS, Sampler
 
 STARTS = [np.array(start) for start in (
@@ -37,6 +37,8 @@ def written(reader, sampler, mode, longest=60, starts=STARTS):
         pieces = write_causal(reader, starts, sampler, longest, seed=3)
     elif mode == "verified":
         pieces = write_verified(reader, reader, starts, sampler, 5, longest, seed=3)
+    elif mode == "ahead":
+        pieces = write_ahead(reader, starts, sampler, 2, longest, seed=3)
     else:
         pieces = write_blocks(reader, starts, sampler, int(mode), longest, seed=3)
     return [row.tolist() for row in rows_of(pieces, starts)]
@@ -49,6 +51,7 @@ CASES = [
     ("4", Sampler(steps=4, remask=REMASKS[1], eta=0.4)), ("8", Sampler(steps=3, pace="linear")),
     ("4", Sampler(steps=4, pace="first_hitting", top_p=0.9)),
     ("4", Sampler(steps=2, temperature=0.0)),
+    ("ahead", Sampler()), ("ahead", Sampler(top_p=0.9)),
     ("verified", Sampler(steps=1)), ("verified", Sampler(steps=2, top_p=0.9)),
     ("verified", Sampler(steps=3))]
 
@@ -215,9 +218,10 @@ def test_what_the_graph_cannot_do(joint_bundle, fails):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("--block_size 9", "--block_size 9: {} takes 8 tokens at most"),
-    ("--block_size 9 --length 400", "--block_size 9: {} takes 8 tokens at most"),
-    ("--verify --block_size 16", "--block_size 16: {} takes 8 tokens at most"),
+    ("--block_size 9", "--block_size: a pass of 9 tokens; {} takes 8 at most"),
+    ("--block_size 9 --length 400", "--block_size: a pass of 9 tokens; {} takes 8 at most"),
+    ("--verify --block_size 16", "--block_size: a pass of 16 tokens; {} takes 8 at most"),
+    ("--verify --ahead", "--block_size: a pass of 20 tokens; {} takes 8 at most"),
     ("--block_size 4 --pace threshold", "--pace threshold is not there"),
     ("--block_size 4 --pace entropy_bound", "--pace entropy_bound is not there"),
     ("--verify --condition Tom.", "joint model; what is needed here"),

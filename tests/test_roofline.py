@@ -39,11 +39,12 @@ def test_writing_from_the_left(capsys):
     assert evaluations_of(4) == [1, 2, 4] and evaluations_of(6) == [1, 2, 4, 6]
     main(["roofline", "--block_sizes", "4", "--round_tokens", "2.5", "7"])
     line = next(line for line in capsys.readouterr().out.splitlines()
-                if line.startswith("| xlarge | fp16 |") and line.count("|") == 6)
-    cells = [cell.strip() for cell in line.split("|")][3:6]
+                if line.startswith("| xlarge | fp16 |") and line.count("|") == 7)
+    cells = [cell.strip() for cell in line.split("|")][3:7]
     assert cells[0] == f"{1 / one:.0f}"
     assert cells[1] == f"{2 / one:.0f}/{4 / 3 / one:.0f}/{4 / 5 / one:.0f}"
     assert cells[2] == f"{2.5 / 2 / one:.0f}/{7 / 2 / one:.0f}"
+    assert cells[3] == f"{2.1 / one:.0f}"  # 20 tokens, in one reading
 
 
 def test_a_measurement_beside_the_floor(tmp_path, capsys):

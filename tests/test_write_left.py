@@ -112,6 +112,7 @@ MODES = {
     "adaptive": "joint.pt --block_size 8 --pace threshold --threshold 0.2 --order entropy",
     "again": "joint.pt --block_size 8 --steps 12 --remask remdm_cap --eta 0.4",
     "verified": "joint.pt --verify",
+    "ahead": "joint.pt --verify --ahead",
     "by a twin": "joint.pt --verify --block_size 5 --steps 2 --verify_with twin.pt",
     "twin": "twin.pt"}
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -186,6 +187,7 @@ def test_verified_stories_are_those_of_the_mode_that_verifies(call):
             mode, "--num_samples", 1, "--temperature", 0, "--prompt", "Tom had a")[0])]
     assert greedy("joint.pt --verify --block_size 6") == greedy("joint.pt --block_size 1")
     assert greedy("joint.pt --verify --steps 3") == greedy("joint.pt --block_size 1")
+    assert greedy("joint.pt --verify --ahead") == greedy("joint.pt --block_size 1")
     assert greedy("joint.pt --verify --verify_with twin.pt") == greedy("twin.pt")
     assert greedy("twin.pt") != greedy("joint.pt --block_size 1")
 
@@ -385,6 +387,9 @@ def test_blocks_are_shown_step_by_step(tell):
     ("joint.pt --verify --block_size 1", "--block_size 1: leaves --verify no draft"),
     ("joint.pt --verify --block_size 0", "--block_size 0: leaves --verify no draft"),
     ("joint.pt --verify_with twin.pt", "--verify_with belongs to --verify"),
+    ("joint.pt --ahead", "--ahead belongs to --verify"),
+    ("joint.pt --verify --ahead --verify_with twin.pt", "--ahead and --verify_with"),
+    ("joint.pt --verify --ahead --steps 2", "--steps: --ahead drafts in one evaluation"),
     ("joint.pt --verify --verify_with plain.pt", "plain.pt: a diffusion model does not write"),
     ("joint.pt --verify --verify_with other.pt", "other.pt has another tokenizer than joint.pt"),
     ("joint.pt --verify --verify_with none.pt", "no checkpoint none.pt"),

@@ -13,7 +13,7 @@ from kinds.kind import drawn_lengths
 from kinds.registry import kind_of
 from measuring.blocks import BlocksConfig, Way, written
 
-WAYS = ["causal", "4/2", "verify 4/1", "row/4", "twin"]
+WAYS = ["causal", "4/2", "verify 4/1", "ahead 3/1", "row/4", "twin"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def test_every_way_has_its_line(table, capsys):
         assert line["batch_1"]["tokens_per_cpu_second"] > 0
         assert 0 < line["batch_2"]["seconds_to_first_text"]
     # a verified draft is judged by the mode that it is distributed as; its own differ
-    assert lines["verify 4/1"]["bits_per_byte"] == lines["causal"]["bits_per_byte"]
+    assert (lines["verify 4/1"]["bits_per_byte"] == lines["ahead 3/1"]["bits_per_byte"]
+            == lines["causal"]["bits_per_byte"])
     assert len({line["bits_per_byte"] for line in lines.values()}) == 4
     assert lines["causal"]["evaluations_per_token"] == 1 == lines["causal"]["tokens_per_piece"]
     assert lines["row/4"]["cache_bytes_per_token"] == 0 < lines["4/2"]["cache_bytes_per_token"]
@@ -89,7 +90,7 @@ def test_the_benchmark_of_writing(tmp_path, capsys):
         1, "--block_size", 4, "--steps", 2, "--device", "cpu", "--precision", "fp32",
         "--no-memory", "--json", target))])
     arms = json.loads(target.read_text())["arms"]
-    assert list(arms) == ["textbook", "causal", "blocks", "verified"]
+    assert list(arms) == ["textbook", "causal", "blocks", "verified", "ahead"]
     assert arms["textbook"]["tokens"] == 2 * 23 and arms["textbook"]["evaluations"] == 23
     assert all(arm["tokens_per_cpu_second"] > 0 for arm in arms.values())
     assert arms["causal"]["evaluations"] <= 23
