@@ -4,6 +4,8 @@
     python train.py --model_config small            # TinyStories, prepared first if it is missing
     python train.py --model_config small --resume   # go on after a stop or a kill
     python train.py --objective autoregressive      # the causal twin, for comparison
+    python train.py --objective joint               # left to right, in blocks and by whole rows
+    python train.py --objective draft --init_from checkpoints/best.pt --checkpoint_dir drafts
     python train.py --stage 2 --decoder_checkpoint checkpoints/best.pt \
         --data_dir data_pairs --checkpoint_dir conditional       # a condition in, a story out
     torchrun --nproc_per_node 2 train.py --model_config small    # several processes (DDP)
