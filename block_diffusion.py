@@ -25,7 +25,7 @@ from cli import require
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -200,12 +200,18 @@ class JointDiffusion(DiscreteDiffusion):
     def of_run(cls, config: Any) -> "JointDiffusion":
         require(not config.fsdp, "--fsdp: a row of the joint model takes one pass or two, and "
                 "processes that share their weights must all take as many; leave it out")
-        return cls(read_sizes(config.block_sizes), config.causal_share)
+        sizes = read_sizes(config.block_sizes)
+        require(any(sizes), f"--block_sizes {config.block_sizes}: whole rows alone are --objective "
+                            f"masked_ce; add {CAUSAL} or the size of a block")
+        return cls(sizes, config.causal_share)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: dict) -> "JointDiffusion":
         sizes = checkpoint.get("train_config", {}).get("block_sizes")
         return cls() if sizes is None else cls(read_sizes(str(sizes)))
+
+    def trained(self, stage: int) -> Callable[[str], bool]:
+        return lambda name: not name.startswith("draft.")  # that is kinds/drafts.py's
 
     @property
     def modes(self) -> tuple[str, ...]:

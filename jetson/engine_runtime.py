@@ -135,8 +135,9 @@ class Bundle:
         sampler.check()
         require(sampler.pace in PLANNED_PACES, f"--pace {sampler.pace} is not there for an "
                 f"exported graph that writes from the left: choose from {', '.join(PLANNED_PACES)}")
-        require(tokens <= cached["tokens"], f"--block_size: a pass of {tokens} tokens; {self.path} "
-                f"takes {cached['tokens']} at most; export it with a larger --cached_tokens")
+        require(tokens <= cached["tokens"], f"--block_size: a pass of {tokens} tokens (with "
+                f"--ahead N times N + 1); {self.path} takes {cached['tokens']} at most; export it "
+                "with a larger --cached_tokens")
         name = self.path.name
         path = self.path.with_name(name if name.startswith(CACHED) else
                                    name.replace("step_", CACHED, 1))

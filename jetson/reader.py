@@ -131,7 +131,7 @@ class GraphReader:
 
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
              ) -> tuple[np.ndarray, np.ndarray]:
-        logits = self.run(tokens, np.searchsorted(self.numbers, rows), causal=False)
+        logits = self.run(tokens, np.flatnonzero(np.isin(self.numbers, rows)), causal=False)
         return end_blocks(*unmask_step(possible(logits, (MASK, BOS)), tokens, count, noise,
                                        self.sampler))
 

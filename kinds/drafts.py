@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from block_diffusion import CAUSAL, Blocks, JointDiffusion, in_blocks, noisy_blocks, predicted
 from corpus.tokens import MASK
 from kinds.autoregressive import before_each
+from kinds.kind import NETWORK_SETTINGS
 from kinds.likelihood import Nelbo
 from model import DiffusionTransformer
 from network.hardware import device_of
@@ -28,8 +29,11 @@ class DraftTraining(JointDiffusion):
     """A joint model whose draft head is in training."""
 
     objectives = ("draft",)
+    of_text = False
+    init_kinds = (JointDiffusion.name,)
+    keeps_settings = (*NETWORK_SETTINGS, "block_sizes")  # the model stays what it is
     own = frozenset(("draft_rank", "draft_size"))
-    unused = frozenset((*JointDiffusion.unused, "block_sizes", "causal_share", "dropout"))
+    unused = frozenset((*JointDiffusion.unused, *keeps_settings, "causal_share", "dropout"))
     unused_for = "the draft head alone is trained"
 
     def __init__(self, size: int):
@@ -39,6 +43,7 @@ class DraftTraining(JointDiffusion):
     def of_run(cls, config: Any) -> "DraftTraining":
         require(config.init_from or config.resume, "--objective draft needs a joint model: name "
                                                    "its checkpoint with --init_from")
+        require(not config.fsdp, "--fsdp: the draft head is small; leave it out")
         require(1 <= config.draft_rank <= 4096, f"--draft_rank {config.draft_rank}: must be from 1 "
                                                 "to 4096")
         require(2 <= config.draft_size <= 1024, f"--draft_size {config.draft_size}: must be from 2 "
@@ -78,11 +83,13 @@ class DraftTraining(JointDiffusion):
               conditions: None = None) -> Nelbo:
         """-log q of the drafted tokens, each given the one before: how well it drafts, and no
         likelihood of a text."""
-        device, columns, seen = device_of(model), [], 0
+        device, columns, seen, training = device_of(model), [], 0, model.training
+        numbers = iter(numbers) if numbers is not None else None
+        model.eval()
         for batch in batches:
             drafts = self.corrupt_batch(torch.from_numpy(batch))
-            rows, owner = seen + np.arange(len(batch)), drafts.masked.nonzero()[:, 0].numpy()
-            seen += len(batch)
+            rows = next(numbers) if numbers else seen + np.arange(len(batch))
+            owner, seen = drafts.masked.nonzero()[:, 0].numpy(), seen + len(batch)
             there = drafts.to(device)
             with torch.no_grad():
                 nats, right = model.draft.scores(*of_drafts(model, there, there.hidden(model)))
@@ -90,6 +97,7 @@ class DraftTraining(JointDiffusion):
                 None, nats.cpu().double().numpy(), right.cpu().numpy()))
             some = count > 0  # a row of one token has nothing to draft
             columns.append([x[some] for x in (rows, count, count, nats, right)])
+        model.train(training)
         return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
 
     @property

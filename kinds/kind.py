@@ -39,7 +39,10 @@ class Kind:
     unmasks: ClassVar[bool] = True  # fills whatever is hidden, in any order: generate.py, exports
     from_left: ClassVar[bool] = False  # can write from the left and end its stories: `reader`
     conditional: ClassVar[bool] = False  # attends to a condition
+    init_kinds: ClassVar[tuple[str, ...] | None] = None  # what --init_from may name; None: any
+    keeps_settings: ClassVar[tuple[str, ...]] = ()  # of the run that --init_from names
     own: ClassVar[frozenset[str]] = frozenset()  # flags of train.py that are for this kind alone
+    of_text: ClassVar[bool] = True  # whether `nelbo` is of a text, so that bits/byte mean something
     unused: ClassVar[frozenset[str]] = frozenset()  # flags of train.py that change nothing,
     unused_for: ClassVar[str] = "without effect for this kind of model"  # and why
 

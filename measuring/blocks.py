@@ -101,6 +101,8 @@ class Way:
         require(slash and steps.isdigit() and int(steps) and (name.startswith(f"{ROW}/") or
                 size.isdigit() and int(size) > 1), f"--ways {name!r}: choose from causal, twin, "
                 "N/K, 'verify N/K', 'ahead N/1' and row/K with N of 2 or more and K of 1 or more")
+        require(not name.startswith("ahead ") or steps == "1",
+                f"--ways {name!r}: such a draft has one evaluation, 'ahead {size}/1'")
         way = cls(name, 0 if size == ROW else int(size),
                   dataclasses.replace(drawing, steps=int(steps)), verified)
         way.sampler.check()

@@ -62,6 +62,9 @@ class Roofline:
                 "--block_sizes, --draft and --draft_evaluations must be positive")
         require(all(1 <= tokens <= self.draft for tokens in self.round_tokens),
                 f"--round_tokens: a round gives from 1 to {self.draft} tokens (--draft)")
+        require(self.ahead >= 2 and 1 <= self.ahead_tokens <= self.ahead,
+                f"--ahead_tokens {self.ahead_tokens:g}: a pass gives from 1 to {self.ahead} tokens "
+                "(--ahead, 2 or more)")
         require(self.measured is None or Path(self.measured).is_file(),
                 f"--measured {self.measured}: no such file")
 

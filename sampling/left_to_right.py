@@ -6,7 +6,8 @@ drafts that are verified. In NumPy, over any `Reader`.
 
 Rows are texts from their start, [BOS] and a prompt; the writer goes on from there until it draws
 [EOS] or a row has `longest` tokens. Rows that have ended leave the batch. Every draw depends on
-(seed, row number, place) alone, so that a story does not depend on its batch.
+seed, row number and place (of a draft: round; in a block: step) alone, so that a story does not
+depend on its batch.
 """
 
 from collections.abc import Iterator, Sequence

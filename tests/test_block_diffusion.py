@@ -1014,6 +1014,7 @@ def test_it_starts_from_other_weights(settings, which, checkpoint, tmp_path):
     (dict(init_from="nowhere.pt"), "no checkpoint nowhere.pt"),
     (dict(init_from="plain", model_config="micro"), "not of the size of --model_config micro"),
     (dict(init_from="conditional"), "has other parts"),
+    (dict(block_sizes="row"), "--block_sizes row: whole rows alone"),
     (dict(init_from="plain", data_dir="other"), "another tokenizer")])
 def test_bad_settings(settings, changes, message, checkpoint, conditional_checkpoint, data_dir,
                       fails):

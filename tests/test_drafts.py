@@ -4,6 +4,7 @@ exactness."""
 from cli import UserError
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from block_diffusion import NextTokens
 from corpus.tokens import BOS, EOS, PAD
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint, save_checkpoint
 from kinds.drafts import DraftTraining, of_drafts
+from kinds.registry import kind_of
 from model import MODEL_CONFIGS, DiffusionTransformer
 from network.layers import ModelConfig
 from sampling.cached import CachedModel
-from sampling.left_to_right import draft_of, rows_of, write_causal, write_verified
+from sampling.left_to_right import draft_of, rows_of, write_ahead, write_causal, write_verified
 from sampling.sampler import Sampler
 
 
@@ -78,6 +80,26 @@ def test_a_head_that_lies_costs_no_exactness(model):
     assert chi_squared_p(observed, count * np.array(chances)) < 1e-6
 
 
+def test_one_pass_a_round_is_exact_with_a_head_too(model):
+    """Of all texts of two letters, as token by token."""
+    count, sampler, starts = 4000, Sampler(steps=1), [np.array([BOS])] * 4000
+    both = []
+    for write in (lambda: write_ahead(CachedModel(model, sampler), starts, sampler, 3, 3, 1),
+                  lambda: write_causal(CachedModel(model, sampler), starts, sampler, 3, 2)):
+        rows = [tuple(row.tolist()) for row in rows_of(write(), starts)]
+        both.append(Counter(rows))
+    texts = sorted(set(both[0]) | set(both[1]))
+    ahead, causal = (np.array([counts[text] for text in texts]) for counts in both)
+    mean = (ahead + causal) / 2
+    statistic = ((ahead - mean) ** 2 / mean + (causal - mean) ** 2 / mean).sum()
+    assert statistic < chi_squared_limit(len(texts) - 1) and ahead.sum() == count
+
+
+def chi_squared_limit(freedom: int) -> float:
+    """Exceeded once in a thousand times, about (Wilson and Hilferty)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
 def test_the_loss_is_that_of_the_logits(model):
     kind = DraftTraining(4)
     rows = torch.tensor([[BOS, 4, 5, 6, 4, 4, EOS, PAD], [5, 6, 4, 5, 6, 5, 4, 6]])
@@ -119,8 +141,8 @@ def trained(headless, long_data_dir, tmp_path_factory):
         patch.setitem(MODEL_CONFIGS, "tiny", SMALL)
         train.main([*map(str, (
             "--objective", "draft", "--init_from", headless, "--checkpoint_dir", folder / "run",
-            "--data_dir", long_data_dir, "--model_config", "tiny", "--draft_rank", 8,
-            "--draft_size", 4, "--max_steps", 30, "--batch_tokens", 1024, "--lr", 0.05,
+            "--data_dir", long_data_dir, "--draft_rank", 8, "--draft_size", 4, "--max_steps", 30,
+            "--batch_tokens", 1024, "--lr", 0.05,
             "--valid_rows", 16, "--num_samples", 1, "--device", "cpu", "--precision", "fp32"))])
     return folder / "run"
 
@@ -133,16 +155,20 @@ def test_training_changes_the_head_alone(trained, headless, capsys):
     assert after["draft.behind"].abs().max() > 0.01
     checkpoint = load_checkpoint(trained / "best.pt", "joint")
     assert checkpoint["model_config"]["draft_rank"] == 8
+    assert kind_of(checkpoint).modes == ("causal", "4", "16", "row")  # as it was trained for
     metrics = (trained / "metrics.jsonl").read_text()
     assert "valid_nelbo" in metrics
     generate.main(["--checkpoint", str(trained / "best.pt"), "--verify", "--num_samples", "1"])
     assert "tokens a round" in capsys.readouterr().out
 
 
-def test_it_resumes(trained, capsys):
+def test_it_resumes(trained, capsys, fails):
+    error = fails(train.main, "--resume", "--checkpoint_dir", trained, "--draft_rank", 4)
+    assert "--draft_rank 4" in error and "cannot change" in error
     train.main(["--resume", "--checkpoint_dir", str(trained), "--max_steps", "31"])
     assert load_checkpoint(trained / "last.pt", None)["step"] == 31
-    assert "draft loss" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "draft loss" in text and "bits/byte" not in text  # which is no likelihood of a text
 
 
 def test_its_modes_are_those_of_the_model_without(trained, headless):
@@ -160,12 +186,32 @@ def test_its_modes_are_those_of_the_model_without(trained, headless):
 @pytest.mark.parametrize("argv, words", [
     ([], "--init_from"), (["--draft_rank", "0"], "--draft_rank 0"),
     (["--draft_size", "1"], "--draft_size 1"), (["--block_sizes", "4"], "--block_sizes"),
-    (["--dropout", "0.1"], "--dropout")])
+    (["--dropout", "0.1"], "--dropout"), (["--model_config", "tiny"], "--model_config"),
+    (["--fsdp"], "--fsdp")])
 def test_what_is_refused(joint_checkpoint, long_data_dir, tmp_path, fails, argv, words):
     given = ["--init_from", joint_checkpoint] if argv else []
     assert words in fails(train.main, "--objective", "draft", *given, "--data_dir", long_data_dir,
                           "--checkpoint_dir", tmp_path / "run", *argv)
     assert not (tmp_path / "run").exists()
+
+
+def test_only_a_joint_model_drafts(checkpoint, headless, long_data_dir, tmp_path, fails):
+    """What starts from another model is refused where its settings, of which the weights say
+    nothing, are other ones."""
+    run = ("--data_dir", long_data_dir, "--checkpoint_dir", tmp_path / "run")
+    error = fails(train.main, "--objective", "draft", "--init_from", checkpoint, *run)
+    assert "joint model" in error
+    error = fails(train.main, "--objective", "joint", "--init_from", headless, "--model_config",
+                  "tiny", "--no-qk_norm", *run)
+    assert "other settings (qk_norm)" in error
+
+
+def test_rows_keep_their_numbers(model):
+    """As several processes need it: each measures some rows of all."""
+    rows = np.array([[BOS, 4, 5, 6, 4, 5], [BOS, 6, 6, 4, 5, 4]])
+    kind = DraftTraining(3)
+    bound = kind.nelbo(model, [rows[:1], rows[1:]], numbers=[np.array([7]), np.array([3])])
+    assert bound.row.tolist() == [7, 3] and not model.training
 
 
 def test_the_flags_of_drafts_are_for_drafts(long_data_dir, tmp_path, fails):

@@ -218,10 +218,10 @@ def test_what_the_graph_cannot_do(joint_bundle, fails):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("--block_size 9", "--block_size: a pass of 9 tokens; {} takes 8 at most"),
-    ("--block_size 9 --length 400", "--block_size: a pass of 9 tokens; {} takes 8 at most"),
-    ("--verify --block_size 16", "--block_size: a pass of 16 tokens; {} takes 8 at most"),
-    ("--verify --ahead", "--block_size: a pass of 20 tokens; {} takes 8 at most"),
+    ("--block_size 9", "a pass of 9 tokens (with --ahead N times N + 1)"),
+    ("--block_size 9 --length 400", "a pass of 9 tokens (with --ahead N times N + 1)"),
+    ("--verify --block_size 16", "a pass of 16 tokens (with --ahead N times N + 1)"),
+    ("--verify --ahead", "a pass of 20 tokens (with --ahead N times N + 1)"),
     ("--block_size 4 --pace threshold", "--pace threshold is not there"),
     ("--block_size 4 --pace entropy_bound", "--pace entropy_bound is not there"),
     ("--verify --condition Tom.", "joint model; what is needed here"),

@@ -2,9 +2,10 @@
 A library: training/trainer.py builds with it what its steps and validations need.
 """
 
-from cli import UserError, require
+from cli import require
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -129,23 +130,34 @@ def create_stage_model(kind: Kind, config: TrainConfig, data: StageData,
         check_tokenizer(config.decoder_checkpoint, source, config.data_dir, data.meta)
         for name in NETWORK_SETTINGS:  # for the record, and for whoever goes on from this run
             setattr(config, name, source["train_config"][name])
-    model = kind.create(config, data.meta, source, resumed=checkpoint is not None)
+    begins = None
     if config.init_from and checkpoint is None:
-        start_from(model, config, data)
+        begins = load_checkpoint(config.init_from, kind.init_kinds)
+        check_tokenizer(config.init_from, begins, config.data_dir, data.meta)
+        for name in kind.keeps_settings:
+            setattr(config, name, begins["train_config"][name])
+    model = kind.create(config, data.meta, source, resumed=checkpoint is not None)
+    if begins:
+        start_from(model, config, begins)
     model.train_only(kind.trained(config.stage))
     return model
 
 
-def start_from(model: DiffusionTransformer, config: TrainConfig, data: StageData) -> None:
-    """Gives a new model the averaged weights of another run's checkpoint."""
-    source = load_checkpoint(config.init_from, kind=None)
-    check_tokenizer(config.init_from, source, config.data_dir, data.meta)
+# Of a network's settings what may differ between a model and the one that it starts from
+OWN_SETTINGS = ("causal", "dropout", "max_len", "draft_rank")
+
+
+def start_from(model: DiffusionTransformer, config: TrainConfig, source: dict) -> None:
+    """Gives a new model the averaged weights of another run's checkpoint, but for a draft head."""
+    theirs, ours = source["model_config"], dataclasses.asdict(model.config)
+    different = [name for name in ours if name not in OWN_SETTINGS
+                 and ours[name] != theirs.get(name, ours[name])]
+    require(not different, f"--init_from {config.init_from}: its model is not of the size of "
+            f"--model_config {config.model_config}, or has other settings ({', '.join(different)})")
     weights = source["weights"] if source.get("ema") is None else source["ema"]
-    try:
-        missing, strange = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"--init_from {config.init_from}: its model is not of the size of "
-                        f"--model_config {config.model_config}") from error
+    missing, strange = model.load_state_dict({
+        name: weight for name, weight in weights.items() if not name.startswith("draft.")},
+        strict=False)
     parts = [name for name in (*missing, *strange) if not name.startswith("draft.")]
     require(not parts, f"--init_from {config.init_from}: its model has other parts "
                        f"({', '.join(parts[:3])})")

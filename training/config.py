@@ -21,7 +21,7 @@ STAGE_LR = {1: 1.0, 2: 1.0, 3: 2 / 3}  # share of the default: in stage 3 all ha
 # A run cannot go on with another value of these: the weights, the optimizers' state or the place in
 # the data would not fit.
 FIXED = (*NETWORK_SETTINGS, "stage", "encoder_config", "decoder_checkpoint", "optimizer", "seed",
-         "batch_tokens")
+         "batch_tokens", "block_sizes", "causal_share", "draft_rank", "draft_size")
 
 
 @dataclass

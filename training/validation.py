@@ -55,9 +55,9 @@ class Validation:
         kind = self.network.kind
         modes = ", ".join(f"{mode} {figures[f'valid_bits_per_byte_{mode}']:.3f}"
                           for mode in kind.modes)
-        return (f"{figures['valid_bits_per_byte']:.3f} bits/byte"
-                + f" (the mean of {modes})" * bool(modes)
-                + f", {kind.likelihood_name} {figures['valid_nelbo']:.3f} ± "
+        return (f"{figures['valid_bits_per_byte']:.3f} bits/byte" * kind.of_text
+                + f" (the mean of {modes})" * bool(modes) + ", " * kind.of_text
+                + f"{kind.likelihood_name} {figures['valid_nelbo']:.3f} ± "
                 f"{figures['valid_nelbo_se']:.3f} nats/token, "
                 f"masked cross-entropy {figures['valid_masked_ce']:.3f}, accuracy "
                 f"{figures['valid_masked_accuracy']:.1%}")
