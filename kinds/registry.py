@@ -18,8 +18,11 @@ from kinds.kind import Kind
 KINDS: dict[str, type[Kind]] = {
     kind.name: kind for kind in (DiscreteDiffusion, ConditionalDiffusion, Autoregressive,
                                  JointDiffusion, ConditionalJoint)}
-# Those that a run can be of: also what goes on with a model without changing its kind
-TRAINED = (*KINDS.values(), DraftTraining)
+
+
+def trained_kinds() -> list[type[Kind]]:
+    """Those that a run can be of: also what goes on with a model without changing its kind."""
+    return [*KINDS.values(), DraftTraining]
 
 
 def kind_of(checkpoint: dict) -> Kind:
@@ -32,7 +35,7 @@ def kind_of_run(config) -> Kind:
     known = objectives()
     require(config.objective in known, f"--objective {config.objective}: choose from "
                                        f"{', '.join(known)}")
-    kinds = [kind for kind in TRAINED if config.objective in kind.objectives]
+    kinds = [kind for kind in trained_kinds() if config.objective in kind.objectives]
     for kind in kinds:
         if config.stage in kind.stages:
             return kind.of_run(config)
@@ -41,7 +44,7 @@ def kind_of_run(config) -> Kind:
 
 def objectives() -> list[str]:
     """The values of --objective."""
-    return list(dict.fromkeys(name for kind in TRAINED for name in kind.objectives))
+    return list(dict.fromkeys(name for kind in trained_kinds() for name in kind.objectives))
 
 
 def kinds_that(test: Callable[[type[Kind]], bool]) -> tuple[str, ...]:

@@ -100,6 +100,10 @@ COMMANDS = {
     "evaluate.py infilling": Command(
         "evaluate.py", f"infilling --checkpoint {{model}} --data_dir {{data}} {EVALUATION} "
         "--steps 2 --draws 1", "--draws 1000000", ("e.json",), made=True),
+    "evaluate.py blocks": Command(
+        "evaluate.py", f"blocks --checkpoint {{joint}} --data_dir {{data}} {EVALUATION} --max_rows "
+        "4 --repeats 1 --ways row/1", "--draws 1000000", ("e.json", "block_tradeoff.png"),
+        made=True),
     "evaluate.py condition": Command(
         "evaluate.py", f"condition --checkpoint {{conditional}} {EVALUATION} --steps 2 --draws 1 "
         "--max_rows 4 --guidances 1", "--draws 1000000", ("e.json", "e.md"), made=True),
@@ -111,6 +115,9 @@ COMMANDS = {
         "--repeats 1000000", ("b.json",), "--json {folder}", "--json {file}/b.json"),
     "benchmark.py sample": Command(
         "benchmark.py", f"sample {BENCHMARK} --steps 2 --arms own --json {{out}}/b.json",
+        "--repeats 1000000", ("b.json",), "--json {folder}", "--json {file}/b.json"),
+    "benchmark.py write": Command(
+        "benchmark.py", f"write {BENCHMARK} --arms causal --json {{out}}/b.json",
         "--repeats 1000000", ("b.json",), "--json {folder}", "--json {file}/b.json"),
     "benchmark.py device": Command(
         "benchmark.py", "device --bundle {bundle} --nfe 2 --repeats 1 --output {out}/d.json",
@@ -152,6 +159,9 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{(name, situation): "the same code as evaluate.py likelihood, whose row has it"
        for name in ("evaluate.py samplers", "evaluate.py infilling", "evaluate.py condition")
        for situation in SITUATIONS if situation not in ("closed stdout", "full disk", "SIGTERM")},
+    **{(name, situation): "the same code as another of its script, whose row has it"
+       for name in ("evaluate.py blocks", "benchmark.py write")
+       for situation in SITUATIONS if situation != "full disk"},
     **{(name, "SIGHUP under nohup"): "cli sets the handlers of all; one of each kind is enough"
        for name in COMMANDS if name not in ("train.py", "data_prep.py", "corpus.sample_stories")},
     **{("corpus.sample_stories", situation): "it reads no file"
@@ -338,7 +348,7 @@ class Table:
 
 @pytest.fixture(scope="session")
 def table(tmp_path_factory, long_data_dir, checkpoint, conditional_checkpoint, bundle,
-          ) -> Iterator[Table]:
+          joint_checkpoint) -> Iterator[Table]:
     base = tmp_path_factory.mktemp("hostile")
     (base / "text.txt").write_text(f"\n{SEPARATOR}\n".join(
         f"Story {i}: the café was so small that Tom {'ran ' * (i % 7)}home." for i in range(400)),
@@ -348,7 +358,7 @@ def table(tmp_path_factory, long_data_dir, checkpoint, conditional_checkpoint, b
         (base / name).mkdir()
     table = Table(base, dict(
         data=long_data_dir, model=checkpoint, conditional=conditional_checkpoint,
-        run=checkpoint.parent, bundle=bundle,
+        joint=joint_checkpoint, run=checkpoint.parent, bundle=bundle,
         text=base / "text.txt", file=base / "file", folder=base / "folder"))
     yield table
     table.close()

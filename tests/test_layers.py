@@ -51,13 +51,13 @@ def test_dropout_acts_on_what_attention_and_mlp_add_and_on_nothing_else():
     assert not torch.equal(attention_factors, mlp_factors)
     with torch.no_grad():
         torch.nn.init.normal_(block.attention.out.weight)  # (the MLP adds nothing yet)
-        added = block(x, view) - x
+        added = block(x, view)[0] - x
         assert added.abs().min() > 0
-        torch.testing.assert_close(block(x, view, seeds), x + added * attention_factors)
+        torch.testing.assert_close(block(x, view, seeds)[0], x + added * attention_factors)
         torch.nn.init.zeros_(block.attention.out.weight)
         torch.nn.init.normal_(block.down.weight)
-        added = block(x, view) - x
-        torch.testing.assert_close(block(x, view, seeds), x + added * mlp_factors)
+        added = block(x, view)[0] - x
+        torch.testing.assert_close(block(x, view, seeds)[0], x + added * mlp_factors)
 
 
 def test_every_layer_drops_something_else_and_the_same_again_with_the_same_seed():

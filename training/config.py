@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from diffusion import SCHEDULES
 from kinds.kind import NETWORK_SETTINGS
-from kinds.registry import KINDS, TRAINED, kind_of_run, objectives
+from kinds.registry import KINDS, kind_of_run, objectives, trained_kinds
 from model import MODEL_CONFIGS
 from network.layers import PRECISIONS
 from sampling.sampler import ORDERS, Sampler
@@ -133,7 +133,7 @@ class TrainConfig:
             require(name not in given or self.stage in stages, f"--{name} belongs to --stage "
                     f"{' or '.join(map(str, stages))}: leave it out of stage {self.stage}")
         kind = kind_of_run(self)
-        for other in TRAINED:
+        for other in trained_kinds():
             strange = sorted(given & (other.own - kind.own))
             require(not strange, f"--{' --'.join(strange)}: for --objective "
                     f"{' or '.join(other.objectives)} alone; leave it out")
