@@ -7,16 +7,19 @@ one process.
 `textbook` is what a user would take instead: a GPT of the same size (learned positions, layer norms
 with gains, GELU, one matrix for queries, keys and values), token by token with keys and values
 that are concatenated, drawn by torch.multinomial. Ours: token by token (`causal`), in blocks
-(`blocks`, --steps evaluations each) and in verified drafts (`verified`, two passes a round, and
+(`blocks`, --steps evaluations each; `uncached`: the same, the whole row read again for each) and in
+verified drafts (`verified`, two passes a round, and
 `ahead`, one). Random weights do for the first three arms; what a draft is worth depends on the
 model: give a --checkpoint. Only tokens that were written count, up to --seq_len or the model's
 [EOS].
 
-The columns are those of `benchmark.py train`.
+The columns are those of `benchmark.py train`; the file also has the seconds to the first text, and
+how much longer `later` pieces take than early ones (for --seq_len 2048).
 """
 
 from cli import flag, parse, require
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -36,12 +39,13 @@ from sampling.left_to_right import write_ahead, write_blocks, write_causal, writ
 from sampling.sampler import Sampler
 
 DRAFTED = ("verified", "ahead")
+MOST_SEEN = 256  # tokens before each, of random weights
 
 
 @dataclass(frozen=True)
 class WriteBenchmark(Benchmark):
     BASELINES = ("textbook",)
-    ARMS = (*BASELINES, "causal", "blocks", "verified", "ahead")
+    ARMS = (*BASELINES, "causal", "blocks", "uncached", "verified", "ahead")
 
     batch: int = flag(4, "stories at a time")
     repeats: int = flag(5, "how often each arm is timed")
@@ -71,16 +75,21 @@ class WriteBenchmark(Benchmark):
 
         def write() -> dict:
             sampler = replace(self.sampler, steps=1) if arm in DRAFTED else self.sampler
-            reader = CachedModel(model, sampler)
-            pieces = list(
+            reader = (Uncached if arm == "uncached" else CachedModel)(model, sampler)
+            written = (
                 write_causal(reader, starts, sampler, longest) if arm == "causal" else
-                write_blocks(reader, starts, sampler, self.block_size, longest) if arm == "blocks"
-                else write_ahead(reader, starts, sampler, self.ahead_size, longest)
-                if arm == "ahead" else
-                write_verified(reader, reader, starts, sampler, self.block_size, longest))
+                write_verified(reader, reader, starts, sampler, self.block_size, longest)
+                if arm == "verified" else
+                write_ahead(reader, starts, sampler, self.ahead_size, longest) if arm == "ahead"
+                else write_blocks(reader, starts, sampler, self.block_size, longest))
+            pieces, times = [], [time.perf_counter()]
+            for piece in written:
+                pieces.append(piece)
+                times.append(time.perf_counter())
             return {"evaluations": max(sum(piece.evaluations for piece in pieces if piece.row == i)
                                        for i in range(self.batch)),
-                    "tokens": sum(len(piece.tokens) for piece in pieces)}
+                    "tokens": sum(len(piece.tokens) for piece in pieces),
+                    "seconds_to_first_text": times[1] - times[0], "later": later(times)}
 
         return write
 
@@ -92,7 +101,9 @@ class WriteBenchmark(Benchmark):
                     f"{self.checkpoint} writes token by token alone: name other --arms")
             return model
         torch.manual_seed(0)
-        return create_model(self.model_config, self.vocab_size, max_len=self.seq_len).eval()
+        # what a token sees, and not how long a story may be
+        return create_model(self.model_config, self.vocab_size,
+                            max_len=min(self.seq_len, MOST_SEEN)).eval()
 
     def describe(self, peak: float, arms: dict) -> dict:
         return {"what": (self.checkpoint or f"{self.model_config}, random weights") +
@@ -100,6 +111,35 @@ class WriteBenchmark(Benchmark):
                         f"of {self.block_size}, blocks in {self.steps} steps, temperature "
                         f"{self.temperature:g}; textbook in fp32",
                 "peers": read_peers()}
+
+
+def later(times: list[float]) -> float | None:
+    """How much longer a piece takes in the last quarter of a story than in the second one: 1 where
+    its time does not grow with what stands before. None of fewer than four pieces."""
+    spans, quarter = np.diff(times), (len(times) - 1) // 4
+    if not quarter:
+        return None
+    return float(np.median(spans[-quarter:]) / np.median(spans[quarter:2 * quarter]))
+
+
+class Uncached(CachedModel):
+    """Reads the whole row again for every evaluation, as a loop without a cache does."""
+
+    def begin(self, rows: np.ndarray) -> None:
+        super().begin(rows)
+        self.so_far = np.zeros((len(rows), 0), np.int64)
+
+    def read(self, tokens: np.ndarray, logits: int = 0) -> None:
+        self.so_far = np.concatenate([self.so_far, tokens], 1)
+
+    def step(self, *given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        super().begin(self.numbers)
+        super().read(self.so_far)
+        return super().step(*given)
+
+    def keep(self, rows: np.ndarray) -> None:
+        super().keep(rows)
+        self.so_far = self.so_far[rows]
 
 
 class TextbookBlock(nn.Module):

@@ -8,10 +8,15 @@ import pytest
 import benchmark
 import evaluate
 from corpus.rows import TokenRows
+from corpus.tokens import BOS
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 from kinds.kind import drawn_lengths
 from kinds.registry import kind_of
 from measuring.blocks import BlocksConfig, Way, written
+from measuring.writing_speed import Uncached
+from sampling.cached import CachedModel
+from sampling.left_to_right import rows_of, write_blocks
+from sampling.sampler import Sampler
 
 WAYS = ["causal", "4/2", "verify 4/1", "ahead 3/1", "row/4", "twin"]
 
@@ -90,11 +95,21 @@ def test_the_benchmark_of_writing(tmp_path, capsys):
         1, "--block_size", 4, "--steps", 2, "--device", "cpu", "--precision", "fp32",
         "--no-memory", "--json", target))])
     arms = json.loads(target.read_text())["arms"]
-    assert list(arms) == ["textbook", "causal", "blocks", "verified", "ahead"]
+    assert list(arms) == ["textbook", "causal", "blocks", "uncached", "verified", "ahead"]
     assert arms["textbook"]["tokens"] == 2 * 23 and arms["textbook"]["evaluations"] == 23
     assert all(arm["tokens_per_cpu_second"] > 0 for arm in arms.values())
     assert arms["causal"]["evaluations"] <= 23
+    assert arms["causal"]["later"] > 0 < arms["blocks"]["seconds_to_first_text"]
     assert "textbook" in capsys.readouterr().out
+
+
+def test_without_a_cache_the_stories_are_the_same(joint_checkpoint):
+    model = model_from_checkpoint(load_checkpoint(joint_checkpoint, "joint"))
+    sampler, starts = Sampler(steps=2), [np.array([BOS]), np.array([BOS, 20]), np.array([BOS])]
+    cached, uncached = (rows_of(write_blocks(reader(model, sampler), starts, sampler, 4, 90, seed=3),
+                                starts) for reader in (CachedModel, Uncached))
+    assert len({len(row) for row in cached}) > 1  # rows leave at different times
+    assert all(np.array_equal(a, b) for a, b in zip(cached, uncached, strict=True))
 
 
 def test_arms_that_a_checkpoint_has_not(twin, fails):
