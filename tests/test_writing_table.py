@@ -106,8 +106,9 @@ def test_the_benchmark_of_writing(tmp_path, capsys):
 def test_without_a_cache_the_stories_are_the_same(joint_checkpoint):
     model = model_from_checkpoint(load_checkpoint(joint_checkpoint, "joint"))
     sampler, starts = Sampler(steps=2), [np.array([BOS]), np.array([BOS, 20]), np.array([BOS])]
-    cached, uncached = (rows_of(write_blocks(reader(model, sampler), starts, sampler, 4, 90, seed=3),
-                                starts) for reader in (CachedModel, Uncached))
+    cached, uncached = (
+        rows_of(write_blocks(reader(model, sampler), starts, sampler, 4, 90, seed=3), starts)
+        for reader in (CachedModel, Uncached))
     assert len({len(row) for row in cached}) > 1  # rows leave at different times
     assert all(np.array_equal(a, b) for a, b in zip(cached, uncached, strict=True))
 
