@@ -38,7 +38,7 @@ from diffusion import DiscreteDiffusion, hide_some
 from kinds.autoregressive import Autoregressive, before_each, next_tokens
 from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats
 from model import Ends
-from network.attention import HIDDEN, Context, View
+from network.attention import HIDDEN, View
 from network.transformer import Known
 from sampling.cached import CachedModel
 from sampling.left_to_right import rows_of, write_blocks, write_causal
@@ -137,7 +137,7 @@ class Blocks(Corrupted):
             cut = ahead[rows]
             if len(cut.tokens):
                 noisy = model.hidden(
-                    cut.noisy, view=cut.view(model), context=of_rows(context, rows),
+                    cut.noisy, view=cut.view(model), context=context and context.of_rows(rows),
                     known=[(keys[rows], values[rows]) for keys, values in known])
                 yield (*cut.chosen(noisy, cut.weight), self.ends)
         if len(whole.tokens):
@@ -162,11 +162,6 @@ class Blocks(Corrupted):
         hidden = ~torch.cat([clean, noisy], dim=2)[:, None]
         mask = torch.zeros(hidden.shape, dtype=model.compute_dtype, device=hidden.device)
         return model.view(place, mask.masked_fill(hidden, HIDDEN), causal=False)
-
-
-def of_rows(context: Context | None, rows: Tensor) -> Context | None:
-    """Those marked in (B,) bool."""
-    return context and Context(context.keys[:, rows], context.values[:, rows], context.bias[rows])
 
 
 def causal_pass(model: nn.Module, inputs: Tensor, context: Any = None, kept: Known | None = None,

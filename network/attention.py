@@ -190,6 +190,10 @@ class Context(NamedTuple):
     values: Tensor  # (layers, B, H, S, D/H); zeros in a row without a condition
     bias: Tensor  # (B, 1, 1, S): 0, or HIDDEN where the condition is padded
 
+    def of_rows(self, rows: Tensor) -> "Context":
+        """Those marked in (B,) bool."""
+        return Context(self.keys[:, rows], self.values[:, rows], self.bias[rows])
+
 
 # ---- kernels -------------------------------------------------------------------------------------
 

@@ -99,8 +99,7 @@ class CachedModel:
         for cache in self.caches:
             cache.keep_rows(marked)
         there = marked.to(self.drawing.device)
-        self.given = [given and Context(given.keys[:, there], given.values[:, there],
-                                        given.bias[there]) for given in self.given]
+        self.given = [given and given.of_rows(there) for given in self.given]
 
     # ---- network ----
 

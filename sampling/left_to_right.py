@@ -151,9 +151,9 @@ def write_verified(reader: Reader, drafter: Reader, starts: Sequence[np.ndarray]
         draft, q = draft_of(drafter, batch.last, block_size, sampler, uniform[:, 0])
         given = np.concatenate([batch.last[:, None], draft], 1)  # (B, S)
         pieces = verified(draft, q, reader.read(given, logits=block_size), sampler, uniform[:, 1:])
-        known = batch.lengths
         rounds = rounds + 1
-        grown = known + [len(piece) for piece in pieces]  # all but the last token are in the cache
+        # all but the last token are in the cache
+        grown = batch.lengths + [len(piece) for piece in pieces]
         reader.forget(grown)
         if apart:
             drafter.read(given)

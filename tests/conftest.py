@@ -143,6 +143,29 @@ def checkpoint(long_data_dir, tmp_path_factory) -> Path:
     return folder / "best.pt"
 
 
+def stop_after(run: trainer.Trainer, steps: int) -> None:
+    """Takes the steps of a training, which a SIGTERM stops after so many."""
+    take = run.steps.take
+
+    def and_stop():
+        if run.progress.step == steps - 1:
+            run.stop_signal = 15
+        return take()
+    run.steps.take = and_stop
+    with pytest.raises(cli.Stopped, match=f"stopped after step {steps}"):
+        run.run()
+
+
+def as_joint(plain: Path, path: Path) -> Path:
+    """Writes a joint checkpoint with the weights of a plain one."""
+    source = checkpoints.load_checkpoint(plain)
+    checkpoints.save_checkpoint(
+        path, checkpoints.model_from_checkpoint(source), source["tokenizer"],
+        source["length_histogram"], "joint", ema=None, step=1,
+        train_config=source["train_config"] | {"objective": "joint", "block_sizes": "4,row"})
+    return path
+
+
 @pytest.fixture(scope="session")
 def pairs_dir(long_data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared") / "pairs"

@@ -1,6 +1,5 @@
 """The joint model: its modes against enumeration, its writers, its cache, its training."""
 
-from cli import Stopped
 
 import functools
 import itertools
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import chi_squared_p
+from conftest import as_joint, chi_squared_p, stop_after
 from test_diffusion import transformed
 from test_train import STATE, argv, lines, same
 from torch import Tensor
@@ -34,7 +33,7 @@ from block_diffusion import (
 from corpus.tokens import BOS, EOS, MASK, PAD, pad_rows
 from diffusion import DiscreteDiffusion
 from kinds.autoregressive import before_each
-from kinds.checkpoints import load_checkpoint, model_from_checkpoint, save_checkpoint
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 from kinds.registry import kind_of
 from model import DiffusionTransformer
 from network.attention import HIDDEN, Cache
@@ -952,15 +951,7 @@ def test_it_trains_resumes_to_the_bit_and_keeps_its_kind(settings, tmp_path, cap
     assert figures["valid_bits_per_byte"] == pytest.approx(np.mean(each))
     stopped = {**settings, "checkpoint_dir": str(tmp_path / "stopped")}
     trainer = Trainer(TrainConfig(**stopped))
-    step = trainer.steps.take
-
-    def and_stop():
-        if trainer.progress.step == 3:
-            trainer.stop_signal = 15
-        return step()
-    trainer.steps.take = and_stop
-    with pytest.raises(Stopped, match="stopped after step 4"):
-        trainer.run()
+    stop_after(trainer, 4)
     train.main(["--checkpoint_dir", stopped["checkpoint_dir"], "--resume"])
     a, b = (load_checkpoint(f"{one['checkpoint_dir']}/last.pt", kind="joint")
             for one in (settings, stopped))
@@ -1029,13 +1020,7 @@ def test_bad_settings(settings, changes, message, checkpoint, conditional_checkp
 @pytest.fixture(scope="module")
 def joint_checkpoint(checkpoint, tmp_path_factory) -> Path:
     """That of a toy which has learned as a plain model what it knows."""
-    source = load_checkpoint(checkpoint)
-    path = tmp_path_factory.mktemp("joint") / "best.pt"
-    save_checkpoint(path, model_from_checkpoint(source), source["tokenizer"],
-                    source["length_histogram"], "joint", ema=None, step=1,
-                    train_config=source["train_config"] | {
-                        "objective": "joint", "block_sizes": "4,row"})
-    return path
+    return as_joint(checkpoint, tmp_path_factory.mktemp("joint") / "best.pt")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The model with a condition: network, guidance, stages of training, generation."""
 
-from cli import Stopped
 
 import dataclasses
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TableModel, chi_squared_p
+from conftest import SMALL, TableModel, chi_squared_p, stop_after
 from test_train import STATE, argv, same
 
 import evaluate
@@ -344,15 +343,7 @@ def test_every_stage_resumes_bit_identically(stage, settings, tmp_path, checkpoi
     folders = [str(tmp_path / name) for name in ("whole", "stopped")]
     Trainer(TrainConfig(**{**settings, "checkpoint_dir": folders[0]})).run()
     trainer = Trainer(TrainConfig(**{**settings, "checkpoint_dir": folders[1]}))
-    step = trainer.steps.take
-
-    def and_stop():
-        if trainer.progress.step == 3:
-            trainer.stop_signal = 15
-        return step()
-    trainer.steps.take = and_stop
-    with pytest.raises(Stopped, match="stopped after step 4"):
-        trainer.run()
+    stop_after(trainer, 4)
     train.main(["--checkpoint_dir", folders[1], "--resume"])
     a, b = (load_checkpoint(f"{folder}/last.pt", kind="conditional") for folder in folders)
     for name in STATE:

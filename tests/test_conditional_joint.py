@@ -1,6 +1,5 @@
 """The joint model with a condition: both passes, both caches of guidance, stages of training."""
 
-from cli import Stopped
 
 import json
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import as_joint, stop_after
 from test_block_diffusion import CLOSE, all_hidden_once, together
 from test_conditional import small_conditional
 from test_train import STATE, argv, lines, same
@@ -180,13 +180,7 @@ def test_a_kind_writes_in_every_mode(model):
 @pytest.fixture(scope="module")
 def joint(checkpoint, tmp_path_factory) -> Path:
     """A joint model with the weights of a plain one."""
-    source = load_checkpoint(checkpoint)
-    path = tmp_path_factory.mktemp("joint") / "best.pt"
-    save_checkpoint(path, model_from_checkpoint(source), source["tokenizer"],
-                    source["length_histogram"], "joint", ema=None, step=1,
-                    train_config=source["train_config"] | {
-                        "objective": "joint", "block_sizes": "4,row"})
-    return path
+    return as_joint(checkpoint, tmp_path_factory.mktemp("joint") / "best.pt")
 
 
 @pytest.fixture
@@ -242,15 +236,7 @@ def test_both_stages(settings, tmp_path, joint, capsys, fails):
 def test_stage_2_resumes_to_the_bit(settings, tmp_path):
     Trainer(TrainConfig(**settings)).run()
     trainer = Trainer(TrainConfig(**{**settings, "checkpoint_dir": str(tmp_path / "stopped")}))
-    step = trainer.steps.take
-
-    def and_stop():
-        if trainer.progress.step == 3:
-            trainer.stop_signal = 15
-        return step()
-    trainer.steps.take = and_stop
-    with pytest.raises(Stopped, match="stopped after step 4"):
-        trainer.run()
+    stop_after(trainer, 4)
     train.main(["--checkpoint_dir", str(tmp_path / "stopped"), "--resume"])
     a, b = (load_checkpoint(tmp_path / name / "last.pt", kind="conditional_joint")
             for name in ("stage2", "stopped"))
