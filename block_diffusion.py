@@ -32,6 +32,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from corpus.tokens import BOS, EOS, MASK, PAD, maskable, round_up
 from diffusion import DiscreteDiffusion, hide_some
@@ -39,6 +40,7 @@ from kinds.autoregressive import Autoregressive, before_each, next_tokens
 from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats
 from model import Ends
 from network.attention import HIDDEN, View
+from network.hardware import pick_device
 from network.transformer import Known
 from sampling.cached import CachedModel
 from sampling.left_to_right import rows_of, write_blocks, write_causal
@@ -105,6 +107,7 @@ class Blocks(Corrupted):
     there: Tensor | None = None  # (B, L) bool: the places that a noisy token may look at
     size: Tensor | None = None  # (B,) int64: tokens of a block; 0: the row at once
     next_weight: Tensor | None = None  # (B, L) float32: the weights of pass 1
+    flex: bool = False  # attention of cut rows by FlexAttention
 
     ends: ClassVar[tuple[int, ...]] = (EOS, PAD)
 
@@ -155,13 +158,27 @@ class Blocks(Corrupted):
     def view(self, model: nn.Module) -> View:
         """What the noisy tokens of cut rows look at: L clean ones, of which the first is the [PAD]
         before the row, and then L noisy ones."""
-        place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        block = place // self.size[:, None]  # (B, L)
-        clean = place <= (block * self.size[:, None])[..., None]  # (B, L, L)
-        noisy = (block[:, :, None] == block[:, None]) & self.there[:, None]
-        hidden = ~torch.cat([clean, noisy], dim=2)[:, None]
-        mask = torch.zeros(hidden.shape, dtype=model.compute_dtype, device=hidden.device)
-        return model.view(place, mask.masked_fill(hidden, HIDDEN), causal=False)
+        count, length = self.tokens.shape
+        device = self.tokens.device
+        place = torch.arange(length, device=device)
+        if self.flex:
+            mask = create_block_mask(lambda row, head, query, key: self.sees(
+                row, head, query, key), count, None, length, 2 * length, device)  # no method
+        else:
+            row, key = torch.arange(count, device=device), torch.arange(2 * length, device=device)
+            seen = self.sees(row[:, None, None], None, place[:, None], key)[:, None]
+            mask = torch.zeros(seen.shape, dtype=model.compute_dtype, device=device)
+            mask = mask.masked_fill(~seen, HIDDEN)  # (B, 1, L, 2L)
+        return model.view(place, mask, causal=False)
+
+    def sees(self, row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        """Whether the noisy token at `query` looks at `key`, as FlexAttention asks it; all heads do
+        the same."""
+        size, length = self.size[row], self.tokens.shape[1]
+        first = query // size * size  # of its block
+        noisy = (key - length).clamp(min=0)
+        same = (key >= length) & (noisy // size * size == first) & self.there[row, noisy]
+        return (key <= first) | same  # of L clean ones as many as stand before the block, and [PAD]
 
 
 def causal_pass(model: nn.Module, inputs: Tensor, context: Any = None, kept: Known | None = None,
@@ -182,14 +199,14 @@ class JointDiffusion(DiscreteDiffusion):
     name, title = "joint", "joint model"
     objectives = ("joint",)
     from_left = True
-    own = frozenset(("block_sizes", "causal_share"))
+    own = frozenset(("block_sizes", "causal_share", "flex_attention"))
     unused = frozenset(("schedule", "time_conditioning"))
     unused_for = "the joint model masks by its own table, and knows no time"
 
     def __init__(self, sizes: tuple[int, ...] = (4, 16, 0), causal_share: float = 0.5,
-                 mode: str = ROW):
+                 mode: str = ROW, flex: bool = False):
         super().__init__()
-        self.sizes, self.causal_share, self.mode = sizes, causal_share, mode
+        self.sizes, self.causal_share, self.mode, self.flex = sizes, causal_share, mode, flex
 
     @classmethod
     def of_run(cls, config: Any) -> "JointDiffusion":
@@ -198,7 +215,9 @@ class JointDiffusion(DiscreteDiffusion):
         sizes = read_sizes(config.block_sizes)
         require(any(sizes), f"--block_sizes {config.block_sizes}: whole rows alone are --objective "
                             f"masked_ce; add {CAUSAL} or the size of a block")
-        return cls(sizes, config.causal_share)
+        require(not config.flex_attention or pick_device(config.device).type == "cuda",
+                "--flex_attention: torch trains with it on a CUDA GPU alone; leave it out")
+        return cls(sizes, config.causal_share, flex=config.flex_attention)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: dict) -> "JointDiffusion":
@@ -252,7 +271,7 @@ class JointDiffusion(DiscreteDiffusion):
         wanted = ((tokens >= EOS) & (sizes != 0)[:, None]).float()
         return Blocks(tokens, noisy, masked, masked * ((1 - share) / masked.sum().clamp(min=1)),
                       torch.ones(len(tokens)), there=there, size=sizes,
-                      next_weight=wanted * (share / wanted.sum().clamp(min=1)))
+                      next_weight=wanted * (share / wanted.sum().clamp(min=1)), flex=self.flex)
 
     def hide(self, tokens: Tensor, size: int, generator: torch.Generator | None = None,
              ) -> tuple[Tensor, Tensor, Tensor]:

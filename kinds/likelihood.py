@@ -42,7 +42,7 @@ class Corrupted:
 
     def _each(self, do: Callable[[Tensor], Tensor]) -> "Corrupted":
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return replace(self, **{name: None if x is None else do(x) for name, x in values})
+        return replace(self, **{name: do(x) if isinstance(x, Tensor) else x for name, x in values})
 
     @property
     def predicted(self) -> int:

@@ -40,7 +40,7 @@ from measuring.held_out import (
     output_file,
 )
 from measuring.quality import PERPLEXITY, Judge, figures
-from sampling.left_to_right import Piece, write_ahead, write_blocks, write_causal, write_verified
+from sampling.left_to_right import Piece, write_left
 from sampling.loop import unmask_rows
 from sampling.rows import blank_story
 from sampling.sampler import Sampler
@@ -121,16 +121,10 @@ class Way:
             yield from self.fill(model, [blank_story(n - 2) for n in lengths], numbers, seed)
             return
         starts = [np.array([BOS])] * len(lengths)
-        reader, longest = kind.reader(model, self.sampler), model.config.max_len
-        if self.name.startswith("ahead "):
-            yield from write_ahead(reader, starts, self.sampler, self.size, longest, seed, numbers)
-        elif self.verified:
-            yield from write_verified(reader, reader, starts, self.sampler, self.size, longest,
-                                      seed, numbers)
-        elif self.size == 1:
-            yield from write_causal(reader, starts, self.sampler, longest, seed, numbers)
-        else:
-            yield from write_blocks(reader, starts, self.sampler, self.size, longest, seed, numbers)
+        reader = kind.reader(model, self.sampler)
+        yield from write_left(reader, starts, self.sampler, self.size, model.config.max_len, seed,
+                              numbers, reader if self.verified else None,
+                              self.name.startswith("ahead "))
 
     def fill(self, model: torch.nn.Module, rows: list[np.ndarray], numbers: list[int], seed: int,
              ) -> Iterator[Piece]:

@@ -35,7 +35,7 @@ from measuring.paired import Benchmark, read_peers, run_and_write
 from model import MODEL_CONFIGS, create_model
 from network.hardware import pick_precision
 from sampling.cached import CachedModel
-from sampling.left_to_right import write_ahead, write_blocks, write_causal, write_verified
+from sampling.left_to_right import write_left
 from sampling.sampler import Sampler
 
 DRAFTED = ("verified", "ahead")
@@ -72,16 +72,14 @@ class WriteBenchmark(Benchmark):
         model = self.model().to(device)
         model.set_precision(pick_precision(device, self.precision)).for_inference()
         starts, longest = [np.array([BOS])] * self.batch, self.seq_len
+        sizes = {"causal": 1, "ahead": self.ahead_size}
 
         def write() -> dict:
             sampler = replace(self.sampler, steps=1) if arm in DRAFTED else self.sampler
             reader = (Uncached if arm == "uncached" else CachedModel)(model, sampler)
-            written = (
-                write_causal(reader, starts, sampler, longest) if arm == "causal" else
-                write_verified(reader, reader, starts, sampler, self.block_size, longest)
-                if arm == "verified" else
-                write_ahead(reader, starts, sampler, self.ahead_size, longest) if arm == "ahead"
-                else write_blocks(reader, starts, sampler, self.block_size, longest))
+            written = write_left(reader, starts, sampler, sizes.get(arm, self.block_size), longest,
+                                 drafter=reader if arm == "verified" else None,
+                                 ahead=arm == "ahead")
             pieces, times = [], [time.perf_counter()]
             for piece in written:
                 pieces.append(piece)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from network.layers import Linear, ModelConfig, rms_norm
 
@@ -37,7 +38,8 @@ class View(NamedTuple):
 
     cos: Tensor  # (L, D/H/2), or (B, 1, L, D/H/2) where each row has positions of its own
     sin: Tensor
-    mask: Tensor | None = None  # added to the scores: can be broadcast to (B, H, L, S)
+    # added to the scores: can be broadcast to (B, H, L, S); or the pairs that FlexAttention visits
+    mask: Tensor | BlockMask | None = None
     cache: "Cache | None" = None  # of the tokens before these
     at: Tensor | None = None  # (B, C): the tokens whose result is wanted; None is all
     causal: bool = False  # token i sees the first i + 1 of this pass alone; never with a cache
@@ -219,6 +221,15 @@ def scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return product if mask is None else product + mask
 
 
+def flexible(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """FlexAttention, which leaves out what no query of a tile of 128 x 128 sees. No backward pass
+    on a CPU."""
+    # uncompiled it would write out all scores
+    alone = q.is_cuda and not torch.compiler.is_compiling()
+    run = torch.compile(flex_attention) if alone else flex_attention
+    return run(q, k, v, block_mask=mask)
+
+
 # Device, precision, whether a graph is being exported and whether it is causal (None: any of them),
 # and the kernel; the first line that fits holds.
 KERNELS: tuple[tuple[str | None, torch.dtype | None, bool | None, bool | None, Callable], ...] = (
@@ -227,10 +238,12 @@ KERNELS: tuple[tuple[str | None, torch.dtype | None, bool | None, bool | None, C
     (None, None, None, None, fused))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None,
-              ) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False,
+              mask: Tensor | BlockMask | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask) v for q (B, H, L, d), k and v (B, H, S, d), and a mask that
     can be broadcast to (B, H, L, S); with `causal` query i sees the first S - L + i + 1 keys."""
+    if isinstance(mask, BlockMask):
+        return flexible(q, k, v, mask)
     length, known = q.shape[2], k.shape[2] - q.shape[2]
     if causal and known:  # the queries are the last tokens of all
         later = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).triu(known + 1)

@@ -300,6 +300,21 @@ def write_blocks(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler,
         begun = [np.zeros(0, np.int64)] * len(batch.numbers)
 
 
+def write_left(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler, block_size: int,
+               longest: int, seed: int = 0, numbers: Sequence[int] | None = None,
+               drafter: Reader | None = None, ahead: bool = False, shown=None) -> Iterator[Piece]:
+    """In the way that these ask for: drafts of `drafter` (which may be the reader) that are
+    verified, drafts made `ahead`, token by token where a block is of one, and else in blocks."""
+    given = starts, sampler, block_size, longest, seed, numbers
+    if ahead:
+        return write_ahead(reader, *given)
+    if drafter is not None:
+        return write_verified(reader, drafter, *given)
+    if block_size == 1:
+        return write_causal(reader, starts, sampler, longest, seed, numbers)
+    return write_blocks(reader, *given, shown)
+
+
 def up_to_the_end(tokens: np.ndarray) -> np.ndarray:
     """A finished block (S,) up to its end, which is [EOS]; a [PAD] before any counts as one."""
     ends = np.flatnonzero((tokens == EOS) | (tokens == PAD))

@@ -15,14 +15,7 @@ import numpy as np
 
 from corpus.tokens import BOS, EOS, MASK, PAD
 from sampling.drawing import distribution, draw
-from sampling.left_to_right import (
-    Piece,
-    Reader,
-    write_ahead,
-    write_blocks,
-    write_causal,
-    write_verified,
-)
+from sampling.left_to_right import Piece, Reader, write_left
 from sampling.noise import LIMIT_STREAM
 from sampling.rows import Vocabulary, lay_out
 from sampling.sampler import Sampler
@@ -166,19 +159,9 @@ def write(reader: Reader, drafter: Reader, places: Places, config: FromLeft, lon
     full = len(places) >= longest
     for number, start in zip(numbers, starts, strict=True):
         yield Piece(number, start, full, len(limits_of(places)))
-    if full:
-        return
-    if config.ahead:
-        yield from write_ahead(reader, list(starts), config, config.block_size, longest, seed,
-                               numbers)
-    elif config.verify:
-        yield from write_verified(reader, drafter, list(starts), config, config.block_size, longest,
-                                  seed, numbers)
-    elif config.block_size == 1:
-        yield from write_causal(reader, list(starts), config, longest, seed, numbers)
-    else:
-        yield from write_blocks(reader, list(starts), config, config.block_size, longest, seed,
-                                numbers, shown)
+    if not full:
+        yield from write_left(reader, list(starts), config, config.block_size, longest, seed,
+                              numbers, drafter if config.verify else None, config.ahead, shown)
 
 
 def write_stories(reader: Reader, drafter: Reader, places: Places, config: FromLeft, longest: int,

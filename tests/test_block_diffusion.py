@@ -16,6 +16,7 @@ from conftest import as_joint, chi_squared_p, stop_after
 from test_diffusion import transformed
 from test_train import STATE, argv, lines, same
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 import evaluate
 import train
@@ -905,6 +906,23 @@ def test_what_is_not_there_is_not_seen(network):
     torch.testing.assert_close(outcomes(network, batch)[1][:, :5], outcomes(network, short)[1])
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_flex_attention_equals_the_dense_mask():
+    """More than one tile of 128 x 128, tiles that end early, places that are not there."""
+    model, length = made(2, max_len=200), 150
+    rows = torch.randint(4, 7, (4, length), generator=generator())
+    noisy = rows.masked_fill(torch.rand(4, length, generator=generator(1)) < 0.5, MASK)
+    batch = everything(rows, noisy, [3, 16, 64, 200])
+    batch.there = torch.rand(4, length, generator=generator(2)) < 0.9
+    dense = outcomes(model, batch)[1]
+    batch.flex = True
+    assert isinstance(batch.view(model).mask, BlockMask)
+    torch.testing.assert_close(outcomes(model, batch)[1], dense, **CLOSE)
+    batch.size = torch.tensor([3, 16, 64, 4])
+    assert moved(outcomes(model, batch)[1][3], dense[3])  # it does look at the mask
+
+
 def test_the_gradient_reaches_pass_1_through_its_keys():
     """The word 6 stands in the clean row alone, and the loss is that of the block behind it."""
     model = made(1, tied_head=False)
@@ -1002,6 +1020,7 @@ def test_it_starts_from_other_weights(settings, which, checkpoint, tmp_path):
      "--block_sizes --causal_share: for --objective joint alone"),
     (dict(schedule="cosine"), "--schedule: the joint model masks by its own table"),
     (dict(fsdp=True), "--fsdp: a row of the joint model takes one pass or two"),
+    (dict(flex_attention=True), "--flex_attention: torch trains with it on a CUDA GPU alone"),
     (dict(init_from="nowhere.pt"), "no checkpoint nowhere.pt"),
     (dict(init_from="plain", model_config="micro"), "not of the size of --model_config micro"),
     (dict(init_from="conditional"), "has other parts"),

@@ -63,6 +63,8 @@ class TrainConfig:
                             "token alone)")
     causal_share: float = flag(0.5, "objective joint: weight of the next-token loss; what is left "
                                     "is that of the hidden tokens")
+    flex_attention: bool = flag(False, "objective joint: attention of rows in blocks by "
+                                       "FlexAttention; needs a CUDA GPU")
     draft_rank: int = flag(64, "objective draft: rank of the head that is trained")
     draft_size: int = flag(8, "objective draft: places of a draft, the known first one among them")
     init_from: str | None = flag(None, "checkpoint whose weights stage 1 starts with, of the same "
