@@ -9,7 +9,7 @@
     python generate.py --checkpoint conditional/best.pt --conditions first_sentences.txt --json
     python generate.py --checkpoint checkpoints_joint/best.pt --block_size 4 --steps 4 --stream
     python generate.py --checkpoint checkpoints_joint/best.pt --verify --length 1000 --stream
-    python generate.py --checkpoint checkpoints_joint/best.pt --verify --ahead --stream
+    python generate.py --checkpoint checkpoints_joint/best.pt --verify --steps 1 --stream
     python generate.py --checkpoint checkpoints_joint/best.pt --verify --verify_with twin/best.pt
     python generate.py --checkpoint checkpoints_ar/best.pt --stream             # the twin
     python generate.py --onnx jetson_bundle/step_int8.onnx --preset fast        # without torch
@@ -37,14 +37,17 @@ condition.
 
 A model of train.py --objective joint also writes from the left: token by token (--block_size 1), in
 blocks of N tokens (--block_size N), each uncovered in --steps evaluations, or in such blocks as
-drafts, in one evaluation each, of which is kept what its token by token mode takes (--verify):
-distributed as that mode writes. --verify_with takes the mode of another model, the twin. The
-autoregressive twin itself writes token by token alone. A bundle of export_jetson.py has a graph of
-its own for this, cached_*.onnx, which naming the step finds too. A story then ends where the model
-ends it, or with --length tokens, which may be more than its rows have: each token sees as many
-before it as a row holds. --stream prints text as soon as it stands; with --json {"row": 0, "text":
-" ran", "tokens": [391], "ended": false} for each piece, of which the first is [BOS] and the prompt,
-beside the usual line of each story.
+drafts, of which is kept what its token by token mode takes (--verify): distributed as that mode
+writes. Drafts are its draft head's (train.py --objective draft), which costs no evaluation, or the
+network's, in --steps of them. --verify_with takes the mode of another model, the twin. Who asks for
+none of these gets --verify where there is a draft head, and token by token where there is none; who
+asks for --steps, an --order or a gap to fill, whole rows. The autoregressive twin itself writes
+token by token alone. A bundle of export_jetson.py has a graph of its own for this, cached_*.onnx,
+which naming the step finds too. A story then ends where the model ends it, or with --length tokens,
+which may be more than its rows have: each token sees as many before it as a row holds. --stream
+prints text as soon as it stands; with --json {"row": 0, "text": " ran", "tokens": [391], "ended":
+false} for each piece, of which the first is [BOS] and the prompt, beside the usual line of each
+story.
 """
 
 from cli import UserError, check_writable, flag, parse, preset, print_json, require, run
@@ -187,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     source = open_exported(config, bool(texts)) if config.onnx or config.engine else open_torch(
         config, bool(texts))
     config = config.for_model(given, source.name, source.step is not None,
-                              source.reader is not None)
+                              source.reader is not None, source.has_head)
     conditions = np.repeat(source.read_conditions(texts, source.tokenizer), config.num_samples,
                            axis=0) if texts else None
     texts = [text for text in texts for _ in range(config.num_samples)]
@@ -218,6 +221,7 @@ class Source(NamedTuple):
     step: Callable[[Sampler, np.ndarray | None], Step] | None  # None: fills no rows in any order
     choice: Callable[[Sampler, np.ndarray | None], Choice] | None  # an exported step has none
     reader: "Callable[[Sampler, np.ndarray | None], Reader] | None" = None  # writes from the left
+    has_head: bool = False  # for drafts
     verifier: "Callable[[Sampler, np.ndarray | None], Reader] | None" = None  # of --verify_with
 
 
@@ -244,7 +248,8 @@ def open_torch(config: GenerateConfig, conditional: bool) -> Source:
                   model.encoder.read if conditional else None,
                   partial(kind.step, model) if kind.unmasks else None,
                   partial(kind.choice, model) if kind.unmasks else None,
-                  partial(kind.reader, model) if kind.from_left else None, verifier)
+                  partial(kind.reader, model) if kind.from_left else None,
+                  getattr(model, "draft", None) is not None, verifier)
 
 
 def load(path: Path, config: GenerateConfig, conditional: bool) -> tuple[dict, Any, Any]:
@@ -271,8 +276,9 @@ def open_exported(config: GenerateConfig, conditional: bool) -> Source:
             "needed here is of the kind: conditional model")
     return Source(path, bundle.tokenizer, bundle.contents["length_histogram"], bundle.max_len,
                   partial(condition_rows, max_len=bundle.condition_len), bundle.step, None,
-                  (lambda config, conditions: bundle.reader(config, conditions, config.pass_tokens))
-                  if bundle.contents.get("cached") else None)
+                  (lambda config, conditions: bundle.reader(config, conditions, config.block_size))
+                  if bundle.contents.get("cached") else None,
+                  has_head="draft_head" in bundle.contents["files"])
 
 
 # (number of a story, its row, network evaluations that it took): as soon as it is finished

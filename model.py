@@ -80,7 +80,9 @@ class DiffusionTransformer(Transformer):
         if config.time_conditioning == "sinusoidal":
             self.time = nn.Sequential(Linear(config.width, config.width), nn.SiLU(),
                                       Linear(config.width, config.width, std=0.0))
-        self.draft = DraftHead(config.vocab_size, config.draft_rank) if config.draft_rank else None
+        self.draft = None
+        if config.draft_rank:
+            self.draft = DraftHead(config.vocab_size, config.width, config.draft_rank)
         # In the twin the end of the story has to be predicted; in diffusion it is always visible.
         impossible = torch.zeros(config.vocab_size)
         impossible[:EOS if config.causal else EOS + 1] = -math.inf

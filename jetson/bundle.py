@@ -33,6 +33,7 @@ SCRIPTS = (
     "sampling/__init__.py", "sampling/sampler.py", "sampling/noise.py", "sampling/paces.py",
     "sampling/loop.py", "sampling/rows.py", "sampling/viewer.py", "sampling/viewer.html",
     "sampling/stories.py", "sampling/left_to_right.py", "sampling/drawing.py",
+    "sampling/draft_head.py",
     "jetson/__init__.py", "jetson/settings.py", "jetson/engine_runtime.py",
     "jetson/tensorrt_session.py", "jetson/reader.py", "jetson/engine_builder.py",
     "measuring/__init__.py", "measuring/device.py")
@@ -160,11 +161,10 @@ def write_cached(config: ExportConfig, source: Source, folder: Path, files: dict
     """The same for the graph of a pass behind a cache; adds to both."""
     import onnx
 
-    from sampling.cached import CachedModel
+    from sampling.cached import CachedModel, head_parts
     draft = source.model.draft
     if draft is not None:  # a product of the host's
-        np.savez(folder / DRAFT_HEAD, **{name: part.float().numpy() for name, part in
-                                         draft.named_parameters()})
+        np.savez(folder / DRAFT_HEAD, **head_parts(draft))
         files["draft_head"] = file_entry(folder / DRAFT_HEAD)
     for precision in config.precisions:
         started = time.perf_counter()

@@ -28,14 +28,14 @@ class CachedPass(nn.Module):
         self.register_buffer("never", never, persistent=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, keys: Tensor,
-                values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
         Args:
             tokens, positions: (B, N) int32; what stands before a row is at -1.
             mask: (B, 1, N, S + N) float32, 0 or HIDDEN, for the slots and then for the tokens.
             keys, values: (layers, B, H, S, D/H) in the compute precision; finite in every slot.
-        Returns: logits (B, N, V) float32, and the tokens' own keys and values
-            (layers, B, H, N, D/H) in the compute precision.
+        Returns: logits (B, N, V) and hidden states (B, N, D) in float32, and the tokens' own keys
+            and values (layers, B, H, N, D/H) in the compute precision.
         """
         kept: Known = []
         view = self.model.view(positions, mask.to(self.model.compute_dtype), causal=False)
@@ -43,7 +43,7 @@ class CachedPass(nn.Module):
                                    known=list(zip(keys.unbind(), values.unbind(), strict=True)))
         logits = nn.functional.linear(hidden, self.model.vocabulary.weight).float()
         logits = torch.where(self.never, HIDDEN, logits)
-        return logits, *(torch.stack(part) for part in zip(*kept, strict=True))
+        return logits, hidden.float(), *(torch.stack(part) for part in zip(*kept, strict=True))
 
 
 def pass_inputs(model: DiffusionTransformer, batch: int, slots: int) -> dict[str, Tensor]:

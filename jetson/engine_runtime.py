@@ -14,6 +14,7 @@ from cli import UserError, require, sha256_of
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from corpus.tokens import PAD, is_count, is_length_histogram, load_tokenizer
 from jetson.reader import DeviceSlots, GraphReader, HostSlots
 from jetson.tensorrt_session import TensorRTSession, building
+from sampling.draft_head import DraftHead
 from sampling.loop import RowCache, Step
 from sampling.sampler import ORDERS, PLANNED_PACES, Sampler
 
@@ -132,12 +134,11 @@ class Bundle:
         require(cached, f"{self.path} is of a {self.kind} model, which fills whole rows alone")
         require(conditions is None, "an exported graph that writes from the left takes no "
                                     "condition: use --checkpoint")
-        sampler.check()
+        replace(sampler, steps=max(sampler.steps, 1)).check()  # a draft head's drafts take none
         require(sampler.pace in PLANNED_PACES, f"--pace {sampler.pace} is not there for an "
                 f"exported graph that writes from the left: choose from {', '.join(PLANNED_PACES)}")
-        require(tokens <= cached["tokens"], f"--block_size: a pass of {tokens} tokens (with "
-                f"--ahead N times N + 1); {self.path} takes {cached['tokens']} at most; export it "
-                "with a larger --cached_tokens")
+        require(tokens <= cached["tokens"], f"--block_size: a pass of {tokens} tokens; {self.path} "
+                f"takes {cached['tokens']} at most; export it with a larger --cached_tokens")
         name = self.path.name
         path = self.path.with_name(name if name.startswith(CACHED) else
                                    name.replace("step_", CACHED, 1))
@@ -148,15 +149,15 @@ class Bundle:
         slots = (HostSlots if isinstance(session, OnnxSession) else DeviceSlots)(session)
         return GraphReader(slots, sampler, self.max_len, cached["tokens"], self.draft_head())
 
-    def draft_head(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The two matrices (V, rank) of the model's draft head, where it has one."""
+    def draft_head(self) -> DraftHead | None:
+        """That of the model, where it has one."""
         entry = self.contents["files"].get("draft_head")
         if entry is None:
             return None
         path = checked_path(self.folder / entry["name"], self.contents)
         try:
             with np.load(path, allow_pickle=False) as file:
-                return file["before"], file["behind"]
+                return DraftHead(file)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is not a draft head: {AGAIN}") from error
 

@@ -150,7 +150,7 @@ def cached_graph(config: ExportConfig, checkpoint: dict, precision: str, cached:
     def export(model: "DiffusionTransformer") -> "onnx.ModelProto":
         inputs = pass_inputs(model, config.batch, cached["slots"])
         count = Dim("count", min=1, max=cached["tokens"])
-        return to_onnx(CachedPass(model), inputs, ["logits", "new_keys", "new_values"], (
+        return to_onnx(CachedPass(model), inputs, ["logits", "hidden", "new_keys", "new_values"], (
             {1: count}, {1: count}, {2: count, 3: count + cached["slots"]}, {}, {}))
     return in_precision(checkpoint, precision, export,
                         lambda model: block_runs(model, checkpoint, calibration))

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from corpus.tokens import BOS, MASK, PAD
-from sampling.drawing import ahead, end_blocks, unmask_step
+from sampling.draft_head import DraftHead
+from sampling.drawing import end_blocks, unmask_step
 from sampling.sampler import Sampler
 
 HIDDEN = np.float32(-1e4)  # as in network/attention.py
@@ -32,11 +33,12 @@ class HostSlots:
             shape, dtype = self.session.inputs[name]
             kept += [np.zeros(shape, dtype) for _ in range(groups - len(kept))]
 
-    def run(self, group: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        """The logits (B, N, V) of a pass of that group."""
-        logits, *self.new = self.session.run(
+    def run(self, group: int, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The logits (B, N, V) and hidden states (B, N, D) of a pass of that group."""
+        *results, keys, values = self.session.run(
             {**arrays, "keys": self.keys[group], "values": self.values[group]})
-        return logits
+        self.new = keys, values
+        return results
 
     def write(self, group: int, row: int, slot: int, first: int, count: int) -> None:
         """Puts what the last pass made of a row's tokens `first`, `first` + 1, ... into its slots
@@ -60,10 +62,10 @@ class DeviceSlots:
         self.groups += [{name: self.session.zeros(self.bytes) for name in ("keys", "values")}
                         for _ in range(groups - len(self.groups))]
 
-    def run(self, group: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    def run(self, group: int, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
         self.session.bind(self.groups[group])
         self.tokens = arrays["tokens"].shape[1]
-        return self.session.run(arrays)[0]
+        return self.session.run(arrays)[:2]
 
     def write(self, group: int, row: int, slot: int, first: int, count: int) -> None:
         layers, batch, heads, slots, _ = self.shape
@@ -88,8 +90,8 @@ class GraphReader:
     """
 
     def __init__(self, slots: HostSlots | DeviceSlots, sampler: Sampler, max_len: int,
-                 longest: int, draft_head: tuple[np.ndarray, np.ndarray] | None = None):
-        self.draft_head = draft_head  # (V, rank) each
+                 longest: int, draft_head: DraftHead | None = None):
+        self.draft_head = draft_head
         self.slots, self.sampler, self.window, self.longest = slots, sampler, max_len + 1, longest
         _, self.batch, _, self.size, _ = slots.session.inputs["keys"][0]
         self.begin(np.zeros(0, np.int64))
@@ -108,30 +110,19 @@ class GraphReader:
             part = tokens[:, start:start + self.longest]
             parts.append(self.run(part, np.arange(len(tokens)), causal=True))
             self.known = self.known + part.shape[1]
-        return None if not logits else possible(np.concatenate(parts, 1)[:, -logits:],
-                                                (PAD, MASK, BOS))
+        found, self.last = (np.concatenate(x, 1) for x in zip(*parts, strict=True))
+        return possible(found[:, -logits:], (PAD, MASK, BOS)) if logits else None
 
     def look(self, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
-        return possible(self.run(tokens, np.arange(len(tokens)), causal=False)[:, places],
+        return possible(self.run(tokens, np.arange(len(tokens)), causal=False)[0][:, places],
                         (PAD, MASK, BOS))
 
-    def propose(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows, size = tokens.shape
-        hidden = np.full((rows, size * size), MASK, np.int64)
-        logits = possible(self.run(np.concatenate([tokens, hidden], 1), np.arange(rows),
-                                   causal=True, among=ahead(size), kept=size), (PAD, MASK, BOS))
-        self.known = self.known + size
-        return logits[:, :size], logits[:, size:].reshape(rows, size, size, -1)[:, :, 1:]
-
-    def follow(self, tokens: np.ndarray) -> np.ndarray | None:
-        if self.draft_head is None:
-            return None
-        before, behind = self.draft_head
-        return before[tokens] @ behind.T
+    def hidden(self, places: np.ndarray) -> np.ndarray:
+        return self.last[np.arange(len(places)), places]
 
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
              ) -> tuple[np.ndarray, np.ndarray]:
-        logits = self.run(tokens, np.flatnonzero(np.isin(self.numbers, rows)), causal=False)
+        logits, _ = self.run(tokens, np.flatnonzero(np.isin(self.numbers, rows)), causal=False)
         return end_blocks(*unmask_step(possible(logits, (MASK, BOS)), tokens, count, noise,
                                        self.sampler))
 
@@ -148,21 +139,16 @@ class GraphReader:
     # ---- graph ----
 
     def run(self, tokens: np.ndarray, which: np.ndarray, causal: bool,
-            among: tuple[np.ndarray, np.ndarray] | None = None, kept: int | None = None,
-            ) -> np.ndarray:
-        """Logits (R, N, V) of the next tokens (R, N) of some rows of the batch; a causal pass stays
-        in the cache, or its first `kept` tokens. `among` says instead of `causal` which of them
-        sees which, (N, N) bool, and how far behind the first each stands, (N,)."""
+            ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (R, N, V) and hidden states (R, N, D) of the next tokens (R, N) of some rows of
+        the batch; a causal pass stays in the cache."""
         count = tokens.shape[1]
         if count > self.longest:
             raise ValueError(f"a pass of {count} tokens: the graph takes {self.longest} at most")
-        new = np.arange(count)
-        sees, places = among or (new <= new[:, None] if causal else np.ones((count, count), bool),
-                                 new)
-        masks = self.masks(sees, places, self.known[which])
-        positions = self.known[which, None] - 1 + places
+        masks = self.masks(count, self.known[which], causal)
+        positions = self.known[which, None] - 1 + np.arange(count)
         group, seat = np.divmod(self.seats[which], self.batch)
-        logits: list[Any] = [None] * len(which)
+        results: list[Any] = [None] * len(which)
         for g in np.unique(group):
             here = np.flatnonzero(group == g)
             # empty places see their own tokens, so that every softmax has something
@@ -171,12 +157,12 @@ class GraphReader:
                           mask=np.zeros((self.batch, 1, count, self.size + count), np.float32))
             for name, x in (("tokens", tokens), ("positions", positions), ("mask", masks)):
                 arrays[name][seat[here]] = x[here]
-            found = self.slots.run(int(g), arrays)
+            logits, hidden = self.slots.run(int(g), arrays)
             for i in here:
-                logits[i] = found[seat[i]]
+                results[i] = logits[seat[i]], hidden[seat[i]]
                 if causal:
-                    self.write(int(g), int(seat[i]), int(self.known[which[i]]), kept or count)
-        return np.stack(logits)
+                    self.write(int(g), int(seat[i]), int(self.known[which[i]]), count)
+        return tuple(map(np.stack, zip(*results, strict=True)))
 
     def write(self, group: int, row: int, known: int, count: int) -> None:
         """The last pass's keys and values of a row go behind those of the `known` tokens, round the
@@ -187,18 +173,18 @@ class GraphReader:
         if count > fitting:
             self.slots.write(group, row, 0, fitting, count - fitting)
 
-    def masks(self, sees: np.ndarray, places: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """What the next N tokens of rows that know so many (R,) must not see: 0 or HIDDEN, (R, 1,
-        N, S + N). Of themselves, at `places` (N,) behind the known ones, they see what `sees` (N,
-        N) says, and of the slots what is less than the window before the last that they see."""
-        known, count = known[:, None, None], len(places)
-        last = known + np.where(sees, places, 0).max(1)[:, None]  # (R, N, 1)
+    def masks(self, count: int, known: np.ndarray, causal: bool) -> np.ndarray:
+        """What the next `count` tokens of rows that know so many must not see: 0 or HIDDEN,
+        (R, 1, N, S + N)."""
+        known, new = known[:, None, None], np.arange(count)
         # the newest token in each slot, (R, 1, S); below 0 there is none
         token = known - 1 - (known - 1 - np.arange(self.size)) % self.size
-        hidden = (token < 0) | (token <= last - self.window)  # (R, N, S)
+        last = known + (new[:, None] if causal else count - 1)  # that a token sees, (R, N or 1, 1)
+        hidden = (token < 0) | (token <= last - self.window)
         mask = np.zeros((len(known), 1, count, self.size + count), np.float32)
-        mask[:, 0, :, :self.size][hidden] = HIDDEN
-        mask[:, 0, :, self.size:][:, ~sees] = HIDDEN
+        mask[:, 0, :, :self.size][np.broadcast_to(hidden, (len(known), count, self.size))] = HIDDEN
+        if causal:
+            mask[..., self.size:][..., new > new[:, None]] = HIDDEN
         return mask
 
 

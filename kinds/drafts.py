@@ -2,27 +2,40 @@
 
     python train.py --objective draft --init_from joint/best.pt --checkpoint_dir joint_drafts
 
-The network stays as it is; only its DraftHead learns, on blocks as `generate.py --verify` drafts
-them: the first token of each is known to the network, or with --ahead to the head alone, and all
-others are hidden. The result is a joint checkpoint.
+The network stays as it is; only its DraftHead learns, in both of the ways in which `generate.py
+--verify` drafts: alone behind what a causal pass made of a token, and beside the network's look at
+a block of hidden tokens. It learns from the causal mode's whole distribution at every place, which
+is what verifies a draft. The result is a joint checkpoint.
 """
 
 from cli import require
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from block_diffusion import CAUSAL, Blocks, JointDiffusion, in_blocks, noisy_blocks, predicted
-from corpus.tokens import MASK
+from block_diffusion import (
+    CAUSAL,
+    Blocks,
+    JointDiffusion,
+    NextTokens,
+    causal_pass,
+    in_blocks,
+    noisy_blocks,
+    predicted,
+)
+from corpus.tokens import EOS
 from kinds.autoregressive import before_each
 from kinds.kind import NETWORK_SETTINGS
 from kinds.likelihood import Nelbo
 from model import DiffusionTransformer
 from network.hardware import device_of
+
+CHAIN = 4  # drafted tokens behind a place; later ones come by the same recurrence
+PLACES = 1024  # of a batch, at most, that a step learns from: all their logits are written out
 
 
 class DraftTraining(JointDiffusion):
@@ -60,43 +73,52 @@ class DraftTraining(JointDiffusion):
     def trained(self, stage: int) -> Callable[[str], bool]:
         return lambda name: name.startswith("draft.")
 
-    def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Blocks:
-        """Rows (B, L) in blocks of which everything is hidden, or in every other row all but the
-        first token; what comes first is never drafted. Nothing is random."""
+    def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None,
+                      every: int | None = None) -> Blocks:
+        """Rows (B, L) in blocks of which all but the first token is hidden, as the network drafts.
+
+        `masked` are the hidden tokens to learn from, `next_weight` marks where the head drafts
+        alone: it is told the token there. Both at every so many places (by default as many as give
+        `PLACES`), from a random one on.
+        """
         size, = self.sizes
         tokens = nn.functional.pad(tokens, (0, -tokens.shape[1] % size))
-        masked = predicted(in_blocks(tokens, size))  # (B, N, S)
-        masked[::2, :, 0] = False
-        noisy, wanted, there = noisy_blocks(tokens, masked)
-        wanted[:, ::size] = False
-        return Blocks(tokens, noisy, wanted, wanted / wanted.sum().clamp(min=1),
-                      torch.ones(len(tokens)), there=there,
-                      size=torch.full((len(tokens),), size), next_weight=torch.zeros(tokens.shape))
+        hidden = predicted(in_blocks(tokens, size))  # (B, N, S)
+        hidden[:, :, 0] = False
+        noisy, wanted, there = noisy_blocks(tokens, hidden)
+        every = every or -(-tokens.numel() // PLACES)
+        first = torch.randint(every, (), generator=generator)
+        chosen = (torch.arange(tokens.shape[1]) - first) % every == 0
+        wanted &= chosen & (tokens >= EOS)
+        starts = chosen & (tokens > EOS)
+        starts[:, 0] = False  # nothing stands before it
+        return Blocks(tokens, noisy, wanted, wanted.float(), torch.ones(len(tokens)), there=there,
+                      size=torch.full((len(tokens),), size), next_weight=starts.float())
 
     def loss(self, model: nn.Module, batch: Blocks) -> Tensor:
-        with torch.no_grad():
-            hidden = batch.hidden(model)
-        return model.draft.loss(*of_drafts(model, batch, hidden), batch.weight[batch.masked])
+        """The mean cross-entropy of drafts with what verifies them, in nats."""
+        parts = [(nats.sum(), len(nats)) for _, nats, _ in drafts(model, batch)]
+        return sum(nats for nats, _ in parts) / max(sum(count for _, count in parts), 1)
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,
               draws: int = 1, numbers: Iterable[np.ndarray] | None = None,
               conditions: None = None) -> Nelbo:
-        """-log q of the drafted tokens, each given the one before: how well it drafts, and no
-        likelihood of a text."""
+        """How well it drafts, which is no likelihood of a text: `nats` are the loss, and `correct`
+        is the share of drafts that would stand, the sum over tokens of min(p, q)."""
         device, columns, seen, training = device_of(model), [], 0, model.training
         numbers = iter(numbers) if numbers is not None else None
         model.eval()
         for batch in batches:
-            drafts = self.corrupt_batch(torch.from_numpy(batch))
+            there = self.corrupt_batch(torch.from_numpy(batch), torch.Generator(), every=4)
             rows = next(numbers) if numbers else seen + np.arange(len(batch))
-            owner, seen = drafts.masked.nonzero()[:, 0].numpy(), seen + len(batch)
-            there = drafts.to(device)
+            seen += len(batch)
             with torch.no_grad():
-                nats, right = model.draft.scores(*of_drafts(model, there, there.hidden(model)))
-            count, nats, right = (np.bincount(owner, x, minlength=len(batch)) for x in (
-                None, nats.cpu().double().numpy(), right.cpu().numpy()))
+                owner, nats, stand = (torch.cat(x).cpu().double().numpy() for x in zip(
+                    *drafts(model, there.to(device)), strict=True))
+            count, nats, stand = (np.bincount(owner.astype(np.int64), x, minlength=len(batch))
+                                  for x in (None, nats, stand))
             some = count > 0  # a row of one token has nothing to draft
-            columns.append([x[some] for x in (rows, count, count, nats, right)])
+            columns.append([x[some] for x in (rows, count, count, nats, stand)])
         model.train(training)
         return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
 
@@ -105,11 +127,39 @@ class DraftTraining(JointDiffusion):
         return "draft loss"
 
 
-def of_drafts(model: DiffusionTransformer, batch: Blocks, hidden: Tensor) -> tuple[Tensor, ...]:
-    """What a DraftHead's loss and scores take of the masked positions (M,): their hidden states,
-    the vocabulary head, the tokens on their left, whether those were drafted, and themselves."""
-    return (hidden, model.vocabulary.weight, model.head_bias(hidden, batch.ends),
-            before_each(batch.tokens)[batch.masked],
-            before_each(batch.noisy)[batch.masked] == MASK, batch.tokens[batch.masked])
+def drafts(model: DiffusionTransformer, batch: Blocks) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of the drafts of a batch, M at a time, (M,) each: their rows, the cross-entropy of q with the
+    causal mode's p at that place, and the sum over tokens of min(p, q).
 
+    First those of the network's look at a block, to which the head adds what the token before says;
+    then those of the head alone, the first, second, ... behind every place where it starts.
+    """
+    tokens, head, known = batch.tokens, model.draft, []
+    with torch.no_grad():
+        clean = causal_pass(model, before_each(tokens), kept=known)
+        noisy = model.hidden(batch.noisy, view=batch.view(model), known=known)
 
+    def compared(row: Tensor, place: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        drafted = slice(EOS, logits.shape[-1])
+        with torch.no_grad():
+            p = model.head(clean[row, place], NextTokens.ends).float().softmax(-1)[:, drafted]
+        q = logits[:, drafted].log_softmax(-1)
+        return row, -(p * q).sum(-1), torch.minimum(p, q.detach().exp()).sum(-1)
+
+    row, place = batch.masked.nonzero().T
+    with torch.no_grad():
+        looked = model.head(noisy[row, place], NextTokens.ends).float()
+    left = batch.noisy[row, place - 1] != tokens[row, place - 1]  # hidden itself: drafted too
+    told = head.told(tokens[row, place - 1]) * left[:, None]
+    yield compared(row, place, looked + nn.functional.pad(
+        told, (0, looked.shape[1] - told.shape[1])))
+    row, place = (batch.next_weight > 0).nonzero().T
+    state = head.start(clean[row, place])
+    for _ in range(CHAIN):
+        goes_on = (place + 1 < tokens.shape[1]) & (tokens[row, place] > EOS)
+        row, place, state = (x[goes_on] for x in (row, place, state))
+        goes_on = tokens[row, place + 1] >= EOS
+        row, place, state = (x[goes_on] for x in (row, place, state))
+        state = head.after(state, tokens[row, place])
+        place = place + 1
+        yield compared(row, place, head.logits(state))

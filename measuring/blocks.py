@@ -50,8 +50,8 @@ BATCH = 32  # stories at a time, but for the timings
 CAUSAL, ROW, TWIN = "causal", "row", "twin"
 # Blocks of so many tokens in so many evaluations, drafts verified of so many places, whole rows
 WAYS = (CAUSAL, "2/2", "4/2", "4/4", "8/4", "8/8", "16/4", "16/8", "16/16", "32/8", "32/16",
-        "verify 4/1", "verify 8/1", "verify 8/2", "verify 16/1", "ahead 4/1", "ahead 6/1", "row/32",
-        "row/64", TWIN)
+        "verify 4/1", "verify 8/1", "verify 8/2", "verify 16/1", "verify 3/0", "verify 4/0",
+        "verify 6/0", "row/32", "row/64", TWIN)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class BlocksConfig(HeldOutConfig):
     twin: str | None = flag(None, "checkpoint of an autoregressive model, which writes beside it")
     judge: str | None = flag(None, "checkpoint of another one, which judges the stories")
     ways: list[str] = flag(list(WAYS), "which to measure: causal, N/K (blocks of N tokens in K "
-                                       "evaluations), 'verify N/K', 'ahead N/1', row/K, twin")
+                                       "evaluations), 'verify N/K' (K 0: by the draft head), "
+                                       "row/K, twin")
     num_samples: int = flag(64, "stories that each writes")
     max_rows: int | None = flag(None, "score only so many rows, evenly spread over the split")
     draws: int = flag(1, "masks drawn for every row")
@@ -96,16 +97,15 @@ class Way:
         drawing = Sampler(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
         if name in (CAUSAL, TWIN):
             return cls(name, 1, dataclasses.replace(drawing, steps=1))
-        verified = name.startswith(("verify ", "ahead "))
+        verified = name.startswith("verify ")
         size, slash, steps = name.split(" ")[-1].partition("/")
-        require(slash and steps.isdigit() and int(steps) and (name.startswith(f"{ROW}/") or
-                size.isdigit() and int(size) > 1), f"--ways {name!r}: choose from causal, twin, "
-                "N/K, 'verify N/K', 'ahead N/1' and row/K with N of 2 or more and K of 1 or more")
-        require(not name.startswith("ahead ") or steps == "1",
-                f"--ways {name!r}: such a draft has one evaluation, 'ahead {size}/1'")
+        require(slash and steps.isdigit() and (verified or int(steps)) and (
+                name.startswith(f"{ROW}/") or size.isdigit() and int(size) > 1),
+                f"--ways {name!r}: choose from causal, twin, N/K, 'verify N/K' and row/K with N of "
+                "2 or more and K of 1 or more, or 0 for drafts of the draft head")
         way = cls(name, 0 if size == ROW else int(size),
                   dataclasses.replace(drawing, steps=int(steps)), verified)
-        way.sampler.check()
+        dataclasses.replace(way.sampler, steps=max(way.sampler.steps, 1)).check()
         return way
 
     @property
@@ -123,8 +123,7 @@ class Way:
         starts = [np.array([BOS])] * len(lengths)
         reader = kind.reader(model, self.sampler)
         yield from write_left(reader, starts, self.sampler, self.size, model.config.max_len, seed,
-                              numbers, reader if self.verified else None,
-                              self.name.startswith("ahead "))
+                              numbers, reader if self.verified else None)
 
     def fill(self, model: torch.nn.Module, rows: list[np.ndarray], numbers: list[int], seed: int,
              ) -> Iterator[Piece]:

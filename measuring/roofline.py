@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from model import MODEL_CONFIGS
+from network.draft_head import DRAFTED
 from network.layers import ModelConfig
 
 
@@ -51,8 +52,9 @@ class Roofline:
     # Assumed, between what small blocks and good drafts give elsewhere; measure your own
     round_tokens: list[float] = flag([2.5, 3.5], "tokens that a draft and its verification give "
                                                  "together: assumed, not worked out")
-    ahead: int = flag(4, "places of a draft that is made in the pass that verifies another")
-    ahead_tokens: float = flag(2.1, "tokens that such a pass gives: assumed")
+    headed: int = flag(4, "tokens of a pass that verifies a draft of the draft head")
+    headed_tokens: float = flag(2.1, "tokens that such a pass gives: assumed")
+    draft_rank: int = flag(64, "rank of the head, which is read in FP32 for every drafted token")
     measured: str | None = flag(None, "a device_benchmark.json of that device, to compare with")
 
     def check(self) -> None:
@@ -62,9 +64,10 @@ class Roofline:
                 "--block_sizes, --draft and --draft_evaluations must be positive")
         require(all(1 <= tokens <= self.draft for tokens in self.round_tokens),
                 f"--round_tokens: a round gives from 1 to {self.draft} tokens (--draft)")
-        require(self.ahead >= 2 and 1 <= self.ahead_tokens <= self.ahead,
-                f"--ahead_tokens {self.ahead_tokens:g}: a pass gives from 1 to {self.ahead} tokens "
-                "(--ahead, 2 or more)")
+        require(self.headed >= 2 and 1 <= self.headed_tokens <= self.headed,
+                f"--headed_tokens {self.headed_tokens:g}: a pass gives from 1 to {self.headed} "
+                "tokens (--headed, 2 or more)")
+        require(self.draft_rank >= 1, f"--draft_rank {self.draft_rank}: must be at least 1")
         require(self.measured is None or Path(self.measured).is_file(),
                 f"--measured {self.measured}: no such file")
 
@@ -112,7 +115,8 @@ def writing_table(config: Roofline, device: Device) -> list[str]:
                        "evaluations | " for block in config.block_sizes)
              + f"drafts of {config.draft - 1} at {config.draft_evaluations}, "
              + "/".join(f"{tokens:g}" for tokens in config.round_tokens) + " tokens a round | "
-             f"ahead, {config.ahead} at {config.ahead_tokens:g} tokens a pass |",
+             f"drafts of {config.headed - 1} by the draft head, {config.headed_tokens:g} tokens a "
+             "pass |",
              "|---" * (5 + len(config.block_sizes)) + "|"]
     for name, size in sizes_of(config):
         for precision in ("fp16", "int8"):
@@ -123,9 +127,10 @@ def writing_table(config: Roofline, device: Device) -> list[str]:
                       for block in config.block_sizes)
             a_round = (config.draft_evaluations + 1) * seconds(config.draft)
             verified = "/".join(f"{tokens / a_round:.0f}" for tokens in config.round_tokens)
-            ahead = config.ahead_tokens / seconds(config.ahead * (config.ahead + 1))
+            read = 4 * config.draft_rank * min(size.vocab_size, DRAFTED) / device.bandwidth
+            headed = config.headed_tokens / (seconds(config.headed) + (config.headed - 1) * read)
             lines.append(f"| {name} | {precision} | {1 / seconds(1):.0f} | {' | '.join(blocks)} "
-                         f"| {verified} | {ahead:.0f} |")
+                         f"| {verified} | {headed:.0f} |")
     return lines
 
 

@@ -8,9 +8,9 @@ one process.
 with gains, GELU, one matrix for queries, keys and values), token by token with keys and values
 that are concatenated, drawn by torch.multinomial. Ours: token by token (`causal`), in blocks
 (`blocks`, --steps evaluations each; `uncached`: the same, the whole row read again for each) and in
-verified drafts (`verified`, two passes a round, and
-`ahead`, one). Random weights do for the first three arms; what a draft is worth depends on the
-model: give a --checkpoint. Only tokens that were written count, up to --seq_len or the model's
+verified drafts (`verified`: of the network, two passes a round; `headed`: of its draft head, one).
+Random weights do for the first four arms; what a draft is worth depends on the model: give a
+--checkpoint. Only tokens that were written count, up to --seq_len or the model's
 [EOS].
 
 The columns are those of `benchmark.py train`; the file also has the seconds to the first text, and
@@ -38,27 +38,28 @@ from sampling.cached import CachedModel
 from sampling.left_to_right import write_left
 from sampling.sampler import Sampler
 
-DRAFTED = ("verified", "ahead")
+DRAFTED = {"verified": 1, "headed": 0}  # evaluations of the network for a draft
+DRAFT_RANK = 64  # of random weights
 MOST_SEEN = 256  # tokens before each, of random weights
 
 
 @dataclass(frozen=True)
 class WriteBenchmark(Benchmark):
     BASELINES = ("textbook",)
-    ARMS = (*BASELINES, "causal", "blocks", "uncached", "verified", "ahead")
+    ARMS = (*BASELINES, "causal", "blocks", "uncached", *DRAFTED)
 
     batch: int = flag(4, "stories at a time")
     repeats: int = flag(5, "how often each arm is timed")
     block_size: int = flag(8, "tokens of a block, and places of a draft")
     steps: int = flag(4, "evaluations of a block; a draft always has one")
-    ahead_size: int = flag(4, "places of a draft that is made in the pass that verifies another")
+    headed_size: int = flag(4, "places of a draft of the draft head")
     temperature: float = flag(1.0, "0 is greedy, 1 the model's own distribution")
     checkpoint: str | None = flag(None, "model to use (default: random weights of --model_config)")
     arms: list[str] = flag(list(ARMS), "what to run: " + ", ".join(ARMS))
 
     def check(self) -> None:
         super().check()
-        for name in ("block_size", "ahead_size"):
+        for name in ("block_size", "headed_size"):
             require(getattr(self, name) >= 2, f"--{name} {getattr(self, name)}: must be at least 2")
         self.sampler.check()
 
@@ -72,14 +73,13 @@ class WriteBenchmark(Benchmark):
         model = self.model().to(device)
         model.set_precision(pick_precision(device, self.precision)).for_inference()
         starts, longest = [np.array([BOS])] * self.batch, self.seq_len
-        sizes = {"causal": 1, "ahead": self.ahead_size}
+        size = {"causal": 1, "headed": self.headed_size}.get(arm, self.block_size)
+        sampler = replace(self.sampler, steps=DRAFTED.get(arm, self.steps))
 
         def write() -> dict:
-            sampler = replace(self.sampler, steps=1) if arm in DRAFTED else self.sampler
             reader = (Uncached if arm == "uncached" else CachedModel)(model, sampler)
-            written = write_left(reader, starts, sampler, sizes.get(arm, self.block_size), longest,
-                                 drafter=reader if arm == "verified" else None,
-                                 ahead=arm == "ahead")
+            written = write_left(reader, starts, sampler, size, longest,
+                                 drafter=reader if arm in DRAFTED else None)
             pieces, times = [], [time.perf_counter()]
             for piece in written:
                 pieces.append(piece)
@@ -97,10 +97,12 @@ class WriteBenchmark(Benchmark):
                 lambda kind: kind.from_left and not kind.conditional)))
             require(not model.config.causal or not {"blocks", *DRAFTED} & {*self.arms},
                     f"{self.checkpoint} writes token by token alone: name other --arms")
+            require("headed" not in self.arms or model.draft is not None, f"{self.checkpoint} has "
+                    "no draft head: name other --arms, or train one (train.py --objective draft)")
             return model
         torch.manual_seed(0)
         # what a token sees, and not how long a story may be
-        return create_model(self.model_config, self.vocab_size,
+        return create_model(self.model_config, self.vocab_size, draft_rank=DRAFT_RANK,
                             max_len=min(self.seq_len, MOST_SEEN)).eval()
 
     def describe(self, peak: float, arms: dict) -> dict:

@@ -6,7 +6,7 @@
     transformer.py  the block; embedding and blocks
     encoders.py     what reads a condition: the seam for other sorts than text
     head_loss.py    vocabulary head and cross-entropy in one, in chunks
-    draft_head.py   what a drafted token says of the one behind it
+    draft_head.py   drafts of what a model would write
     hardware.py     the device to compute on and in which precision
 
 For model.py and whatever runs a network. Nothing here knows of diffusion: it imports cli and

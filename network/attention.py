@@ -126,33 +126,23 @@ class Cache:
                 held[layer].scatter_(2, slots[:, None, :, None].expand_as(new), new)
         return self.keys[layer][:, :, :top], self.values[layer][:, :, :top]
 
-    def mask(self, count: int, causal: bool, among: tuple[Tensor, Tensor] | None = None,
-             ) -> Tensor | None:
+    def mask(self, count: int, causal: bool) -> Tensor | None:
         """What the next `count` tokens must not see: 0 or HIDDEN, (B, 1, L, S), or (B, 1, 1, S) for
         tokens that all see the same; or None where they see all slots.
 
-        Each sees the known tokens, and of the new ones all, or with `causal` those up to itself, or
-        those that `among` says: (L, L) bool, beside the place of each behind the known ones, (L,).
+        Each sees the known tokens, and of the new ones all, or with `causal` those up to itself.
         With a window only those less than that far before it, or before the last of the new ones.
         """
         known = self.known[:, None, None]  # (B, 1, 1)
         top = self.most + count
-        if among is None and len(known) == 1 and (not causal or count == 1) and top <= (
-                self.window or top):
+        if len(known) == 1 and (not causal or count == 1) and top <= (self.window or top):
             return None
-        # (B, L, 1) or (B, 1, 1): the last place that a token sees
-        last = known + (torch.where(*among, 0).amax(1)[:, None] if among is not None else
-                        torch.arange(count)[:, None] if causal else count - 1)
+        # (B, L, 1) or (B, 1, 1): the last slot that a token sees
+        last = known + (torch.arange(count)[:, None] if causal else count - 1)
         slot = torch.arange(top)
-        if among is None:
-            hidden = slot > last
-        else:
-            own = slot - known  # (B, 1, S): which of the new tokens stands in a slot
-            seen = among[0][:, own[:, 0].clamp(0, count - 1)].transpose(0, 1)  # (B, L, S)
-            hidden = (own >= 0) & ~(seen & (own < count))
+        hidden = slot > last
         if self.window:
-            far = slot <= last - self.window
-            hidden = hidden | (far if among is None else far & (slot < known))  # no new one is far
+            hidden = hidden | (slot <= last - self.window)
         return torch.zeros(hidden.shape).masked_fill(hidden, HIDDEN)[:, None]
 
     def advance(self, count: int) -> None:

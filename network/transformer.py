@@ -89,7 +89,7 @@ class Transformer(nn.Module):
         return self.embedding(tokens).to(self.compute_dtype)
 
     def view(self, positions: Tensor | int, mask: Tensor | None = None, cache: Cache | None = None,
-             causal: bool | None = None, among: tuple[Tensor, Tensor] | None = None) -> View:
+             causal: bool | None = None) -> View:
         """What the tokens of a pass look at.
 
         Args:
@@ -100,8 +100,6 @@ class Transformer(nn.Module):
             cache: of the tokens before these, which they look at too; theirs are added to it, and
                 it says what is hidden from each.
             causal: whether a token sees those before it alone; by default where the model is so.
-            among: with a cache, which of these tokens sees which, (L, L) bool, and how far behind
-                the cache's last each stands, (L,) int64; `positions` is L.
         """
         causal = self.config.causal if causal is None else causal
         if cache is not None:
@@ -110,14 +108,13 @@ class Transformer(nn.Module):
                 raise ValueError(f"rows of {cache.length + count} tokens, but max_len is "
                                  f"{self.config.max_len}")
             cache.room(count)
-            hidden = cache.mask(count, causal, among)
+            hidden = cache.mask(count, causal)
             if hidden is not None:
                 hidden = hidden.to(self.cos.device, self.compute_dtype)
                 mask = hidden if mask is None else mask + hidden
             causal = False
             if isinstance(positions, int):
-                positions = (cache.positions(count) if among is None else
-                             cache.positions(1) + among[1]).to(self.cos.device)
+                positions = cache.positions(count).to(self.cos.device)
                 positions = positions[0] if len(positions) == 1 else positions
         if isinstance(positions, int | torch.SymInt):
             if positions > self.config.max_len:

@@ -5,6 +5,7 @@
     paces.py     how many tokens in a step, and which to hide again
     loop.py      the loop, over any step
     drawing.py   distributions over tokens, exact draws, and drafts that are verified
+    draft_head.py  drafts of a model's draft head
     left_to_right.py  writing from the left: token by token, in blocks, in verified drafts
     stories.py   stories from the left: what is asked, prompts, batches, text while it grows
     rows.py      the rows to fill: blank stories, prompts, gaps, words that they cut

@@ -3,6 +3,7 @@ library for the kinds that write from the left.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from corpus.tokens import EOS, MASK, PAD
 from network.attention import Cache, Context
-from sampling.drawing import ahead, end_blocks
+from sampling.draft_head import DraftHead
+from sampling.drawing import end_blocks
 from sampling.sampler import Sampler
 from sampling.step import Drawing, UnmaskStep, numpy_run
 
@@ -24,11 +26,15 @@ class CachedModel:
 
     def __init__(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
                  ends: tuple[int, ...] = (EOS,), block_ends: tuple[int, ...] = (EOS, PAD)):
+        # how many steps is the writer's business, and of a draft head's drafts it is none
+        sampler = replace(sampler, steps=max(sampler.steps, 1))
         self.model, self.sampler, self.ends, self.block_ends = model, sampler, ends, block_ends
         self.drawing = Drawing(BlockStep(self), model, sampler, conditions)
         self.numbers = np.zeros(0, np.int64)
         self.given: list[Context | None] = []  # one entry for every evaluation that guidance needs
         self.caches: list[Cache] = []
+        head = getattr(model, "draft", None)
+        self.draft_head = head and DraftHead(head_parts(head))
 
     # ---- Reader ----
 
@@ -41,6 +47,7 @@ class CachedModel:
     @torch.no_grad()
     def read(self, tokens: np.ndarray, logits: int = 0) -> np.ndarray | None:
         hidden = self.passes(self.drawing.tensor(tokens), causal=True)
+        self.last = hidden[0]  # with guidance that with the condition
         if not logits:
             return None
         return self.logits([h[:, -logits:] for h in hidden], self.ends).cpu().numpy()
@@ -51,28 +58,8 @@ class CachedModel:
         hidden = self.passes(self.drawing.tensor(tokens), causal=False, at=at)
         return self.logits(hidden, self.ends).cpu().numpy()
 
-    @torch.no_grad()
-    def propose(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows, size = tokens.shape
-        among = tuple(map(torch.from_numpy, ahead(size)))
-        hidden_ones = np.full((rows, size * size), MASK, np.int64)
-        hidden = self.passes(self.drawing.tensor(np.concatenate([tokens, hidden_ones], 1)),
-                             causal=False, among=among)
-        for cache in self.caches:  # the tokens themselves stay
-            cache.looking = False
-            cache.advance(size)
-        # (B, S + S (S - 1), D): the first place of every group is that of a token yet to be drawn
-        wanted = [torch.cat([h[:, :size], h[:, size:].unflatten(1, (size, size))[:, :, 1:].flatten(
-            1, 2)], dim=1) for h in hidden]
-        logits = self.logits(wanted, self.ends)
-        return (logits[:, :size].cpu().numpy(),
-                logits[:, size:].unflatten(1, (size, size - 1)).cpu().numpy())
-
-    @torch.no_grad()
-    def follow(self, tokens: np.ndarray) -> np.ndarray | None:
-        if getattr(self.model, "draft", None) is None:
-            return None
-        return self.model.draft(self.drawing.tensor(tokens)).float().cpu().numpy()
+    def hidden(self, places: np.ndarray) -> np.ndarray:
+        return self.last[torch.arange(len(places)), torch.from_numpy(places)].float().cpu().numpy()
 
     @torch.no_grad()
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
@@ -103,19 +90,24 @@ class CachedModel:
 
     # ---- network ----
 
-    def passes(self, tokens: Tensor, causal: bool, at: Tensor | None = None,
-               among: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+    def passes(self, tokens: Tensor, causal: bool, at: Tensor | None = None) -> list[Tensor]:
         """Hidden states (B, L, D) or (B, C, D) of the next tokens (B, L), for every evaluation; a
-        causal pass stays in the cache. `among` is that of `Transformer.view`."""
+        causal pass stays in the cache."""
         results = []
         for cache, given in zip(self.caches, self.given, strict=True):
             cache.looking = not causal
-            view = self.model.view(tokens.shape[1], cache=cache, causal=causal, among=among)
+            view = self.model.view(tokens.shape[1], cache=cache, causal=causal)
             results.append(self.model.hidden(tokens, context=given, at=at, view=view))
         return results
 
     def logits(self, hidden: Sequence[Tensor], ends: tuple[int, ...]) -> Tensor:
         return self.drawing.step.guided([self.model.head(h, ends).float() for h in hidden])
+
+
+def head_parts(head: nn.Module) -> dict[str, np.ndarray]:
+    """The matrices of a model's draft head, by name."""
+    return {name.removesuffix(".weight"): part.detach().float().cpu().numpy()
+            for name, part in head.named_parameters()}
 
 
 class BlockStep(UnmaskStep):

@@ -46,23 +46,6 @@ def draw(p: np.ndarray, uniform: np.ndarray) -> np.ndarray:
                      for line, u in zip(cumulative, target, strict=True)], np.int64)
 
 
-def ahead(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of a pass that verifies a draft of `size` tokens S and drafts behind each: which of its N = S
-    + S S tokens sees which, (N, N) bool, and their places behind the first, (N,).
-
-    First the S tokens, each seeing those before it; then S groups of S hidden tokens. Group i
-    stands behind token i, and sees it, the tokens before it, and itself.
-    """
-    own = np.arange(size)
-    group = np.repeat(own, size)  # (S S,)
-    offsets = np.concatenate([own, group + 1 + np.tile(own, size)])
-    sees = np.zeros((len(offsets), len(offsets)), bool)
-    sees[:size, :size] = own <= own[:, None]
-    sees[size:, :size] = own <= group[:, None]
-    sees[size:, size:] = group == group[:, None]
-    return sees, offsets
-
-
 def verify(draft: np.ndarray, q: np.ndarray, p: np.ndarray, uniform: np.ndarray,
            ) -> tuple[int, int | None]:
     """How many of the tokens `draft` (n,), drawn from q (n, V), stand, and the token in the place

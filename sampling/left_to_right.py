@@ -11,12 +11,12 @@ depend on its batch.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from corpus.tokens import EOS, MASK, PAD
+from sampling.draft_head import DraftHead
 from sampling.drawing import distribution, draw, verify
 from sampling.loop import unmask
 from sampling.noise import BLOCK_STREAM, CAUSAL_STREAM, VERIFY_STREAM
@@ -25,6 +25,8 @@ from sampling.sampler import Sampler
 
 class Reader(Protocol):
     """A network and what it remembers of the rows of a batch."""
+
+    draft_head: DraftHead | None
 
     def begin(self, rows: np.ndarray) -> None:
         """Forgets everything; the rows of the coming batch have these numbers, (B,)."""
@@ -38,14 +40,8 @@ class Reader(Protocol):
         """FP32 logits (B, C, V) at the places (C,) of a block (B, S) that would come next, whose
         tokens see each other; it is not remembered."""
 
-    def propose(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`read` of the next tokens (B, S) with all their logits, (B, S, V), and in the same pass,
-        for every one of them, a `look` at a block of S hidden tokens that would come behind it: the
-        logits of all but the first, (B, S, S - 1, V)."""
-
-    def follow(self, tokens: np.ndarray) -> np.ndarray | None:
-        """What tokens (B,) that were drafted say of the ones behind them, (B, V) to be added to the
-        logits there; None of a network without a draft head."""
+    def hidden(self, places: np.ndarray) -> np.ndarray:
+        """The hidden states (B, D) of the tokens at these places (B,) among those read last."""
 
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
              ) -> tuple[np.ndarray, np.ndarray]:
@@ -137,6 +133,9 @@ def write_verified(reader: Reader, drafter: Reader, starts: Sequence[np.ndarray]
     of the reader over the last token and the draft then gives what the causal mode itself would
     have drawn each from; what stands is kept, and one token more: in the place of the first that
     falls, or behind them all. Where reader and drafter are one, that pass has filled the cache.
+
+    With `sampler.steps` 0 the drafter's draft head goes on from what its last pass made of the text
+    that stands: a round is one pass.
     """
     numbers = range(len(starts)) if numbers is None else numbers
     batch = _Batch(reader, starts, numbers, longest)
@@ -145,10 +144,14 @@ def write_verified(reader: Reader, drafter: Reader, starts: Sequence[np.ndarray]
         drafter.begin(batch.numbers)
     for one in {id(reader): reader, id(drafter): drafter}.values():
         read_starts(one, starts, batch.lengths - 1)
-    rounds = np.zeros(len(starts), np.int64)
+    rounds, by_head = np.zeros(len(starts), np.int64), not sampler.steps
+    if by_head and len(starts):
+        state = drafter.draft_head.start(drafter.hidden(batch.lengths - 1))
     while len(batch.numbers):
         uniform = round_noise(seed, batch.numbers, rounds, block_size)
-        draft, q = draft_of(drafter, batch.last, block_size, sampler, uniform[:, 0])
+        draft, q = (
+            headed(drafter.draft_head, state, batch.last, block_size, sampler, uniform[:, 0])
+            if by_head else draft_of(drafter, batch.last, block_size, sampler, uniform[:, 0]))
         given = np.concatenate([batch.last[:, None], draft], 1)  # (B, S)
         pieces = verified(draft, q, reader.read(given, logits=block_size), sampler, uniform[:, 1:])
         rounds = rounds + 1
@@ -160,50 +163,12 @@ def write_verified(reader: Reader, drafter: Reader, starts: Sequence[np.ndarray]
             drafter.forget(grown)
         alive = np.array([piece[-1] != EOS for piece in pieces]) & (grown < longest)
         rounds = rounds[alive]
+        if by_head:
+            last = [len(piece) - 1 for piece in pieces]
+            state = drafter.draft_head.start(drafter.hidden(np.array(last)))[alive]
         if apart and alive.any() and not alive.all():
             drafter.keep(alive)
         yield from batch.add(pieces, min(sampler.steps, block_size - 1) + 1 + apart)
-
-
-def write_ahead(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler, block_size: int,
-                longest: int, seed: int = 0, numbers: Sequence[int] | None = None,
-                ) -> Iterator[Piece]:
-    """As `write_verified` with one reader, in one pass a round: the pass that verifies a draft also
-    drafts what comes behind each of its tokens, for the case that it is the last that stands (as
-    arXiv 2511.08923 does). Such a draft does not know the token that then takes the place behind;
-    a draft head says of it what it can (`Reader.follow`).
-
-    A pass is of `block_size` (`block_size` + 1) tokens: for a device whose time goes into reading
-    the weights.
-    """
-    numbers = range(len(starts)) if numbers is None else numbers
-    batch = _Batch(reader, starts, numbers, longest)
-    if not len(starts):
-        return
-    read_starts(reader, starts, batch.lengths - 1)
-    rounds = np.zeros(len(starts), np.int64)
-    uniform = round_noise(seed, batch.numbers, rounds, block_size)
-    alone = replace(sampler, steps=1)
-    draft, q = draft_of(reader, batch.last, block_size, alone, uniform[:, 0])
-    extra = 1  # the first draft has a pass of its own
-    while len(batch.numbers):
-        given = np.concatenate([batch.last[:, None], draft], 1)  # (B, S)
-        logits, behind = reader.propose(given)
-        pieces = verified(draft, q, logits, sampler, uniform[:, 1:])
-        stood = np.array([len(piece) for piece in pieces])
-        grown = batch.lengths + stood
-        reader.forget(grown)
-        alive = np.array([piece[-1] != EOS for piece in pieces]) & (grown < longest)
-        rounds, behind = (rounds + 1)[alive], behind[alive, stood[alive] - 1]
-        yield from batch.add(pieces, 1 + extra)
-        extra = 0
-        if len(batch.numbers):
-            uniform = round_noise(seed, batch.numbers, rounds, block_size)
-            block = np.zeros((len(rounds), block_size), np.int64)
-            block[:, 0] = batch.last
-            q = draw_places(reader, block, np.arange(1, block_size), behind, sampler,
-                            uniform[:, 0], np.ones(block_size - 1, bool))
-            draft = block[:, 1:]
 
 
 def round_noise(seed: int, numbers: np.ndarray, rounds: np.ndarray, size: int) -> np.ndarray:
@@ -233,31 +198,32 @@ def verified(draft: np.ndarray, q: np.ndarray, logits: np.ndarray, sampler: Samp
 def draft_of(drafter: Reader, last: np.ndarray, size: int, sampler: Sampler, uniform: np.ndarray,
              ) -> tuple[np.ndarray, np.ndarray]:
     """`size` - 1 tokens behind the `last` (B,) of every row, (B, S - 1), and the distributions that
-    they were drawn from, (B, S - 1, V); by the uniforms (B, S)."""
+    they were drawn from, (B, S - 1, V); by the uniforms (B, S).
+
+    They are uncovered from left to right in `sampler.steps` evaluations. Of the token before the
+    first place of each the network knows, of those before the others a draft head, if there is one.
+    """
     block = np.full((len(last), size), MASK, np.int64)
     block[:, 0] = last
     q = []
     for part in np.array_split(np.arange(1, size), min(sampler.steps, size - 1)):
-        # of the place before the first the network has seen the token
-        q.append(draw_places(drafter, block, part, drafter.look(block, part), sampler, uniform,
-                             part > part[0]))
-    return block[:, 1:], np.concatenate(q, 1)
+        looked = drafter.look(block, part)
+        for i, place in enumerate(part):
+            told = drafter.draft_head.told(block[:, place - 1]) if i and drafter.draft_head else 0
+            q.append(distribution(looked[:, i] + told, sampler))
+            block[:, place] = draw(q[-1], uniform[:, place])
+    return block[:, 1:], np.stack(q, 1)
 
 
-def draw_places(drafter: Reader, block: np.ndarray, places: np.ndarray, logits: np.ndarray,
-                sampler: Sampler, uniform: np.ndarray, told: np.ndarray) -> np.ndarray:
-    """Draws the tokens at these places (C,) of the block (B, S), into it, from left to right;
-    returns the distributions that they were drawn from, (B, C, V).
-
-    `logits` (B, C, V) are the network's; where it is `told` (C,), the draft head says what the
-    token before means, if there is a head.
-    """
-    q = []
-    for place, at, add in zip(places, logits.transpose(1, 0, 2), told, strict=True):
-        said = drafter.follow(block[:, place - 1]) if add else None
-        q.append(distribution(at if said is None else at + said, sampler))
-        block[:, place] = draw(q[-1], uniform[:, place])
-    return np.stack(q, 1)
+def headed(head: DraftHead, state: np.ndarray, last: np.ndarray, size: int, sampler: Sampler,
+           uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same by the draft head alone, from its state (B, R) before the last token."""
+    draft, q = [last], []
+    for place in range(1, size):
+        state, logits = head.after(state, draft[-1])
+        q.append(distribution(logits, sampler))
+        draft.append(draw(q[-1], uniform[:, place]))
+    return np.stack(draft[1:], 1), np.stack(q, 1)
 
 
 def write_blocks(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler, block_size: int,
@@ -302,12 +268,10 @@ def write_blocks(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler,
 
 def write_left(reader: Reader, starts: Sequence[np.ndarray], sampler: Sampler, block_size: int,
                longest: int, seed: int = 0, numbers: Sequence[int] | None = None,
-               drafter: Reader | None = None, ahead: bool = False, shown=None) -> Iterator[Piece]:
+               drafter: Reader | None = None, shown=None) -> Iterator[Piece]:
     """In the way that these ask for: drafts of `drafter` (which may be the reader) that are
-    verified, drafts made `ahead`, token by token where a block is of one, and else in blocks."""
+    verified, token by token where a block is of one, and else in blocks."""
     given = starts, sampler, block_size, longest, seed, numbers
-    if ahead:
-        return write_ahead(reader, *given)
     if drafter is not None:
         return write_verified(reader, drafter, *given)
     if block_size == 1:

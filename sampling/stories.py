@@ -23,10 +23,9 @@ from sampling.sampler import Sampler
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# --block_size where none is given, of a model that writes in any order and from the left
-BLOCK_SIZE = 0
-VERIFIED = {"block_size": 8, "steps": 1}  # where none is given with --verify
-AHEAD = {"block_size": 4, "steps": 1}  # and with --verify --ahead
+# What is not given with --verify, where the draft head drafts alone and where the network does
+BY_HEAD = {"block_size": 4, "steps": 0}
+BY_NETWORK = {"block_size": 8, "steps": 1}
 MOST_BLOCK = 1024  # tokens, as in train.py --block_sizes
 
 # Flags without effect
@@ -40,20 +39,18 @@ class FromLeft(Sampler):
 
     block_size: int | None = flag(None, "tokens written at a time, left to right: 1 is token by "
                                   "token, more are blocks of --steps evaluations each, 0 the whole "
-                                  "row at once in any order (default: 0, with --verify "
-                                  f"{VERIFIED['block_size']}; 1 of an autoregressive model)")
-    verify: bool = flag(False, "draft each block in --steps (default: 1) evaluations, and keep of "
-                               "it what the model's token by token mode takes: stories are "
-                               "distributed as in that mode")
-    ahead: bool = flag(False, "with --verify: one pass verifies a draft and makes the next, for "
-                              "every token of it that may be the last to stand; for a device that "
-                              f"is slow to read weights (--block_size {AHEAD['block_size']}, a "
-                              "pass is of that times one more)")
+                                  "row at once in any order (default: 1, of a joint model with a "
+                                  f"draft head --verify, of which {BY_HEAD['block_size']}, or "
+                                  f"{BY_NETWORK['block_size']} where the network drafts)")
+    verify: bool = flag(False, "draft each block, and keep of it what the model's token by token "
+                               "mode takes: stories are distributed as in that mode. Drafts are of "
+                               "--steps evaluations (default: 1), or of none by the model's draft "
+                               "head alone (default where it has one)")
     verify_with: str | None = flag(None, "checkpoint whose token by token mode verifies instead")
     stream: bool = flag(False, "print text as soon as it stands; with --json an object a piece")
 
     def check(self) -> None:
-        super().check()
+        super(FromLeft, replace(self, steps=1) if self.by_head else self).check()
         size = self.block_size
         require(size is None or 0 <= size <= MOST_BLOCK,
                 f"--block_size {size}: must be from 0 to {MOST_BLOCK}")
@@ -61,14 +58,9 @@ class FromLeft(Sampler):
                 f"--block_size {size}: leaves --verify no draft; take 2 or more")
         require(self.verify or self.verify_with is None,
                 "--verify_with belongs to --verify: add it, or leave --verify_with out")
-        require(self.verify or not self.ahead, "--ahead belongs to --verify: add it, or leave "
-                                               "--ahead out")
-        require(not (self.ahead and self.verify_with),
-                "--ahead and --verify_with: one pass is of one model; give one of them")
 
     def check_used(self, given: set[str]) -> None:
         if self.verify:
-            refuse(("steps",) * self.ahead, given, "--ahead drafts in one evaluation")
             refuse(OF_ORDERS, given, "--verify uncovers a draft from the left, in equal parts")
         elif self.block_size == 1:
             refuse(("steps", *OF_ORDERS), given, "token by token there are no steps and no order")
@@ -80,9 +72,9 @@ class FromLeft(Sampler):
         super().check_used(given)
 
     @property
-    def pass_tokens(self) -> int:
-        """Of a row, at most, but for what it begins with."""
-        return self.block_size * (self.block_size + 1 if self.ahead else 1)
+    def by_head(self) -> bool:
+        """Whether the draft head drafts, without the network."""
+        return self.verify and not self.steps
 
     @property
     def asks_for(self) -> str | None:
@@ -90,19 +82,31 @@ class FromLeft(Sampler):
         return (f"--block_size {self.block_size}" if self.block_size else
                 "--verify" if self.verify else "--stream" if self.stream else None)
 
-    def for_model(self, given: set[str], name: str, unmasks: bool, from_left: bool) -> "FromLeft":
+    def for_model(self, given: set[str], name: str, unmasks: bool, from_left: bool,
+                  has_head: bool = False) -> "FromLeft":
         """With the block size of the model `name`, which fills rows in any order (`unmasks`), or
-        writes `from_left`, or both. Raises UserError for what it cannot do."""
+        writes `from_left`, or both, and may have a draft head. Raises UserError for what it cannot
+        do.
+
+        Who asks for nothing gets the fastest way of those that write as the causal mode does.
+        """
         require(from_left or not self.asks_for, f"{self.asks_for}: {name} does not write from the "
                 "left; use a model of train.py --objective joint or autoregressive")
-        config = preset(self, AHEAD if self.ahead else VERIFIED, given) if self.verify else self
+        whole = {"steps", *OF_ORDERS, *OF_WHOLE_ROWS} & given
+        config = self
+        if unmasks and from_left and has_head and not whole and self.block_size is None:
+            config = replace(self, verify=True)
+        if config.verify:
+            alone = has_head and not self.verify_with and "steps" not in given
+            config = preset(config, BY_HEAD if alone else BY_NETWORK, given)
+            require(has_head or config.steps, f"--steps 0: {name} has no draft head; train one "
+                    "with train.py --objective draft, or give more --steps")
         if not unmasks:
             require(not config.verify and config.block_size in (None, 1),
                     f"{'--verify' if config.verify else f'--block_size {config.block_size}'}: "
                     f"{name} writes token by token alone; leave it out")
         if config.block_size is None:
-            either = 0 if "infill" in given else BLOCK_SIZE
-            config = replace(config, block_size=1 if not unmasks else either if from_left else 0)
+            config = replace(config, block_size=int(not unmasks or from_left and not whole))
         require(config.block_size or not config.stream, "--stream: text stands when its row does "
                 "where that is filled in any order; add --block_size N or --verify")
         config.check_used(given)
@@ -161,7 +165,7 @@ def write(reader: Reader, drafter: Reader, places: Places, config: FromLeft, lon
         yield Piece(number, start, full, len(limits_of(places)))
     if not full:
         yield from write_left(reader, list(starts), config, config.block_size, longest, seed,
-                              numbers, drafter if config.verify else None, config.ahead, shown)
+                              numbers, drafter if config.verify else None, shown)
 
 
 def write_stories(reader: Reader, drafter: Reader, places: Places, config: FromLeft, longest: int,

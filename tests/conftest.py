@@ -216,10 +216,13 @@ def joint_checkpoint(sharp_checkpoint, tmp_path_factory):
     """The same weights as a joint model's, which ends its stories more often and has a head for its
     drafts, of which nothing is true."""
     source = checkpoints.load_checkpoint(sharp_checkpoint)
-    source["model_config"]["draft_rank"], size = 3, source["model_config"]["vocab_size"]
+    source["model_config"]["draft_rank"] = 3
+    size, width = (source["model_config"][name] for name in ("vocab_size", "width"))
     generator = torch.Generator().manual_seed(0)
-    for name in ("draft.before", "draft.behind"):
-        source["weights"][name] = torch.randn(size, 3, generator=generator)
+    shapes = {"read.weight": (3, width), "mix.weight": (6, 6), "back.weight": (3, 6),
+              "tell.weight": (3, 3), "before": (size, 3), "behind": (size, 3)}
+    source["weights"] |= {f"draft.{name}": torch.randn(shape, generator=generator) / 3
+                          for name, shape in shapes.items()}
     network = checkpoints.model_from_checkpoint(source)
     with torch.no_grad():
         network.embedding.weight[[PAD, EOS]] *= 1.5

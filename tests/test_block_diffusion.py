@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +39,16 @@ from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 from kinds.registry import kind_of
 from model import DiffusionTransformer
 from network.attention import HIDDEN, Cache
+from network.draft_head import DraftHead as TorchHead
 from network.layers import ModelConfig
 from sampling import left_to_right
-from sampling.cached import CachedModel
+from sampling.cached import CachedModel, head_parts
+from sampling.draft_head import DraftHead
 from sampling.drawing import distribution, draw, verify
 from sampling.left_to_right import (
     Piece,
     rows_of,
     up_to_the_end,
-    write_ahead,
     write_blocks,
     write_causal,
     write_verified,
@@ -347,14 +349,23 @@ class Opposite(CachedModel):
 
 DRAFTERS = {"itself": lambda model, sampler: None,
             "another": lambda model, sampler: CachedModel(made(7, std=0.5), sampler),
-            "opposite": Opposite}
+            "opposite": Opposite, "head": lambda model, sampler: None}
+
+
+def lying_head(model) -> DraftHead:
+    """Which says much, and nothing true."""
+    torch.manual_seed(3)
+    head = TorchHead(model.config.vocab_size, model.config.width, 4)
+    for p in head.parameters():
+        torch.nn.init.normal_(p)
+    return DraftHead(head_parts(head))
 
 
 def verified(model, sampler: Sampler, size: int, drafter: str, starts: list[np.ndarray],
              seed: int = 0, longest: int = LONGEST, **more) -> Iterator[Piece]:
     reader = CachedModel(model, sampler)
-    if drafter == "ahead":
-        return write_ahead(reader, starts, sampler, size, longest, seed, **more)
+    if drafter == "head":
+        reader.draft_head, sampler = lying_head(model), replace(sampler, steps=0)
     return write_verified(reader, DRAFTERS[drafter](model, sampler) or reader, starts, sampler,
                           size, longest, seed, **more)
 
@@ -363,7 +374,7 @@ def verified(model, sampler: Sampler, size: int, drafter: str, starts: list[np.n
     ("itself", 2, dict(steps=1)), ("itself", 4, dict(steps=2)),
     ("itself", 3, dict(steps=1, temperature=0.7)), ("another", 3, dict(steps=2)),
     ("another", 4, dict(steps=1, top_k=2)), ("opposite", 2, dict(steps=1, top_p=0.8)),
-    ("ahead", 2, dict()), ("ahead", 4, dict(temperature=0.7)), ("ahead", 3, dict(top_p=0.8)),
+    ("head", 2, dict()), ("head", 4, dict(temperature=0.7)), ("head", 3, dict(top_p=0.8)),
     ("opposite", 4, dict(steps=2)), ("opposite", 3, dict(steps=2, temperature=0.7, top_k=3,
                                                          top_p=0.8))])
 def test_drafts_are_verified_exactly(network, drafter, size, options):
@@ -383,7 +394,7 @@ def test_a_wrong_verifier_would_be_noticed(network, monkeypatch):
             draw(p[count:count + 1], uniform[1, count:count + 1])[0])
     for wrong, drafter in ((lambda draft, q, p, uniform: (len(draft), None), "itself"),
                            (without_what_is_above, "another"),
-                           (without_what_is_above, "ahead")):
+                           (without_what_is_above, "head")):
         monkeypatch.setattr(left_to_right, "verify", wrong)
         rows = rows_of(verified(network, Sampler(steps=1), 4, drafter, starts), starts)
         assert fits(rows, chances) < 1e-6
@@ -395,36 +406,27 @@ def test_greedy_writers_agree(network):
     expected = [BOS]
     while expected[-1] != EOS and len(expected) < LONGEST:
         expected.append(int(by_hand(network, tuple(expected))[0].argmax()))
-    for drafter in (*DRAFTERS, "ahead"):
+    for drafter in DRAFTERS:
         again = rows_of(verified(network, sampler, 3, drafter, starts), starts)
         assert [row.tolist() for row in (*rows, *again)] == [expected] * 4
 
 
 @pytest.mark.parametrize("longest", [1, 20, 60])
-def test_one_pass_gives_what_reading_and_looking_give(longest):
+def test_the_hidden_states_are_those_of_the_tokens_read_last(longest):
     """Also of rows of different lengths, and where the window has slid."""
-    model, rng = made(0), np.random.default_rng(0)
-    known = rng.integers(4, 7, (2, longest))
-    counts, tokens = np.array([longest + 1, max(2, longest - 3)]), rng.integers(4, 7, (2, 3))
-
-    def begun() -> CachedModel:
-        reader = CachedModel(model, Sampler())
-        reader.begin(np.arange(2))
-        for start in range(0, longest + 1, 5):  # as it is written: in short passes
-            reader.read(np.concatenate([[[PAD]] * 2, known], 1)[:, start:start + 5])
-        reader.forget(counts)
-        return reader
-    reader = begun()
-    logits, behind = reader.propose(tokens)
-    after = reader.read(tokens[:, :1], logits=1)  # the tokens have stayed, and they alone
-    other = begun()
-    np.testing.assert_allclose(logits, other.read(tokens, logits=3), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(after, other.read(tokens[:, :1], logits=1), rtol=1e-4, atol=1e-5)
-    for stood in range(3):
-        other = begun()
-        other.read(tokens[:, :stood + 1])
-        np.testing.assert_allclose(behind[:, stood], other.look(
-            np.full((2, 3), MASK), np.arange(1, 3)), rtol=1e-4, atol=1e-5)
+    model, rng = made(0, max_len=16), np.random.default_rng(0)
+    rows = np.concatenate([[[PAD]] * 2, rng.integers(4, 7, (2, longest + 2))], 1)
+    reader = CachedModel(model, Sampler())
+    reader.begin(np.arange(2))
+    for start in range(0, longest, 5):
+        reader.read(rows[:, start:start + 5])
+    reader.forget(np.array([longest, max(1, longest - 3)]))
+    logits = reader.read(rows[:, longest:longest + 3], logits=3)
+    found = reader.hidden(np.array([0, 2]))
+    assert found.shape == (2, 32)
+    with torch.no_grad():
+        again = model.head(torch.from_numpy(found), (EOS,)).numpy()
+    np.testing.assert_allclose(again, logits[[0, 1], [0, 2]], rtol=1e-5)
 
 
 def test_a_good_draft_saves_evaluations():
@@ -662,7 +664,7 @@ def writers(size: int = 4, longest: int = 24, **options) -> dict:
             **{drafter: functools.partial(
                 lambda drafter, model, starts, seed, numbers: verified(
                     model, sampler, size, drafter, starts, seed, longest, numbers=numbers),
-                drafter) for drafter in (*DRAFTERS, "ahead")}}
+                drafter) for drafter in DRAFTERS}}
 
 
 def together(pieces: Iterator[Piece]) -> dict[int, list[int]]:
@@ -729,7 +731,7 @@ def test_no_story_is_asked_for(network):
     assert not [*write_causal(reader, [], Sampler(), LONGEST),
                 *write_blocks(reader, [], Sampler(), 2, LONGEST),
                 *write_verified(reader, reader, [], Sampler(), 2, LONGEST),
-                *write_ahead(reader, [], Sampler(), 2, LONGEST)]
+                *write_verified(reader, reader, [], Sampler(steps=0), 2, LONGEST)]
 
 
 def test_starts_of_different_blocks_are_refused(network):

@@ -19,7 +19,7 @@ from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 from network.attention import HIDDEN
 from sampling.cached import CachedModel
 from sampling.drawing import distribution
-from sampling.left_to_right import rows_of, write_ahead, write_blocks, write_causal, write_verified
+from sampling.left_to_right import rows_of, write_blocks, write_causal, write_verified
 from sampling.sampler import ORDERS, REMASKS, Sampler
 
 STARTS = [np.array(start) for start in (
@@ -37,8 +37,6 @@ def written(reader, sampler, mode, longest=60, starts=STARTS):
         pieces = write_causal(reader, starts, sampler, longest, seed=3)
     elif mode == "verified":
         pieces = write_verified(reader, reader, starts, sampler, 5, longest, seed=3)
-    elif mode == "ahead":
-        pieces = write_ahead(reader, starts, sampler, 2, longest, seed=3)
     else:
         pieces = write_blocks(reader, starts, sampler, int(mode), longest, seed=3)
     return [row.tolist() for row in rows_of(pieces, starts)]
@@ -51,7 +49,7 @@ CASES = [
     ("4", Sampler(steps=4, remask=REMASKS[1], eta=0.4)), ("8", Sampler(steps=3, pace="linear")),
     ("4", Sampler(steps=4, pace="first_hitting", top_p=0.9)),
     ("4", Sampler(steps=2, temperature=0.0)),
-    ("ahead", Sampler()), ("ahead", Sampler(top_p=0.9)),
+    ("verified", Sampler(steps=0)), ("verified", Sampler(steps=0, top_p=0.9)),
     ("verified", Sampler(steps=1)), ("verified", Sampler(steps=2, top_p=0.9)),
     ("verified", Sampler(steps=3))]
 
@@ -86,8 +84,9 @@ def test_logits_and_new_keys_are_those_of_torch(joint_bundle, joint_model, count
         known=list(zip(torch.from_numpy(keys), torch.from_numpy(values), strict=True)))
     expected = joint_model.head(hidden, (0, 3)).numpy()
     np.testing.assert_allclose(got[0], np.maximum(expected, HIDDEN), atol=1e-4)
+    np.testing.assert_allclose(got[1], hidden, atol=1e-5)
     assert (got[0][..., 1:3] == HIDDEN).all()
-    for new, pairs in zip(got[1:], zip(*kept, strict=True), strict=True):
+    for new, pairs in zip(got[2:], zip(*kept, strict=True), strict=True):
         np.testing.assert_allclose(new, torch.stack(pairs).numpy(), atol=1e-5)
 
 
@@ -107,7 +106,7 @@ def test_smaller_precisions_stay_near(joint_bundle, joint_model, precision):
                                                             *graph.graph.output)}
     half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
     assert {types[name] for name in ("keys", "values", "new_keys", "new_values")} == {half}
-    assert types["logits"] == types["mask"] == whole
+    assert types["logits"] == types["hidden"] == types["mask"] == whole
     quantised = sum(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     assert quantised == (12 if precision == "int8" else 0)
 
@@ -164,7 +163,8 @@ def test_what_bundle_json_says_of_it(joint_bundle, capsys):
 
 
 WORDS = {
-    "causal": "--block_size 1", "blocks": "--block_size 4 --steps 3", "verified": "--verify",
+    "nothing": "", "causal": "--block_size 1", "blocks": "--block_size 4 --steps 3",
+    "verified": "--verify --steps 1",
     "other drafts": "--verify --block_size 6 --steps 2 --top_k 80 --top_p 0.9"}
 
 
@@ -218,17 +218,16 @@ def test_what_the_graph_cannot_do(joint_bundle, fails):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("--block_size 9", "a pass of 9 tokens (with --ahead N times N + 1)"),
-    ("--block_size 9 --length 400", "a pass of 9 tokens (with --ahead N times N + 1)"),
-    ("--verify --block_size 16", "a pass of 16 tokens (with --ahead N times N + 1)"),
-    ("--verify --ahead", "a pass of 20 tokens (with --ahead N times N + 1)"),
+    ("--block_size 9", "a pass of 9 tokens; "),
+    ("--block_size 9 --length 400", "a pass of 9 tokens; "),
+    ("--verify --block_size 16", "a pass of 16 tokens; "),
     ("--block_size 4 --pace threshold", "--pace threshold is not there"),
     ("--block_size 4 --pace entropy_bound", "--pace entropy_bound is not there"),
     ("--verify --condition Tom.", "joint model; what is needed here"),
     ("--verify --verify_with x.pt", "--verify_with: needs the --checkpoint"),
     ("--verify --precision fp16", "--precision: an exported step has its own"),
     ("--verify --infill a[MASK]", "--infill: needs the whole row"),
-    ("--stream", "--stream: text stands when its row does")])
+    ("--stream --steps 4", "--stream: text stands when its row does")])
 def test_what_the_command_line_cannot_do(joint_bundle, words, message, fails):
     for name in ("step_fp32.onnx", "cached_fp32.onnx"):
         path = joint_bundle / name
@@ -236,7 +235,7 @@ def test_what_the_command_line_cannot_do(joint_bundle, words, message, fails):
 
 
 def test_whole_rows_need_the_step(joint_bundle, fails, capsys):
-    for words in ([], ["--block_size", "0"], ["--infill", "Tom [MASK:2] ran."]):
+    for words in (["--steps", "4"], ["--block_size", "0"], ["--infill", "Tom [MASK:2] ran."]):
         assert "is no unmasking step" in fails(generate.main, "--onnx", joint_bundle /
                                                "cached_fp32.onnx", *words)
     assert "--heal: an exported step" in fails(generate.main, "--onnx", joint_bundle /

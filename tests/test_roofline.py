@@ -44,7 +44,8 @@ def test_writing_from_the_left(capsys):
     assert cells[0] == f"{1 / one:.0f}"
     assert cells[1] == f"{2 / one:.0f}/{4 / 3 / one:.0f}/{4 / 5 / one:.0f}"
     assert cells[2] == f"{2.5 / 2 / one:.0f}/{7 / 2 / one:.0f}"
-    assert cells[3] == f"{2.1 / one:.0f}"  # 20 tokens, in one reading
+    # three drafted tokens read a head of rank 64 over 4,096 ids in FP32
+    assert cells[3] == f"{2.1 / (one + 3 * 4 * 64 * 4096 / 102e9):.0f}"
 
 
 def test_a_measurement_beside_the_floor(tmp_path, capsys):
@@ -63,6 +64,7 @@ def test_a_measurement_beside_the_floor(tmp_path, capsys):
 @pytest.mark.parametrize(("words", "message"), [
     (["--nfe", "0"], "must be positive"), (["--block_sizes", "0"], "must be positive"),
     (["--round_tokens", "9"], "from 1 to 8 tokens"),
+    (["--headed_tokens", "4.5"], "from 1 to 4 tokens"), (["--draft_rank", "0"], "at least 1"),
     (["--measured", "nowhere.json"], "no such file")])
 def test_mistakes(words, message, fails, tmp_path):
     assert message in fails(main, "roofline", *words)

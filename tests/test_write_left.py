@@ -22,6 +22,7 @@ from kinds.checkpoints import load_checkpoint, model_from_checkpoint, save_check
 from kinds.conditional import ConditionalDiffusion
 from model import ConditionalTransformer, DiffusionTransformer
 from network.attention import GATE_SPEED
+from network.draft_head import DraftHead
 from network.encoders import TextEncoder
 from network.layers import ModelConfig
 from sampling import stories
@@ -48,8 +49,8 @@ def network(seed: int, vocab_size: int, causal: bool = False) -> DiffusionTransf
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with joint.pt, twin.pt, plain.pt, conditional.pt, and other.pt, a twin that has
-    another tokenizer."""
+    """A folder with joint.pt, headless.pt (the same without a draft head), twin.pt, plain.pt,
+    conditional.pt, and other.pt, a twin that has another tokenizer."""
     folder = tmp_path_factory.mktemp("left")
     for data, vocab_size, kinds in (
             ("data", 400, {"joint": "joint", "twin": "autoregressive", "plain": "diffusion"}),
@@ -62,6 +63,14 @@ def models(tmp_path_factory):
             model = network(SEEDS.get(name, 1), vocab_size, causal=kind == "autoregressive")
             save_checkpoint(folder / f"{name}.pt", model, tokenizer, histogram, kind=kind,
                             train_config={"block_sizes": "4,row"})
+            if kind == "joint":
+                (folder / f"{name}.pt").rename(folder / "headless.pt")
+                head = DraftHead(vocab_size, model.config.width, 5)
+                for p in head.parameters():
+                    torch.nn.init.normal_(p)
+                model.draft, model.config = head, dataclasses.replace(model.config, draft_rank=5)
+                save_checkpoint(folder / f"{name}.pt", model, tokenizer, histogram, kind=kind,
+                                train_config={"block_sizes": "4,row"})
     joint = load_checkpoint(folder / "joint.pt", "joint")
     plain = model_from_checkpoint(joint)
     told = ConditionalTransformer(plain.config, TextEncoder(dataclasses.replace(
@@ -112,7 +121,7 @@ MODES = {
     "adaptive": "joint.pt --block_size 8 --pace threshold --threshold 0.2 --order entropy",
     "again": "joint.pt --block_size 8 --steps 12 --remask remdm_cap --eta 0.4",
     "verified": "joint.pt --verify",
-    "ahead": "joint.pt --verify --ahead",
+    "of the network": "joint.pt --verify --steps 1",
     "by a twin": "joint.pt --verify --block_size 5 --steps 2 --verify_with twin.pt",
     "twin": "twin.pt"}
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -171,7 +180,7 @@ def test_evaluations_and_the_closing_line(call):
         if story["tokens"][-1] != EOS:
             assert story["nfe"] == 12 * 3 - 1
     # a draft and its verification; the twin has its own, and the drafter then reads what stands
-    for words, each in (("--verify", 2), ("--verify --steps 3", 4),
+    for words, each in (("--verify", 1), ("--verify --steps 1", 2), ("--verify --steps 3", 4),
                         ("--verify --verify_with twin.pt", 3)):
         lines, error = call(f"joint.pt {words}", "--num_samples", 4, "--stream")
         told, rounds = stories_of(lines), len(lines) - 8
@@ -187,7 +196,7 @@ def test_verified_stories_are_those_of_the_mode_that_verifies(call):
             mode, "--num_samples", 1, "--temperature", 0, "--prompt", "Tom had a")[0])]
     assert greedy("joint.pt --verify --block_size 6") == greedy("joint.pt --block_size 1")
     assert greedy("joint.pt --verify --steps 3") == greedy("joint.pt --block_size 1")
-    assert greedy("joint.pt --verify --ahead") == greedy("joint.pt --block_size 1")
+    assert greedy("joint.pt --verify --steps 0") == greedy("joint.pt --block_size 1")
     assert greedy("joint.pt --verify --verify_with twin.pt") == greedy("twin.pt")
     assert greedy("twin.pt") != greedy("joint.pt --block_size 1")
 
@@ -196,11 +205,17 @@ def test_the_defaults(call, tell, monkeypatch):
     def told(mode: str) -> list[dict]:
         return stories_of(call(mode, "--num_samples", 2)[0])
     assert told("twin.pt") == told("twin.pt --block_size 1")
-    assert told("joint.pt") == told("joint.pt --block_size 0")
-    assert told("joint.pt --verify") == told("joint.pt --verify --block_size 8 --steps 1")
-    # one place decides it, and gaps and other models need whole rows nevertheless
-    monkeypatch.setattr(stories, "BLOCK_SIZE", 4)
-    assert told("joint.pt") == told("joint.pt --block_size 4")
+    for words in ("", "--verify", "--stream"):
+        assert told(f"joint.pt {words}") == told("joint.pt --verify --block_size 4 --steps 0")
+    assert told("joint.pt --verify --steps 1") == told(
+        "joint.pt --verify --block_size 8 --steps 1")
+    assert told("headless.pt --verify") == told("headless.pt --verify --block_size 8 --steps 1")
+    for words in ("", "--stream"):
+        assert told(f"headless.pt {words}") == told("headless.pt --block_size 1")
+    # who asks for an order asks for whole rows; gaps and other models need them
+    assert told("joint.pt --steps 4") == told("joint.pt --steps 4 --block_size 0")
+    assert told("joint.pt --order margin --length 9") == told(
+        "joint.pt --order margin --length 9 --block_size 0")
     assert told("plain.pt --length 9") == told("plain.pt --length 9 --block_size 0")
     assert told("twin.pt") == told("twin.pt --block_size 1")
     text = tell("joint.pt --steps 2 --num_samples 1", "--infill", "Tom [MASK:3] ran.")[0]
@@ -380,16 +395,15 @@ def test_blocks_are_shown_step_by_step(tell):
     ("plain.pt --block_size 4", "--block_size 4: plain.pt does not write from the left"),
     ("plain.pt --verify", "--verify: plain.pt does not write from the left"),
     ("plain.pt --stream", "--stream: plain.pt does not write from the left"),
-    ("joint.pt --stream", "--stream: text stands when its row does"),
+    ("joint.pt --stream --steps 4", "--stream: text stands when its row does"),
     ("joint.pt --stream --block_size 0", "add --block_size N or --verify"),
     ("joint.pt --block_size -1", "--block_size -1: must be from 0 to 1024"),
     ("joint.pt --block_size 1025", "--block_size 1025"),
     ("joint.pt --verify --block_size 1", "--block_size 1: leaves --verify no draft"),
     ("joint.pt --verify --block_size 0", "--block_size 0: leaves --verify no draft"),
     ("joint.pt --verify_with twin.pt", "--verify_with belongs to --verify"),
-    ("joint.pt --ahead", "--ahead belongs to --verify"),
-    ("joint.pt --verify --ahead --verify_with twin.pt", "--ahead and --verify_with"),
-    ("joint.pt --verify --ahead --steps 2", "--steps: --ahead drafts in one evaluation"),
+    ("joint.pt --steps 0", "--steps 0"), ("joint.pt --block_size 4 --steps 0", "--steps 0"),
+    ("headless.pt --verify --steps 0", "--steps 0: headless.pt has no draft head; train one"),
     ("joint.pt --verify --verify_with plain.pt", "plain.pt: a diffusion model does not write"),
     ("joint.pt --verify --verify_with other.pt", "other.pt has another tokenizer than joint.pt"),
     ("joint.pt --verify --verify_with none.pt", "no checkpoint none.pt"),

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import benchmark
 import evaluate
@@ -18,7 +19,7 @@ from sampling.cached import CachedModel
 from sampling.left_to_right import rows_of, write_blocks
 from sampling.sampler import Sampler
 
-WAYS = ["causal", "4/2", "verify 4/1", "ahead 3/1", "row/4", "twin"]
+WAYS = ["causal", "4/2", "verify 4/1", "verify 3/0", "row/4", "twin"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_every_way_has_its_line(table, capsys):
         assert line["batch_1"]["tokens_per_cpu_second"] > 0
         assert 0 < line["batch_2"]["seconds_to_first_text"]
     # a verified draft is judged by the mode that it is distributed as; its own differ
-    assert (lines["verify 4/1"]["bits_per_byte"] == lines["ahead 3/1"]["bits_per_byte"]
+    assert (lines["verify 4/1"]["bits_per_byte"] == lines["verify 3/0"]["bits_per_byte"]
             == lines["causal"]["bits_per_byte"])
     assert len({line["bits_per_byte"] for line in lines.values()}) == 4
     assert lines["causal"]["evaluations_per_token"] == 1 == lines["causal"]["tokens_per_piece"]
@@ -95,7 +96,8 @@ def test_the_benchmark_of_writing(tmp_path, capsys):
         1, "--block_size", 4, "--steps", 2, "--device", "cpu", "--precision", "fp32",
         "--no-memory", "--json", target))])
     arms = json.loads(target.read_text())["arms"]
-    assert list(arms) == ["textbook", "causal", "blocks", "uncached", "verified", "ahead"]
+    assert list(arms) == ["textbook", "causal", "blocks", "uncached", "verified",
+                          "headed"]
     assert arms["textbook"]["tokens"] == 2 * 23 and arms["textbook"]["evaluations"] == 23
     assert all(arm["tokens_per_cpu_second"] > 0 for arm in arms.values())
     assert arms["causal"]["evaluations"] <= 23
@@ -113,5 +115,12 @@ def test_without_a_cache_the_stories_are_the_same(joint_checkpoint):
     assert all(np.array_equal(a, b) for a, b in zip(cached, uncached, strict=True))
 
 
-def test_arms_that_a_checkpoint_has_not(twin, fails):
+def test_arms_that_a_checkpoint_has_not(twin, joint_checkpoint, tmp_path, fails):
     assert "--arms" in fails(benchmark.main, "write", "--checkpoint", twin, "--no-memory")
+    source = load_checkpoint(joint_checkpoint, "joint")
+    source["weights"] = {name: weight for name, weight in source["weights"].items()
+                         if not name.startswith("draft.")}
+    source["model_config"]["draft_rank"] = 0
+    torch.save(source, tmp_path / "headless.pt")
+    assert "no draft head" in fails(benchmark.main, "write", "--checkpoint",
+                                    tmp_path / "headless.pt", "--no-memory")

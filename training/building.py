@@ -161,6 +161,8 @@ def start_from(model: DiffusionTransformer, config: TrainConfig, source: dict) -
     parts = [name for name in (*missing, *strange) if not name.startswith("draft.")]
     require(not parts, f"--init_from {config.init_from}: its model has other parts "
                        f"({', '.join(parts[:3])})")
+    if model.draft is not None:
+        model.draft.start_from(model.vocabulary.weight)
 
 
 def check_same_data(known: dict | None, config: TrainConfig, meta: dict) -> None:

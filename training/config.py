@@ -66,7 +66,8 @@ class TrainConfig:
     flex_attention: bool = flag(False, "objective joint: attention of rows in blocks by "
                                        "FlexAttention; needs a CUDA GPU")
     draft_rank: int = flag(64, "objective draft: rank of the head that is trained")
-    draft_size: int = flag(8, "objective draft: places of a draft, the known first one among them")
+    draft_size: int = flag(8, "objective draft: tokens of a block that the network drafts, the "
+                              "known first one among them")
     init_from: str | None = flag(None, "checkpoint whose weights stage 1 starts with, of the same "
                                        "size and tokenizer (default: random ones)")
     # optimisation
