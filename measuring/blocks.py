@@ -41,7 +41,7 @@ from measuring.held_out import (
 )
 from measuring.quality import PERPLEXITY, Judge, figures
 from sampling.left_to_right import Piece, write_left
-from sampling.loop import unmask_rows
+from sampling.loop import fill_counted
 from sampling.rows import blank_story
 from sampling.sampler import Sampler
 from sampling.step import numpy_step
@@ -118,22 +118,15 @@ class Way:
         """Stories with the numbers `first`, `first` + 1, ...; only whole rows have `lengths`."""
         numbers = list(range(first, first + len(lengths)))
         if not self.size:
-            yield from self.fill(model, [blank_story(n - 2) for n in lengths], numbers, seed)
+            rows, evaluations = fill_counted(numpy_step(model, self.sampler), [
+                blank_story(n - 2) for n in lengths], self.sampler, seed)
+            for number, row, count in zip(numbers, rows, evaluations, strict=True):
+                yield Piece(number, row[1:], True, int(count))
             return
         starts = [np.array([BOS])] * len(lengths)
         reader = kind.reader(model, self.sampler)
         yield from write_left(reader, starts, self.sampler, self.size, model.config.max_len, seed,
                               numbers, reader if self.verified else None)
-
-    def fill(self, model: torch.nn.Module, rows: list[np.ndarray], numbers: list[int], seed: int,
-             ) -> Iterator[Piece]:
-        step, filled, evaluations = numpy_step(model, self.sampler), list(rows), [0] * len(rows)
-        for part, state in unmask_rows(step, rows, self.sampler, seed):
-            for i, number in enumerate(part):
-                filled[number] = state.tokens[i, :len(rows[number])]
-                evaluations[number] += int(state.evaluated[i])
-        for number, row, count in zip(numbers, filled, evaluations, strict=True):
-            yield Piece(number, row[1:], True, count)
 
 
 @dataclass
@@ -298,6 +291,10 @@ def beside(target: Path) -> Path:
 
 def measure_and_write(config: BlocksConfig, path: Path, checkpoint: dict, target: Path) -> None:
     model, rows, tokenizer = open_model(config, path, checkpoint)
+    headed = [name for name in config.ways if name.endswith("/0")] if model.draft is None else []
+    require(not headed or config.ways == list(WAYS), f"--ways {' '.join(map(repr, headed))}: {path} "
+            "has no draft head; train one (train.py --objective draft), or leave them out")
+    config = dataclasses.replace(config, ways=[name for name in config.ways if name not in headed])
     twin, judge = (open_beside(name, Autoregressive.name, model, rows)
                    for name in (config.twin, config.judge))
     judged_by = config.judge and os.path.realpath(config.judge)

@@ -33,7 +33,7 @@ from measuring.held_out import (
 )
 from measuring.overlap import train_overlap
 from measuring.quality import PERPLEXITY, Judge, figures, text_ids
-from sampling.loop import unmask_rows
+from sampling.loop import fill_counted
 from sampling.rows import blank_story
 from sampling.sampler import ADAPTIVE_PACES, MAX_STEPS, Sampler
 from sampling.step import numpy_step
@@ -109,13 +109,9 @@ def generate_stories(model: torch.nn.Module, sampler: Sampler, lengths: list[int
                      ) -> tuple[list[np.ndarray], float, float]:
     """Stories with these numbers of tokens, rows [BOS] story [EOS]; the mean number of network
     evaluations of a story, and the seconds that they took."""
-    rows = [blank_story(length) for length in lengths]
-    filled, evaluations = list(rows), np.zeros(len(rows))
     started = time.perf_counter()
-    for part, state in unmask_rows(numpy_step(model, sampler), rows, sampler, seed):
-        for i, number in enumerate(part):
-            filled[number] = state.tokens[i, :len(rows[number])]
-            evaluations[number] += state.evaluated[i]
+    filled, evaluations = fill_counted(numpy_step(model, sampler), list(map(blank_story, lengths)),
+                                       sampler, seed)
     return filled, float(evaluations.mean()), time.perf_counter() - started
 
 

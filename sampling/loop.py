@@ -166,9 +166,16 @@ def unmask_rows(step: Step, rows: Sequence[np.ndarray], sampler: Sampler, seed: 
 def fill(step: Step, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
          batch_size: int = 32) -> list[np.ndarray]:
     """The filled rows, in the order given, without padding. Shows a progress bar."""
-    filled = list(rows)
+    return fill_counted(step, rows, sampler, seed, batch_size)[0]
+
+
+def fill_counted(step: Step, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
+                 batch_size: int = 32) -> tuple[list[np.ndarray], np.ndarray]:
+    """`fill`, and the network evaluations that each row took, (N,)."""
+    filled, evaluations = list(rows), np.zeros(len(rows), np.int64)
     states = unmask_rows(step, rows, sampler, seed, batch_size)
     for part, state in tqdm(states, desc="unmasking", unit=" steps", leave=False, disable=None):
-        for i, tokens in zip(part, state.tokens, strict=True):
+        for i, tokens, evaluated in zip(part, state.tokens, state.evaluated, strict=True):
             filled[i] = tokens[:len(rows[i])]
-    return filled
+            evaluations[i] += evaluated
+    return filled, evaluations

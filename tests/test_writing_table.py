@@ -13,6 +13,7 @@ from corpus.tokens import BOS
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 from kinds.kind import drawn_lengths
 from kinds.registry import kind_of
+from measuring import blocks
 from measuring.blocks import BlocksConfig, Way, written
 from measuring.writing_speed import Uncached
 from sampling.cached import CachedModel
@@ -115,12 +116,30 @@ def test_without_a_cache_the_stories_are_the_same(joint_checkpoint):
     assert all(np.array_equal(a, b) for a, b in zip(cached, uncached, strict=True))
 
 
-def test_arms_that_a_checkpoint_has_not(twin, joint_checkpoint, tmp_path, fails):
-    assert "--arms" in fails(benchmark.main, "write", "--checkpoint", twin, "--no-memory")
+@pytest.fixture
+def headless(joint_checkpoint, tmp_path):
     source = load_checkpoint(joint_checkpoint, "joint")
     source["weights"] = {name: weight for name, weight in source["weights"].items()
                          if not name.startswith("draft.")}
     source["model_config"]["draft_rank"] = 0
     torch.save(source, tmp_path / "headless.pt")
-    assert "no draft head" in fails(benchmark.main, "write", "--checkpoint",
-                                    tmp_path / "headless.pt", "--no-memory")
+    return tmp_path / "headless.pt"
+
+
+def test_ways_that_need_a_draft_head(headless, twin, long_data_dir, tmp_path, fails, monkeypatch):
+    error = fails(evaluate.main, "blocks", "--checkpoint", headless, "--data_dir", long_data_dir,
+                  "--ways", "causal", "verify 4/0")
+    assert "--ways 'verify 4/0'" in error and "has no draft head" in error
+    told = []
+    monkeypatch.setattr(blocks, "measure", lambda config, arms, *rest: told.extend(arms) or [])
+    monkeypatch.setattr(blocks, "plot", lambda *args: None)
+    evaluate.main(["blocks", *map(str, (
+        "--checkpoint", headless, "--data_dir", long_data_dir, "--twin", twin, "--device", "cpu",
+        "--num_samples", 2, "--output", tmp_path / "b.json"))])
+    assert told == [name for name in blocks.WAYS if not name.endswith("/0")]
+
+
+def test_arms_that_a_checkpoint_has_not(twin, headless, fails):
+    assert "--arms" in fails(benchmark.main, "write", "--checkpoint", twin, "--no-memory")
+    assert "no draft head" in fails(benchmark.main, "write", "--checkpoint", headless,
+                                    "--no-memory")
