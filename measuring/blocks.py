@@ -292,8 +292,8 @@ def beside(target: Path) -> Path:
 def measure_and_write(config: BlocksConfig, path: Path, checkpoint: dict, target: Path) -> None:
     model, rows, tokenizer = open_model(config, path, checkpoint)
     headed = [name for name in config.ways if name.endswith("/0")] if model.draft is None else []
-    require(not headed or config.ways == list(WAYS), f"--ways {' '.join(map(repr, headed))}: {path} "
-            "has no draft head; train one (train.py --objective draft), or leave them out")
+    require(not headed or config.ways == list(WAYS), f"--ways {' '.join(map(repr, headed))}: "
+            f"{path} has no draft head; train one (train.py --objective draft), or leave them out")
     config = dataclasses.replace(config, ways=[name for name in config.ways if name not in headed])
     twin, judge = (open_beside(name, Autoregressive.name, model, rows)
                    for name in (config.twin, config.judge))
