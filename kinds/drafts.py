@@ -35,7 +35,7 @@ from model import DiffusionTransformer
 from network.hardware import device_of
 
 CHAIN = 4  # drafted tokens behind a place; later ones come by the same recurrence
-PLACES = 1024  # of a batch, at most, that a step learns from: all their logits are written out
+PLACES = 4096  # of a batch, about, that a step learns from: all their logits are written out
 
 
 class DraftTraining(JointDiffusion):
@@ -73,24 +73,21 @@ class DraftTraining(JointDiffusion):
     def trained(self, stage: int) -> Callable[[str], bool]:
         return lambda name: name.startswith("draft.")
 
-    def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None,
-                      every: int | None = None) -> Blocks:
-        """Rows (B, L) in blocks of which all but the first token is hidden, as the network drafts.
+    def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Blocks:
+        """Rows (B, L) in blocks of which all but the first token is hidden, as the network drafts;
+        of a large batch the first rows alone. Nothing is random.
 
         `masked` are the hidden tokens to learn from, `next_weight` marks where the head drafts
-        alone: it is told the token there. Both at every so many places (by default as many as give
-        `PLACES`), from a random one on.
+        alone: it is told the token there.
         """
         size, = self.sizes
+        tokens = tokens[:max(1, PLACES // tokens.shape[1])]
         tokens = nn.functional.pad(tokens, (0, -tokens.shape[1] % size))
         hidden = predicted(in_blocks(tokens, size))  # (B, N, S)
         hidden[:, :, 0] = False
         noisy, wanted, there = noisy_blocks(tokens, hidden)
-        every = every or -(-tokens.numel() // PLACES)
-        first = torch.randint(every, (), generator=generator)
-        chosen = (torch.arange(tokens.shape[1]) - first) % every == 0
-        wanted &= chosen & (tokens >= EOS)
-        starts = chosen & (tokens > EOS)
+        wanted &= tokens >= EOS
+        starts = tokens > EOS
         starts[:, 0] = False  # nothing stands before it
         return Blocks(tokens, noisy, wanted, wanted.float(), torch.ones(len(tokens)), there=there,
                       size=torch.full((len(tokens),), size), next_weight=starts.float())
@@ -109,16 +106,19 @@ class DraftTraining(JointDiffusion):
         numbers = iter(numbers) if numbers is not None else None
         model.eval()
         for batch in batches:
-            there = self.corrupt_batch(torch.from_numpy(batch), torch.Generator(), every=4)
             rows = next(numbers) if numbers else seen + np.arange(len(batch))
             seen += len(batch)
-            with torch.no_grad():
-                owner, nats, stand = (torch.cat(x).cpu().double().numpy() for x in zip(
-                    *drafts(model, there.to(device)), strict=True))
-            count, nats, stand = (np.bincount(owner.astype(np.int64), x, minlength=len(batch))
-                                  for x in (None, nats, stand))
-            some = count > 0  # a row of one token has nothing to draft
-            columns.append([x[some] for x in (rows, count, count, nats, stand)])
+            while len(batch):
+                part = self.corrupt_batch(torch.from_numpy(batch)).to(device)
+                size = len(part.tokens)
+                with torch.no_grad():
+                    owner, nats, stand = (torch.cat(x).cpu().numpy() for x in zip(
+                        *drafts(model, part), strict=True))
+                count, nats, stand = (np.bincount(owner, x, minlength=size)
+                                      for x in (None, nats, stand))
+                some = count > 0  # a row of one token has nothing to draft
+                columns.append([x[some] for x in (rows[:size], count, count, nats, stand)])
+                batch, rows = batch[size:], rows[size:]
         model.train(training)
         return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
 
@@ -138,11 +138,11 @@ def drafts(model: DiffusionTransformer, batch: Blocks) -> Iterator[tuple[Tensor,
     with torch.no_grad():
         clean = causal_pass(model, before_each(tokens), kept=known)
         noisy = model.hidden(batch.noisy, view=batch.view(model), known=known)
+        said = model.head(clean, NextTokens.ends).float().softmax(-1)  # (B, L, V)
 
     def compared(row: Tensor, place: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         drafted = slice(EOS, logits.shape[-1])
-        with torch.no_grad():
-            p = model.head(clean[row, place], NextTokens.ends).float().softmax(-1)[:, drafted]
+        p = said[row, place, drafted]
         q = logits[:, drafted].log_softmax(-1)
         return row, -(p * q).sum(-1), torch.minimum(p, q.detach().exp()).sum(-1)
 

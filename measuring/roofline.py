@@ -54,7 +54,7 @@ class Roofline:
                                                  "together: assumed, not worked out")
     headed: int = flag(4, "tokens of a pass that verifies a draft of the draft head")
     headed_tokens: float = flag(2.1, "tokens that such a pass gives: assumed")
-    draft_rank: int = flag(64, "rank of the head, which is read in FP32 for every drafted token")
+    draft_rank: int = flag(128, "rank of the head, which is read in FP32 for every drafted token")
     measured: str | None = flag(None, "a device_benchmark.json of that device, to compare with")
 
     def check(self) -> None:

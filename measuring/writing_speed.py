@@ -39,7 +39,7 @@ from sampling.left_to_right import write_left
 from sampling.sampler import Sampler
 
 DRAFTED = {"verified": 1, "headed": 0}  # evaluations of the network for a draft
-DRAFT_RANK = 64  # of random weights
+DRAFT_RANK = 128  # of random weights
 MOST_SEEN = 256  # tokens before each, of random weights
 
 

@@ -44,8 +44,8 @@ def test_writing_from_the_left(capsys):
     assert cells[0] == f"{1 / one:.0f}"
     assert cells[1] == f"{2 / one:.0f}/{4 / 3 / one:.0f}/{4 / 5 / one:.0f}"
     assert cells[2] == f"{2.5 / 2 / one:.0f}/{7 / 2 / one:.0f}"
-    # three drafted tokens read a head of rank 64 over 4,096 ids in FP32
-    assert cells[3] == f"{2.1 / (one + 3 * 4 * 64 * 4096 / 102e9):.0f}"
+    # three drafted tokens read a head of rank 128 over 4,096 ids in FP32
+    assert cells[3] == f"{2.1 / (one + 3 * 4 * 128 * 4096 / 102e9):.0f}"
 
 
 def test_a_measurement_beside_the_floor(tmp_path, capsys):

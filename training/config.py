@@ -65,7 +65,7 @@ class TrainConfig:
                                     "is that of the hidden tokens")
     flex_attention: bool = flag(False, "objective joint: attention of rows in blocks by "
                                        "FlexAttention; needs a CUDA GPU")
-    draft_rank: int = flag(64, "objective draft: rank of the head that is trained")
+    draft_rank: int = flag(128, "objective draft: rank of the head that is trained")
     draft_size: int = flag(8, "objective draft: tokens of a block that the network drafts, the "
                               "known first one among them")
     init_from: str | None = flag(None, "checkpoint whose weights stage 1 starts with, of the same "
