@@ -152,7 +152,7 @@ class GenerateConfig(FromLeft):
         require(not unused, f"--{' --'.join(unused)}: an exported step has its own; leave it out")
         require(not (self.verify_with and (self.onnx or self.engine)),
                 "--verify_with: needs the --checkpoint that it verifies")
-        unable = (self.onnx or self.engine) and not (self.verify or self.block_size)
+        unable = (self.onnx or self.engine) and self.block_size == 0
         require(not (unable and self.heal and "heal" in given),
                 "--heal: an exported step gives no probabilities to choose by; leave it out, or "
                 "use --checkpoint")

@@ -28,7 +28,7 @@ from sampling.draft_head import DraftHead
 from sampling.loop import RowCache, Step
 from sampling.sampler import ORDERS, PLANNED_PACES, Sampler
 
-BUNDLE_FORMAT, BUNDLE_VERSION = "diffusion-llm bundle", 1
+BUNDLE_FORMAT, BUNDLE_VERSION = "diffusion-llm bundle", 2
 BUNDLE_KEYS = ("kind", "files", "batch", "length", "dynamic", "condition_len", "guided",
                "likeliest", "length_histogram", "tokenizer_sha256")
 CACHED = "cached_"  # names of the graphs behind a cache, before the precision

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from block_diffusion import (
     CAUSAL,
@@ -27,7 +28,7 @@ from block_diffusion import (
     noisy_blocks,
     predicted,
 )
-from corpus.tokens import EOS
+from corpus.tokens import BOS, EOS
 from kinds.autoregressive import before_each
 from kinds.kind import NETWORK_SETTINGS
 from kinds.likelihood import Nelbo
@@ -35,7 +36,7 @@ from model import DiffusionTransformer
 from network.hardware import device_of
 
 CHAIN = 4  # drafted tokens behind a place; later ones come by the same recurrence
-PLACES = 4096  # of a batch, about, that a step learns from: all their logits are written out
+PLACES = 4096  # about so many at a time: all their logits are written out
 
 
 class DraftTraining(JointDiffusion):
@@ -74,28 +75,31 @@ class DraftTraining(JointDiffusion):
         return lambda name: name.startswith("draft.")
 
     def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Blocks:
-        """Rows (B, L) in blocks of which all but the first token is hidden, as the network drafts;
-        of a large batch the first rows alone. Nothing is random.
+        """Rows (B, L) in blocks of which all but the first token is hidden, as the network drafts.
+        Nothing is random.
 
         `masked` are the hidden tokens to learn from, `next_weight` marks where the head drafts
-        alone: it is told the token there.
+        alone: it is told the token there. Every draft counts alike.
         """
         size, = self.sizes
-        tokens = tokens[:max(1, PLACES // tokens.shape[1])]
         tokens = nn.functional.pad(tokens, (0, -tokens.shape[1] % size))
         hidden = predicted(in_blocks(tokens, size))  # (B, N, S)
         hidden[:, :, 0] = False
         noisy, wanted, there = noisy_blocks(tokens, hidden)
         wanted &= tokens >= EOS
-        starts = tokens > EOS
-        starts[:, 0] = False  # nothing stands before it
-        return Blocks(tokens, noisy, wanted, wanted.float(), torch.ones(len(tokens)), there=there,
-                      size=torch.full((len(tokens),), size), next_weight=starts.float())
+        starts = tokens_told(tokens)
+        count = wanted.sum() + sum(alive.sum() for alive in chain(tokens, starts))
+        return Blocks(tokens, noisy, wanted, wanted / count.clamp(min=1), torch.ones(len(tokens)),
+                      there=there, size=torch.full((len(tokens),), size),
+                      next_weight=starts / count.clamp(min=1))
 
     def loss(self, model: nn.Module, batch: Blocks) -> Tensor:
-        """The mean cross-entropy of drafts with what verifies them, in nats."""
-        parts = [(nats.sum(), len(nats)) for _, nats, _ in drafts(model, batch)]
-        return sum(nats for nats, _ in parts) / max(sum(count for _, count in parts), 1)
+        """The mean cross-entropy of drafts with what verifies them, in nats, or a part's share."""
+        parts = list(in_parts(batch))
+        if len(parts) == 1:
+            return weighted(model, batch)
+        # the logits of one part at a time, once more on the way back
+        return sum(checkpoint(weighted, model, part, use_reentrant=False) for part in parts)
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,
               draws: int = 1, numbers: Iterable[np.ndarray] | None = None,
@@ -108,17 +112,16 @@ class DraftTraining(JointDiffusion):
         for batch in batches:
             rows = next(numbers) if numbers else seen + np.arange(len(batch))
             seen += len(batch)
-            while len(batch):
-                part = self.corrupt_batch(torch.from_numpy(batch)).to(device)
-                size = len(part.tokens)
+            for part in in_parts(self.corrupt_batch(torch.from_numpy(batch)).to(device)):
                 with torch.no_grad():
-                    owner, nats, stand = (torch.cat(x).cpu().numpy() for x in zip(
+                    owner, _, nats, stand = (torch.cat(x).cpu().numpy() for x in zip(
                         *drafts(model, part), strict=True))
+                size = len(part.tokens)
                 count, nats, stand = (np.bincount(owner, x, minlength=size)
                                       for x in (None, nats, stand))
                 some = count > 0  # a row of one token has nothing to draft
                 columns.append([x[some] for x in (rows[:size], count, count, nats, stand)])
-                batch, rows = batch[size:], rows[size:]
+                rows = rows[size:]
         model.train(training)
         return Nelbo(*map(np.concatenate, zip(*columns, strict=True)))
 
@@ -127,9 +130,34 @@ class DraftTraining(JointDiffusion):
         return "draft loss"
 
 
-def drafts(model: DiffusionTransformer, batch: Blocks) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of the drafts of a batch, M at a time, (M,) each: their rows, the cross-entropy of q with the
-    causal mode's p at that place, and the sum over tokens of min(p, q).
+def in_parts(batch: Blocks) -> Iterator[Blocks]:
+    size = max(1, PLACES // batch.tokens.shape[1])
+    for start in range(0, len(batch.tokens), size):
+        yield batch[start:start + size]
+
+
+def tokens_told(tokens: Tensor) -> Tensor:
+    """Of which tokens a head that drafts alone is told: text, and what begins a story."""
+    return (tokens > EOS) | (tokens == BOS)
+
+
+def chain(tokens: Tensor, starts: Tensor) -> Iterator[Tensor]:
+    """Which of the starts, both (B, L), have a first, second, ... draft behind them, (B, L)."""
+    told, there = tokens_told(tokens), tokens >= EOS
+    for k in range(min(CHAIN, tokens.shape[1] - 1)):
+        behind = nn.functional.pad(told[:, k:-1] & there[:, k + 1:], (0, k + 1))
+        starts = starts & behind
+        yield starts
+
+
+def weighted(model: DiffusionTransformer, batch: Blocks) -> Tensor:
+    return sum((weight * nats).sum() for _, weight, nats, _ in drafts(model, batch))
+
+
+def drafts(model: DiffusionTransformer, batch: Blocks,
+           ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of the drafts of a batch, M at a time, (M,) each: their rows, their weights, the
+    cross-entropy of q with the causal mode's p at that place, and the sum over tokens of min(p, q).
 
     First those of the network's look at a block, to which the head adds what the token before says;
     then those of the head alone, the first, second, ... behind every place where it starts.
@@ -140,26 +168,25 @@ def drafts(model: DiffusionTransformer, batch: Blocks) -> Iterator[tuple[Tensor,
         noisy = model.hidden(batch.noisy, view=batch.view(model), known=known)
         said = model.head(clean, NextTokens.ends).float().softmax(-1)  # (B, L, V)
 
-    def compared(row: Tensor, place: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compared(row: Tensor, place: Tensor, weight: Tensor, logits: Tensor,
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         drafted = slice(EOS, logits.shape[-1])
         p = said[row, place, drafted]
         q = logits[:, drafted].log_softmax(-1)
-        return row, -(p * q).sum(-1), torch.minimum(p, q.detach().exp()).sum(-1)
+        return row, weight, -(p * q).sum(-1), torch.minimum(p, q.detach().exp()).sum(-1)
 
     row, place = batch.masked.nonzero().T
     with torch.no_grad():
         looked = model.head(noisy[row, place], NextTokens.ends).float()
     left = batch.noisy[row, place - 1] != tokens[row, place - 1]  # hidden itself: drafted too
     told = head.told(tokens[row, place - 1]) * left[:, None]
-    yield compared(row, place, looked + nn.functional.pad(
+    yield compared(row, place, batch.weight[row, place], looked + nn.functional.pad(
         told, (0, looked.shape[1] - told.shape[1])))
-    row, place = (batch.next_weight > 0).nonzero().T
-    state = head.start(clean[row, place])
-    for _ in range(CHAIN):
-        goes_on = (place + 1 < tokens.shape[1]) & (tokens[row, place] > EOS)
-        row, place, state = (x[goes_on] for x in (row, place, state))
-        goes_on = tokens[row, place + 1] >= EOS
-        row, place, state = (x[goes_on] for x in (row, place, state))
-        state = head.after(state, tokens[row, place])
-        place = place + 1
-        yield compared(row, place, head.logits(state))
+    starts = batch.next_weight > 0
+    row, start = starts.nonzero().T
+    state = head.start(clean[row, start])
+    for k, alive in enumerate(chain(tokens, starts)):
+        goes_on = alive[row, start]
+        row, start, state = (x[goes_on] for x in (row, start, state))
+        state = head.after(state, tokens[row, start + k])
+        yield compared(row, start + k + 1, batch.next_weight[row, start], head.logits(state))

@@ -108,7 +108,8 @@ class WriteBenchmark(Benchmark):
     def describe(self, peak: float, arms: dict) -> dict:
         return {"what": (self.checkpoint or f"{self.model_config}, random weights") +
                         f", {self.batch} stories of up to {self.seq_len} tokens, blocks and drafts "
-                        f"of {self.block_size}, blocks in {self.steps} steps, temperature "
+                        f"of {self.block_size} (of the draft head {self.headed_size}), blocks in "
+                        f"{self.steps} steps, temperature "
                         f"{self.temperature:g}; textbook in fp32",
                 "peers": read_peers()}
 

@@ -4,6 +4,7 @@ model.py for the condition.
 D is the width of the network, H the number of its heads, d = D/H, B rows of L tokens.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -214,10 +215,14 @@ def scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 def flexible(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """FlexAttention, which leaves out what no query of a tile of 128 x 128 sees. No backward pass
     on a CPU."""
-    # uncompiled it would write out all scores
     alone = q.is_cuda and not torch.compiler.is_compiling()
-    run = torch.compile(flex_attention) if alone else flex_attention
-    return run(q, k, v, block_mask=mask)
+    return (compiled_flex() if alone else flex_attention)(q, k, v, block_mask=mask)
+
+
+@functools.cache
+def compiled_flex() -> Callable:
+    """Uncompiled it would write out all scores."""
+    return torch.compile(flex_attention)
 
 
 # Device, precision, whether a graph is being exported and whether it is causal (None: any of them),

@@ -39,9 +39,10 @@ class FromLeft(Sampler):
 
     block_size: int | None = flag(None, "tokens written at a time, left to right: 1 is token by "
                                   "token, more are blocks of --steps evaluations each, 0 the whole "
-                                  "row at once in any order (default: 1, of a joint model with a "
-                                  f"draft head --verify, of which {BY_HEAD['block_size']}, or "
-                                  f"{BY_NETWORK['block_size']} where the network drafts)")
+                                  "row at once in any order (default: 1, 0 where --steps, an "
+                                  "order or a gap is given or the model can do no other; of "
+                                  f"--verify {BY_HEAD['block_size']}, where the network drafts "
+                                  f"{BY_NETWORK['block_size']})")
     verify: bool = flag(False, "draft each block, and keep of it what the model's token by token "
                                "mode takes: stories are distributed as in that mode. Drafts are of "
                                "--steps evaluations (default: 1), or of none by the model's draft "
@@ -88,13 +89,15 @@ class FromLeft(Sampler):
         writes `from_left`, or both, and may have a draft head. Raises UserError for what it cannot
         do.
 
-        Who asks for nothing gets the fastest way of those that write as the causal mode does.
+        Who asks for nothing gets verified drafts where there is a head for them, else the causal
+        mode, which they are distributed as.
         """
         require(from_left or not self.asks_for, f"{self.asks_for}: {name} does not write from the "
                 "left; use a model of train.py --objective joint or autoregressive")
         whole = {"steps", *OF_ORDERS, *OF_WHOLE_ROWS} & given
         config = self
-        if unmasks and from_left and has_head and not whole and self.block_size is None:
+        if (unmasks and from_left and has_head and not whole and self.block_size is None
+                and "verify" not in given):
             config = replace(self, verify=True)
         if config.verify:
             alone = has_head and not self.verify_with and "steps" not in given

@@ -358,6 +358,7 @@ def lying_head(model) -> DraftHead:
     head = TorchHead(model.config.vocab_size, model.config.width, 4)
     for p in head.parameters():
         torch.nn.init.normal_(p)
+    head.behind = torch.nn.Parameter(head.behind[:6].detach())  # one letter is never drafted
     return DraftHead(head_parts(head))
 
 

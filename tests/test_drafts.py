@@ -16,7 +16,7 @@ from block_diffusion import NextTokens
 from corpus.tokens import BOS, EOS, MASK, PAD
 from kinds import drafts
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint, save_checkpoint
-from kinds.drafts import CHAIN, PLACES, DraftTraining
+from kinds.drafts import CHAIN, DraftTraining, chain
 from kinds.registry import kind_of
 from model import MODEL_CONFIGS, DiffusionTransformer
 from network.draft_head import DraftHead as TorchHead
@@ -124,10 +124,11 @@ def test_what_it_learns_from(model):
     assert batch.masked.tolist() == [[False, True, True, True, False, True, True, False],
                                      [False, True, True, True] * 2]
     assert (batch.noisy[:, ::4] == rows[:, ::4]).all() and (batch.noisy[:, 1:4] == MASK).all()
-    # the head goes on from every token of the text but the first one of a row
-    assert batch.next_weight.tolist() == [[0, 1, 1, 1, 1, 1, 0, 0], [0] + [1] * 7]
-    assert kind.corrupt_batch(torch.full((64, 256), 4)).tokens.numel() == PLACES
-    assert len(kind.corrupt_batch(torch.full((2, 2 * PLACES), 4)).tokens) == 1
+    # the head goes on from every token of the text
+    assert (batch.next_weight > 0).tolist() == [[True] * 6 + [False] * 2, [True] * 8]
+    alive = [starts.sum(1).tolist() for starts in chain(rows, batch.next_weight > 0)]
+    assert alive == [[6, 7], [5, 6], [4, 5], [3, 4]]
+    assert batch.weight.max().item() == pytest.approx(1 / (11 + 40))
 
 
 def test_the_loss_by_hand(model, monkeypatch):
@@ -159,7 +160,7 @@ def test_the_loss_by_hand(model, monkeypatch):
                 known = place - first == 1  # the network has seen the token before
                 compare(row[:place], looked + (0 if known else head.told(
                     np.array([row[place - 1]]))))
-        for start in range(1, len(text)):
+        for start in range(len(text)):
             reader.begin(np.arange(1))
             reader.read(np.array([[PAD, *row[:start]]]))
             state = head.start(reader.hidden(np.array([start])))
@@ -174,7 +175,15 @@ def test_the_loss_by_hand(model, monkeypatch):
     bound = kind.nelbo(model, [rows.numpy()])
     assert bound.nats.sum() == pytest.approx(sum(nats), rel=1e-4)
     assert bound.correct.sum() == pytest.approx(sum(stand), rel=1e-4)
+    gradient = model.draft.mix.weight.grad.clone()
     monkeypatch.setattr(drafts, "PLACES", 8)  # a row at a time
+    whole = kind.corrupt_batch(rows)
+    for each in ([whole], [whole[:1], whole[1:]]):  # and a micro-batch at a time
+        model.zero_grad()
+        shares = [kind.loss(model, part) for part in each]
+        assert sum(shares).item() == pytest.approx(loss.item(), rel=1e-5)
+        sum(shares).backward()
+        torch.testing.assert_close(model.draft.mix.weight.grad, gradient)
     parts = kind.nelbo(model, [rows.numpy()])
     assert parts.row.tolist() == [0, 1] and parts.nats == pytest.approx(bound.nats, rel=1e-5)
 

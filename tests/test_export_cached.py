@@ -239,7 +239,7 @@ def test_whole_rows_need_the_step(joint_bundle, fails, capsys):
         assert "is no unmasking step" in fails(generate.main, "--onnx", joint_bundle /
                                                "cached_fp32.onnx", *words)
     assert "--heal: an exported step" in fails(generate.main, "--onnx", joint_bundle /
-                                               "step_fp32.onnx", "--heal")
+                                               "step_fp32.onnx", "--steps", "4", "--heal")
     generate.main(["--onnx", str(joint_bundle / "step_fp32.onnx"), "--steps", "2"])
     assert "--- 3 ---" in capsys.readouterr().out
 

@@ -207,6 +207,7 @@ def test_the_defaults(call, tell, monkeypatch):
     assert told("twin.pt") == told("twin.pt --block_size 1")
     for words in ("", "--verify", "--stream"):
         assert told(f"joint.pt {words}") == told("joint.pt --verify --block_size 4 --steps 0")
+    assert told("joint.pt --no-verify") == told("joint.pt --block_size 1")
     assert told("joint.pt --verify --steps 1") == told(
         "joint.pt --verify --block_size 8 --steps 1")
     assert told("headless.pt --verify") == told("headless.pt --verify --block_size 8 --steps 1")
