@@ -137,6 +137,7 @@ class TensorRTSession:
         self.copied = [name for name in names if name not in resident]
         self.buffers: dict[str, Buffer] = {}
         self.bound: dict[str, int] = {}  # resident inputs: their addresses
+        self.graph: Any = None
         self._set_shapes({name: shape if None not in shape else tuple(
             self.engine.get_tensor_profile_shape(name, 0)[2])
             for name, (shape, _) in self.inputs.items()})
@@ -147,6 +148,8 @@ class TensorRTSession:
 
     def _forget(self) -> None:
         """What was recorded is of no use any more."""
+        if self.graph is not None:
+            checked(self.cuda.cudaGraphExecDestroy(self.graph), "cudaGraphExecDestroy")
         self.graph, self.runs, self.shapes = None, 0, None
 
     def _set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -219,6 +222,7 @@ class TensorRTSession:
             recorded = checked(self.cuda.cudaStreamEndCapture(self.stream), "cudaStreamEndCapture")
             self.graph = checked(self.cuda.cudaGraphInstantiate(recorded, 0),
                                  "cudaGraphInstantiate")
+            checked(self.cuda.cudaGraphDestroy(recorded), "cudaGraphDestroy")
             checked(self.cuda.cudaGraphLaunch(self.graph, self.stream), "cudaGraphLaunch")
         else:
             self._enqueue()

@@ -37,6 +37,7 @@ class Cuda(types.ModuleType):
     def __init__(self, devices: int = 1):
         super().__init__("runtime")
         self.devices, self.memory, self.recording, self.replays = devices, {}, None, 0
+        self.graphs = []  # recorded, and not destroyed
         self.cudaMemcpyKind = types.SimpleNamespace(
             cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
         self.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
@@ -100,9 +101,19 @@ class Cuda(types.ModuleType):
         return 0, graph
 
     def cudaGraphInstantiate(self, graph, flags):
-        return 0, graph
+        self.graphs.append([*graph])
+        return 0, self.graphs[-1]
+
+    def cudaGraphDestroy(self, graph):
+        graph.clear()
+        return (0,)
+
+    def cudaGraphExecDestroy(self, graph):
+        self.graphs = [other for other in self.graphs if other is not graph]
+        return (0,)
 
     def cudaGraphLaunch(self, graph, stream):
+        assert any(graph is other for other in self.graphs)
         self.replays += 1
         for what in graph:
             what()
@@ -364,6 +375,7 @@ def test_an_engine_is_built_and_tells_the_stories_of_its_graph(version, device, 
     expected = stories(Bundle(copy / "step_fp32.onnx").step(sampler), sampler)
     assert stories(engine.step(sampler), sampler) == expected
     assert cuda.replays == 5 * len(ROWS) - 1  # all but the first step
+    assert len(cuda.graphs) == 1
     # a second build finds what is there
     main(["--build_engine", str(copy / "step_fp32.onnx")])
     assert "is there already" in capsys.readouterr().out
@@ -384,14 +396,15 @@ def test_an_engine_of_open_shapes(device, dynamic_bundle, tmp_path):
 
 @pytest.mark.parametrize("version", list(API))
 @pytest.mark.parametrize(("precision", "mode"), [
-    ("fp32", "causal"), ("fp32", "verified"), ("fp32", "4"), ("fp16", "verified")])
+    ("fp32", "causal"), ("fp32", "verified"), ("fp32", "by head"), ("fp32", "4"),
+    ("fp16", "verified")])
 def test_an_engine_behind_a_cache(version, precision, mode, device, joint_bundle, tmp_path):
     """Keys and values stay on the GPU; three rows, so three caches for a graph of one row."""
     cuda = device(version)
     copy = shutil.copytree(joint_bundle, tmp_path / "copy")
     graph = copy / f"cached_{precision}.onnx"
     main(["--build_engine", str(graph)])
-    sampler = Sampler(steps=2)
+    sampler, mode = (Sampler(steps=0), "verified") if mode == "by head" else (Sampler(steps=2), mode)
     reader = Bundle(graph.with_suffix(".engine")).reader(sampler)
     assert written(reader, sampler, mode) == written(Bundle(graph).reader(sampler), sampler, mode)
     assert {name for name, (host, _) in reader.slots.session.buffers.items() if host is None} == {
@@ -401,6 +414,7 @@ def test_an_engine_behind_a_cache(version, precision, mode, device, joint_bundle
     assert written(reader, sampler, mode, starts=alone) == written(
         Bundle(graph).reader(sampler), sampler, mode, starts=alone)
     assert cuda.replays  # of a single row
+    assert len(cuda.graphs) <= 1  # one session, and its passes are of two sizes
 
 
 def test_rows_side_by_side_behind_a_cache(device, joint_pairs_bundle, tmp_path, capsys):
