@@ -166,7 +166,8 @@ def check_rtx(folder: Path) -> None:
         raise UserError("--check rtx needs TensorRT-RTX: pip install tensorrt-rtx-cu12"
                         ) from error
     log = rtx_log(trt)
-    for entry in contents["files"].values():
+    graphs = [entry for entry in contents["files"].values() if entry["name"].endswith(".onnx")]
+    for entry in graphs:
         started = time.perf_counter()
         log.lines.clear()
         builder = trt.Builder(log)

@@ -460,6 +460,6 @@ def test_a_bundle_is_replaced_only_when_asked(sharp_checkpoint, bundle, tmp_path
 
 def test_the_graphs_compile_for_nvidia(request, capsys):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu12 is not installed")
-    for bundle in ("bundle", "told_bundle"):
+    for bundle in ("bundle", "told_bundle", "joint_bundle"):
         main(["--check", "rtx", "--out_dir", str(request.getfixturevalue(bundle))])
-    assert capsys.readouterr().out.count("no warning") == 6
+    assert capsys.readouterr().out.count("no warning") == 12
