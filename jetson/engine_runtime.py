@@ -14,7 +14,6 @@ from cli import UserError, require, sha256_of
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,7 @@ class Bundle:
         require(cached, f"{self.path} is of a {self.kind} model, which fills whole rows alone")
         require(conditions is None, "an exported graph that writes from the left takes no "
                                     "condition: use --checkpoint")
-        replace(sampler, steps=max(sampler.steps, 1)).check()  # a draft head's drafts take none
+        sampler.drawing.check()
         require(sampler.pace in PLANNED_PACES, f"--pace {sampler.pace} is not there for an "
                 f"exported graph that writes from the left: choose from {', '.join(PLANNED_PACES)}")
         require(tokens <= cached["tokens"], f"--block_size: a pass of {tokens} tokens; {self.path} "

@@ -110,8 +110,11 @@ class GraphReader:
             part = tokens[:, start:start + self.longest]
             parts.append(self.run(part, np.arange(len(tokens)), causal=True))
             self.known = self.known + part.shape[1]
-        found, self.last = (np.concatenate(x, 1) for x in zip(*parts, strict=True))
-        return possible(found[:, -logits:], (PAD, MASK, BOS)) if logits else None
+        self.last = np.concatenate([hidden for _, hidden in parts], 1)
+        if not logits:
+            return None
+        found = np.concatenate([found for found, _ in parts], 1)[:, -logits:]
+        return possible(found, (PAD, MASK, BOS))
 
     def look(self, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
         return possible(self.run(tokens, np.arange(len(tokens)), causal=False)[0][:, places],

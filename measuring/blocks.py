@@ -39,7 +39,7 @@ from measuring.held_out import (
     open_model,
     output_file,
 )
-from measuring.quality import PERPLEXITY, Judge, figures
+from measuring.quality import COHERENCE, PERPLEXITY, Judge, figures
 from sampling.left_to_right import Piece, write_left
 from sampling.loop import fill_counted
 from sampling.rows import blank_story
@@ -105,7 +105,7 @@ class Way:
                 "2 or more and K of 1 or more, or 0 for drafts of the draft head")
         way = cls(name, 0 if size == ROW else int(size),
                   dataclasses.replace(drawing, steps=int(steps)), verified)
-        dataclasses.replace(way.sampler, steps=max(way.sampler.steps, 1)).check()
+        way.sampler.drawing.check()
         return way
 
     @property
@@ -227,7 +227,8 @@ def timed(config: BlocksConfig, arms: dict, lines: list[dict], lengths: list[int
 
 COLUMNS = (("bits/byte", "bits_per_byte", ".3f"), ("gen. ppl", "generative_perplexity", ".1f"),
            ("±", "perplexity_error", ".1f"), ("entropy", "unigram_entropy", ".3f"),
-           ("self-BLEU", "self_bleu", ".1f"), ("tokens/story", "tokens_per_story", ".0f"),
+           ("self-BLEU", "self_bleu", ".1f"), *COHERENCE,
+           ("tokens/story", "tokens_per_story", ".0f"),
            ("ev./token", "evaluations_per_token", ".2f"),
            ("tokens a piece", "tokens_per_piece", ".2f"))
 SPEEDS = (("tokens/CPU-s", "tokens_per_cpu_second", ".0f"), ("ms a token", "seconds_per_token",
@@ -304,9 +305,9 @@ def measure_and_write(config: BlocksConfig, path: Path, checkpoint: dict, target
     arms = {name: (Way.read(name, config), *((Autoregressive(), twin) if name == TWIN else
                                              (kind_of(checkpoint), model)))
             for name in config.ways}
-    judging = judge and Judge(judge)
     real = [rows[i].astype(np.int64)
             for i in choose_stories(rows, config.num_samples, config.seed)]
+    judging = judge and Judge(judge, real)
     data = figures(real, tokenizer, judging) | (judging.with_error(real) if judging else {})
     result = {"checkpoint": str(path), "split": rows.split, "stories": config.num_samples,
               "config": dataclasses.asdict(config), "threads": torch.get_num_threads(),

@@ -17,7 +17,9 @@ import torch
 from corpus.rows import bucket_batches
 from corpus.tokens import EOS, decode, pad_rows
 from kinds.autoregressive import next_tokens
-from kinds.likelihood import measure_nats, ratio_error
+from kinds.likelihood import ratio_error
+from measuring.coherence import PERCENTILE, coherence, sentence_nats
+from network.hardware import device_of
 
 
 def words(text: str) -> list[str]:
@@ -69,8 +71,10 @@ class Judge:
     common with the training text.
     """
 
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
+    def __init__(self, model: torch.nn.Module, real: list[np.ndarray] | None = None):
+        """`real` are the real stories, rows [BOS] story [EOS], for what needs them."""
+        self.model, self.real = model, real
+        self.limit: float | None = None  # nats/token beyond which a sentence is improbable
 
     def perplexity(self, rows: list[np.ndarray], starts: list[int] | None = None) -> float:
         """`PERPLEXITY` over all of these rows; the first `starts[i]` tokens of row i are given, by
@@ -87,18 +91,35 @@ class Judge:
     def nats(self, rows: list[np.ndarray], starts: list[int] | None = None,
              ) -> tuple[np.ndarray, np.ndarray]:
         """Nats and tokens of every row behind its start, (N,) each."""
-        starts = np.ones(len(rows), np.int64) if starts is None else np.asarray(starts)
-        batches = bucket_batches(np.array([len(row) for row in rows]), 8192, merge=False)
+        starts = [1] * len(rows) if starts is None else starts
+        behind = [nats[start - 1:] for nats, start in zip(self.token_nats(rows), starts,
+                                                          strict=True)]
+        return np.array([x.sum() for x in behind]), np.array([len(x) for x in behind])
 
-        def hide(clean: torch.Tensor, part: np.ndarray):
-            seen = next_tokens(clean)
-            seen.masked &= torch.arange(clean.shape[1]) >= torch.from_numpy(starts[part])[:, None]
-            yield seen, seen.masked.sum(1)
+    @torch.no_grad()
+    def token_nats(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        """Of rows [BOS] story [EOS]: the nats of every token behind [BOS], FP64."""
+        results: list[np.ndarray] = [np.zeros(0)] * len(rows)
+        self.model.eval()
+        for part in bucket_batches(np.array([len(row) for row in rows]), 8192, merge=False):
+            seen = next_tokens(torch.as_tensor(pad_rows([rows[i] for i in part]))).to(
+                device_of(self.model))
+            nats, _ = self.model.scores(seen.hidden(self.model), seen.tokens[seen.masked])
+            counts = seen.masked.sum(1).cpu().numpy()
+            for i, x in zip(part, np.split(nats.double().cpu().numpy(), counts.cumsum()[:-1]),
+                            strict=True):
+                results[i] = x
+        return results
 
-        bound = measure_nats(self.model, (pad_rows([rows[i] for i in part]) for part in batches),
-                             hide, numbers=batches)
-        order = bound.row.argsort()
-        return bound.nats[order], bound.k[order]
+    def improbable(self, rows: list[np.ndarray], tokenizer) -> float | None:
+        """The share of sentences with more nats/token than `PERCENTILE` in 100 of the real ones
+        have; None where there are none."""
+        texts = [decode(tokenizer, [i]) for i in range(tokenizer.get_vocab_size())]
+        if self.limit is None:
+            real = sentence_nats(self.real, self.token_nats(self.real), texts)
+            self.limit = np.percentile(real, PERCENTILE) if len(real) else math.inf
+        nats = sentence_nats(rows, self.token_nats(rows), texts)
+        return float((nats > self.limit).mean()) if len(nats) else None
 
 
 def ends_properly(text: str) -> bool:
@@ -111,5 +132,12 @@ def figures(rows: list[np.ndarray], tokenizer, judge: Judge | None) -> dict:
     ids = text_ids(rows)
     texts = [decode(tokenizer, row) for row in ids]
     return {"generative_perplexity": judge.perplexity(rows) if judge else None,
-            **diversity(texts, ids),
+            **diversity(texts, ids), **coherence(texts, list(map(words, texts))),
+            "improbable_sentences": (judge.improbable(rows, tokenizer)
+                                     if judge and judge.real else None),
             "end_properly": float(np.mean([ends_properly(text) for text in texts]))}
+
+
+# Columns of a table: heading, key in `figures`, form
+COHERENCE = (("repeated", "repeated_4grams", ".1%"), ("late names", "late_names", ".2f"),
+             ("improbable", "improbable_sentences", ".1%"))

@@ -32,7 +32,7 @@ from measuring.held_out import (
     output_file,
 )
 from measuring.overlap import train_overlap
-from measuring.quality import PERPLEXITY, Judge, figures, text_ids
+from measuring.quality import COHERENCE, PERPLEXITY, Judge, figures, text_ids
 from sampling.loop import fill_counted
 from sampling.rows import blank_story
 from sampling.sampler import ADAPTIVE_PACES, MAX_STEPS, Sampler
@@ -137,7 +137,8 @@ def measure(config: SamplersConfig, model: torch.nn.Module, real: list[np.ndarra
 COLUMNS = (("gen. ppl", "generative_perplexity", ".1f"), ("entropy", "unigram_entropy", ".3f"),
            ("distinct-1", "distinct_1", ".3f"), ("-2", "distinct_2", ".3f"),
            ("-3", "distinct_3", ".3f"), ("self-BLEU", "self_bleu", ".1f"),
-           ("end", "end_properly", ".0%"), ("8 in train", "train_overlap_8", ".1%"),
+           ("end", "end_properly", ".0%"),
+           *COHERENCE, ("8 in train", "train_overlap_8", ".1%"),
            ("16 in train", "train_overlap_16", ".2%"), ("tokens/s", "tokens_per_second", ".0f"))
 ENTROPY_SHARE = 0.97  # of the real stories': below it a story repeats itself
 NOTE = (f"↓: less than {ENTROPY_SHARE:.0%} of the real stories' entropy. A low perplexity beside "
@@ -210,7 +211,7 @@ def measure_and_write(config: SamplersConfig, path: Path, checkpoint: dict, targ
                            "fit into a row")
     result = {"checkpoint": str(path), "judge": config.twin, "stories": len(real),
               "split": rows.split, "config": dataclasses.asdict(config),
-              **measure(config, model, real, tokenizer, twin and Judge(twin),
+              **measure(config, model, real, tokenizer, twin and Judge(twin, real),
                         TokenRows(rows.data_dir, "train"))}
     write_json(target, result)
     plot(result, beside(target))

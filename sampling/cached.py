@@ -3,7 +3,6 @@ library for the kinds that write from the left.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,8 +25,7 @@ class CachedModel:
 
     def __init__(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
                  ends: tuple[int, ...] = (EOS,), block_ends: tuple[int, ...] = (EOS, PAD)):
-        # how many steps is the writer's business, and of a draft head's drafts it is none
-        sampler = replace(sampler, steps=max(sampler.steps, 1))
+        sampler = sampler.drawing
         self.model, self.sampler, self.ends, self.block_ends = model, sampler, ends, block_ends
         self.drawing = Drawing(BlockStep(self), model, sampler, conditions)
         self.numbers = np.zeros(0, np.int64)

@@ -7,7 +7,7 @@ for they need the network's probabilities; a planned pace and what is hidden aga
 
 from cli import flag, require
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ORDERS = ("random", "confidence", "margin", "entropy")
 PLANNED_PACES = ("cosine", "linear", "first_hitting")
@@ -63,6 +63,12 @@ class Sampler:
                 f"--temperature {self.temperature}: must be 0 (greedy) or more")
         require(self.top_k >= 0, f"--top_k {self.top_k}: must be 0 (off) or more")
         require(0 < self.top_p <= 1, f"--top_p {self.top_p}: must lie in (0, 1]")
+
+    @property
+    def drawing(self) -> "Sampler":
+        """For what only draws: how many steps is the writer's business, and a draft head that
+        drafts alone (see left_to_right.py) has none, which `check` refuses elsewhere."""
+        return replace(self, steps=max(self.steps, 1))
 
     @property
     def evaluations_per_step(self) -> int:

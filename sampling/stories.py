@@ -51,7 +51,7 @@ class FromLeft(Sampler):
     stream: bool = flag(False, "print text as soon as it stands; with --json an object a piece")
 
     def check(self) -> None:
-        super(FromLeft, replace(self, steps=1) if self.by_head else self).check()
+        super(FromLeft, self.drawing if self.by_head else self).check()
         size = self.block_size
         require(size is None or 0 <= size <= MOST_BLOCK,
                 f"--block_size {size}: must be from 0 to {MOST_BLOCK}")

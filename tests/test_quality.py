@@ -13,6 +13,7 @@ from evaluate import main
 from kinds.autoregressive import Autoregressive
 from kinds.likelihood import ratio_error
 from measuring import overlap, quality
+from measuring.coherence import late_names, repeated, sentences
 from measuring.infilling import gap_nats, hide_middle, middle_sentence
 from measuring.overlap import train_overlap
 from measuring.quality import Judge, diversity, ends_properly, entropy, words
@@ -250,3 +251,49 @@ def test_the_table_of_samplers(checkpoint, twin, long_data_dir, tmp_path, capsys
     assert "needed here is of the kind: autoregressive model" in fails(main, *argv, "--twin",
                                                                      checkpoint)
     assert "it has no samplers" in fails(main, *argv, "--checkpoint", twin)
+
+
+# ---- whether a story holds its thread ------------------------------------------------------------
+
+def test_repeated_is_the_share_of_4_grams_that_stand_earlier():
+    assert repeated("a b c d".split()) == 0
+    assert repeated("a b c d a b c d".split()) == 1 / 5
+    assert repeated(["a"] * 9) == 5 / 6
+    assert repeated("a b c".split()) == 0  # none at all
+
+
+@pytest.mark.parametrize("text, names", [
+    ("Once there was Tom. He ran far away from home. Then a girl named Lily came.", {"Lily"}),
+    ("Once there was a girl named Lily. She ran far away. Then Lily came.", set()),
+    # what only begins sentences and quotations is no name
+    ('Once there was a dog. He ran far. Then he said, "Stop!" She ran. Sad and wet.', set()),
+    ("", set())])
+def test_a_late_name_is_first_seen_in_the_second_half(text, names):
+    assert late_names(text) == names
+
+
+def test_a_sentence_takes_its_quotation_mark_with_it():
+    texts = ["", "", "", "", "Hi", " you", ".", '"', ' "', '!"', " x"]
+    ids = np.array([BOS, 8, 4, 5, 6, 7, 4, 9, 10, EOS])  # ' "Hi you."', 'Hi!"', ' x'
+    parts = sentences(ids, texts)
+    assert ["".join(texts[i] for i in ids[part]) for part in parts] == [
+        ' "Hi you."', 'Hi!"', " x"]
+    assert sentences(np.array([BOS, EOS]), texts) == []
+
+
+def test_improbable_sentences_are_those_beyond_nearly_all_real_ones():
+    """Of the real sentences one in a hundred may be: here of 200 the two that lack the token that
+    the judge likes."""
+    class Texts:
+        def get_vocab_size(self):
+            return 8
+
+        def decode(self, ids):
+            return {(7,): "."}.get(tuple(ids), "x")
+
+    usual, strange = [4, 4, 4, 7], [5, 5, 5, 7]
+    real = [np.array([BOS, *usual * 198, EOS]), np.array([BOS, *strange * 2, EOS])]
+    judge = Judge(Coin(), real)
+    assert judge.improbable([np.array([BOS, *usual, *strange, EOS])], Texts()) == 1 / 2
+    assert judge.improbable(real, Texts()) == 1 / 100
+    assert judge.improbable([np.array([BOS, EOS])], Texts()) is None
