@@ -10,8 +10,8 @@
 
 For every other folder and every script. Nothing here knows about models or data, and it needs only
 the standard library, so that the Jetson can use it too. Scripts import it first (see .ruff.toml):
-reading it settles standard streams that are closed, and makes an interruption one line also while
-the large packages are read.
+reading it settles standard streams that are closed, makes an interruption one line also while the
+large packages are read, and leaves NumPy's products one thread.
 """
 
 from cli.commands import end_signals, run
@@ -20,6 +20,13 @@ from cli.files import atomic_file, check_links, check_writable, sha256_of, write
 from cli.flags import choose, flag, parse, preset
 from cli.locks import lock, lock_file
 from cli.streams import print_json
+
+import os
+
+# Its threads would wait, spinning, on the cores that torch's or ONNX Runtime's compute on: with two
+# on two cores the small products of a draft head made verified drafts 3.3 times as slow. Read when
+# NumPy is; its wheels bring OpenBLAS.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 __all__ = [
     "Stopped", "UserError", "atomic_file", "check_links", "check_writable", "choose", "describe",

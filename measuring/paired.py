@@ -87,8 +87,10 @@ def measure_memory(config: Benchmark, arm: str) -> int | None:
 
 
 def paired_speedup(base: list[tuple], other: list[tuple]) -> float:
-    """The median of the ratios of seconds, each of two calls that ran one soon after the other."""
-    return statistics.median(a[0] / b[0] for a, b in zip(base, other, strict=True))
+    """The median of the ratios of seconds a token, for a story may end early, each of two calls
+    that ran one soon after the other."""
+    return statistics.median(a[0] / a[2]["tokens"] / (b[0] / b[2]["tokens"])
+                             for a, b in zip(base, other, strict=True))
 
 
 def run_benchmark(config: Benchmark) -> dict:

@@ -214,3 +214,8 @@ def test_an_unknown_benchmark_names_the_known_ones(capsys):
             main(argv)
         assert stop.value.code == 2 and "train" in capsys.readouterr().err
     assert "small" in MODEL_CONFIGS
+
+
+def test_a_speed_up_counts_tokens_not_calls():
+    """Half the seconds for a quarter of the tokens: half as fast."""
+    assert paired.paired_speedup([(2.0, 0.0, {"tokens": 100})], [(1.0, 0.0, {"tokens": 25})]) == 0.5

@@ -1,6 +1,7 @@
 """What may import what, and how large a file's parts and the top of the repository may be."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -190,3 +191,16 @@ def test_the_top_of_the_repository_is_small():
     top = {name.split("/")[0] for name in done.stdout.splitlines()}
     assert len([name for name in top if not name.startswith(".")]) <= MOST_ENTRIES
     assert len([name for name in top if name.endswith(".py")]) <= MOST_SCRIPTS
+
+
+def test_numpy_multiplies_in_one_thread_beside_those_of_torch():
+    """Two pools of threads that spin on the same cores slow each other down; who sets the variable
+    decides."""
+    def threads(**given: str) -> str:
+        clean = {name: x for name, x in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+        return subprocess.run(
+            [sys.executable, "-c", "import cli, os; print(os.environ['OPENBLAS_NUM_THREADS'])"],
+            cwd=ROOT, env=clean | given, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert threads() == "1"
+    assert threads(OPENBLAS_NUM_THREADS="4") == "4"
