@@ -22,11 +22,13 @@ from cli.locks import lock, lock_file
 from cli.streams import print_json
 
 import os
+import platform
 
-# Its threads would wait, spinning, on the cores that torch's or ONNX Runtime's compute on: with two
-# on two cores the small products of a draft head made verified drafts 3.3 times as slow. Read when
-# NumPy is; its wheels bring OpenBLAS.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# NumPy's threads would wait, spinning, on the cores that torch's or ONNX Runtime's compute on: with
+# two on two cores the small products of a draft head made verified drafts 3.3 times as slow. Its
+# wheels bring OpenBLAS, which reads this once; not on ARM, where torch itself multiplies with it.
+if platform.machine() in ("x86_64", "AMD64"):
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 __all__ = [
     "Stopped", "UserError", "atomic_file", "check_links", "check_writable", "choose", "describe",

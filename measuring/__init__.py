@@ -9,6 +9,7 @@
                        condition_likelihood.py (by reader) and condition_texts.py (at each guidance)
     curves.py          the curves of training runs, and several in one figure
     quality.py         perplexity under the twin as a judge, diversity
+    coherence.py       repetition, names from nowhere, sentences that are improbable
     overlap.py         how much of a text stands in the training text
     paired.py          arms that are timed in turn, in one process
     training_speed.py  a training step against textbook ones

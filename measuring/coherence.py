@@ -15,7 +15,8 @@ from corpus.tokens import EOS
 
 # A word with a capital that is not a sentence's first: behind the end of one, or a quotation mark
 NAME = re.compile(r"\b[A-Z][a-z]+\b")
-BEGINS = re.compile(r"(^|[.!?:\n\"\u201c\u2018]|(?<!\w)')[\s\"'\u201c\u201d\u2018\u2019]*$")
+QUOTED = "\"'\u201c\u201d\u2018\u2019"
+BEGINS = re.compile(rf"(^|[.!?:\n\"\u201c\u201d\u2018\u2019]|(?<!\w)')[\s{QUOTED}]*$")
 SHORTEST = 4  # tokens: of fewer a mean says little
 ENDS = re.compile(r".*[.!?][\"'\u201d\u2019]*\s*", re.DOTALL)
 QUOTES = re.compile(r"[\"'\u201d\u2019]+")

@@ -121,7 +121,7 @@ def run_benchmark(config: Benchmark) -> dict:
             if base["peak_memory_bytes"]:
                 figures["memory_share"] = figures["peak_memory_bytes"] / base["peak_memory_bytes"]
     strongest = min((arm for arm in arms if arm in config.BASELINES), default=None,
-                    key=lambda arm: arms[arm]["seconds"])
+                    key=lambda arm: arms[arm]["seconds"] / arms[arm]["tokens"])
     for arm, figures in arms.items():
         if strongest:
             figures["speedup_over_strongest"] = paired_speedup(times[strongest], times[arm])

@@ -78,7 +78,7 @@ class Judge:
 
     def perplexity(self, rows: list[np.ndarray], starts: list[int] | None = None) -> float:
         """`PERPLEXITY` over all of these rows; the first `starts[i]` tokens of row i are given, by
-        default [BOS] alone."""
+        default [BOS] alone, which is always given."""
         nats, tokens = self.nats(rows, starts)
         return math.exp(nats.sum() / tokens.sum())
 
@@ -98,7 +98,8 @@ class Judge:
 
     @torch.no_grad()
     def token_nats(self, rows: list[np.ndarray]) -> list[np.ndarray]:
-        """Of rows [BOS] story [EOS]: the nats of every token behind [BOS], FP64."""
+        """Of rows [BOS] story [EOS]: the nats of every token behind [BOS], FP64. The model stays in
+        evaluation mode."""
         results: list[np.ndarray] = [np.zeros(0)] * len(rows)
         self.model.eval()
         for part in bucket_batches(np.array([len(row) for row in rows]), 8192, merge=False):

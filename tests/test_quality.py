@@ -267,6 +267,9 @@ def test_repeated_is_the_share_of_4_grams_that_stand_earlier():
     ("Once there was a girl named Lily. She ran far away. Then Lily came.", set()),
     # what only begins sentences and quotations is no name
     ('Once there was a dog. He ran far. Then he said, "Stop!" She ran. Sad and wet.', set()),
+    # nor what follows a quotation, with straight marks or curved ones
+    ('Once a dog ran. He ran far. Then "go," She said, "go," She said. Wet and sad.', set()),
+    ("Once a dog ran. He ran far. Then \u201cgo,\u201d She said. Wet and sad again.", set()),
     ("", set())])
 def test_a_late_name_is_first_seen_in_the_second_half(text, names):
     assert late_names(text) == names
