@@ -37,9 +37,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from corpus.tokens import BOS, EOS, MASK, PAD, maskable, round_up
 from diffusion import DiscreteDiffusion, hide_some
 from kinds.autoregressive import Autoregressive, before_each, next_tokens
-from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats
+from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, first_pass, measure_nats
 from model import Ends
-from network.attention import HIDDEN, View
+from network.attention import HIDDEN, Context, View
 from network.hardware import pick_device
 from network.transformer import Known
 from sampling.cached import CachedModel
@@ -139,15 +139,26 @@ class Blocks(Corrupted):
             rows = ahead.size > 0
             cut = ahead[rows]
             if len(cut.tokens):
-                noisy = model.hidden(
-                    cut.noisy, view=cut.view(model), context=context and context.of_rows(rows),
-                    known=[(keys[rows], values[rows]) for keys, values in known])
+                noisy = cut.read_cut(model, context and context.of_rows(rows), [
+                    (keys[rows], values[rows]) for keys, values in known])
                 yield (*cut.chosen(noisy, cut.weight), self.ends)
         if len(whole.tokens):
             # Blocks may go beyond the longest row, where a whole one has nothing.
-            hidden = model.hidden(whole.noisy[:, :model.config.max_len],
-                                  context=whole.context(model))
+            whole.noisy = whole.noisy[:, :model.config.max_len]
+            hidden = whole.read(model, **first_pass(
+                model, len(whole.tokens), lambda rows: whole[rows].read(model)))
             yield (*whole.chosen(hidden, whole.weight), None)  # its end is visible
+
+    def read_cut(self, model: nn.Module, context: Context | None, known: Known) -> Tensor:
+        """(B, L, D): what the model makes of rows that are all cut, with the keys and values of
+        pass 1."""
+        def read(rows: Tensor | None = None, **carried: Tensor) -> Tensor:
+            part, here, before = (self, context, known) if rows is None else (
+                self[rows], context and context.of_rows(rows),
+                [(keys[rows], values[rows]) for keys, values in known])
+            return model.hidden(part.noisy, view=part.view(model), context=here, known=before,
+                                **carried)
+        return read(**first_pass(model, len(self.tokens), read))
 
     def chosen(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those of (B, L, D) that count, their tokens and weights; L may be too short for others.

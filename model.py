@@ -18,6 +18,8 @@ Notable features of the DiffusionTransformer
   have probability 0 (SUBS, arXiv 2406.07524 section 3.2)
 - with a condition (`create_conditional_model`): a bidirectional TextEncoder reads it, and every
   block attends to what it gives. Until trained that changes nothing, to the bit
+- with self-conditioning (arXiv 2208.04202, for hidden states arXiv 2510.19304) what an earlier pass
+  made of a hidden place is added there, through a matrix that begins at zero
 - no time input by default: the number of [MASK] already tells it (arXiv 2406.03736);
   `time_conditioning="sinusoidal"` adds one
 - FP32 weights, computed in `precision`: "fp32", "bf16" or "fp16" (see `set_precision`)
@@ -34,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corpus.tokens import EOS
+from corpus.tokens import EOS, MASK
 from network.attention import Context, CrossAttention, View, rope_frequencies
 from network.draft_head import DraftHead
 from network.encoders import ConditionEncoder, TextEncoder, reading_bias
@@ -80,6 +82,9 @@ class DiffusionTransformer(Transformer):
         if config.time_conditioning == "sinusoidal":
             self.time = nn.Sequential(Linear(config.width, config.width), nn.SiLU(),
                                       Linear(config.width, config.width, std=0.0))
+        self.carry = None
+        if config.self_conditioning:
+            self.carry = Linear(config.width, config.width, std=0.0)
         self.draft = None
         if config.draft_rank:
             self.draft = DraftHead(config.vocab_size, config.width, config.draft_rank)
@@ -92,9 +97,14 @@ class DiffusionTransformer(Transformer):
     def kind(self) -> str:
         return "autoregressive" if self.config.causal else "diffusion"
 
+    @property
+    def self_conditioning(self) -> float:
+        """The share of the rows that are trained to read what an earlier pass made of them."""
+        return self.config.self_conditioning
+
     def hidden(self, tokens: Tensor, t: Tensor | None = None, context: Context | None = None,
                at: Tensor | None = None, view: View | None = None, known: Known | None = None,
-               kept: Known | None = None) -> Tensor:
+               kept: Known | None = None, carried: Tensor | None = None) -> Tensor:
         """Final hidden states.
 
         Args:
@@ -106,6 +116,8 @@ class DiffusionTransformer(Transformer):
                 of their rows, and everything (of a causal model what stands before each).
             known: keys and values of other tokens, which these see too: what another pass `kept`.
             kept: a list for those of these tokens, one pair a block.
+            carried: (B, L, D) what this gave in an earlier pass over the row, for a model with
+                self-conditioning. It is read at hidden places alone; None and zeros are nothing.
         Returns: (B, L, D) or (B, C, D), normalised, in the compute precision.
         """
         if context is not None and self.blocks[0].cross is None:
@@ -118,7 +130,11 @@ class DiffusionTransformer(Transformer):
             if t is None:
                 raise ValueError("this model is conditioned on time: pass t")
             x = x + self.time(self._time_features(t).to(x.dtype))[:, None]  # (B, 1, D)
-        return self.through_blocks(x, view._replace(at=at), context, known=known, kept=kept)
+        added = None
+        if carried is not None:
+            added = self.carry(carried.to(x.dtype)) * (tokens == MASK)[..., None].to(x.dtype)
+        return self.through_blocks(x, view._replace(at=at), context, known=known, kept=kept,
+                                   added=added)
 
     def head(self, hidden: Tensor, ends: Ends = None) -> Tensor:
         """(..., D) hidden states -> (..., V) logits; ids that can never be predicted get -inf.

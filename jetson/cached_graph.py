@@ -28,19 +28,23 @@ class CachedPass(nn.Module):
         self.register_buffer("never", never, persistent=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, keys: Tensor,
-                values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                values: Tensor, carried: Tensor | None = None,
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
         Args:
             tokens, positions: (B, N) int32; what stands before a row is at -1.
             mask: (B, 1, N, S + N) float32, 0 or HIDDEN, for the slots and then for the tokens.
             keys, values: (layers, B, H, S, D/H) in the compute precision; finite in every slot.
+            carried: (B, N, D) float32, of a model with self-conditioning: hidden states that an
+                earlier pass gave of these tokens; zeros for none.
         Returns: logits (B, N, V) and hidden states (B, N, D) in float32, and the tokens' own keys
             and values (layers, B, H, N, D/H) in the compute precision.
         """
         kept: Known = []
         view = self.model.view(positions, mask.to(self.model.compute_dtype), causal=False)
         hidden = self.model.hidden(tokens.long(), view=view, kept=kept,
-                                   known=list(zip(keys.unbind(), values.unbind(), strict=True)))
+                                   known=list(zip(keys.unbind(), values.unbind(), strict=True)),
+                                   carried=carried)
         logits = nn.functional.linear(hidden, self.model.vocabulary.weight).float()
         logits = torch.where(self.never, HIDDEN, logits)
         return logits, hidden.float(), *(torch.stack(part) for part in zip(*kept, strict=True))
@@ -52,5 +56,8 @@ def pass_inputs(model: DiffusionTransformer, batch: int, slots: int) -> dict[str
     tokens = torch.full((batch, count), MASK, dtype=torch.int32)
     shape = (config.layers, batch, config.heads, slots, config.width // config.heads)
     keys = torch.zeros(shape, dtype=model.compute_dtype)
-    return dict(tokens=tokens, positions=torch.arange(count).expand(batch, -1).int(),
-                mask=torch.zeros(batch, 1, count, slots + count), keys=keys, values=keys.clone())
+    inputs = dict(tokens=tokens, positions=torch.arange(count).expand(batch, -1).int(),
+                  mask=torch.zeros(batch, 1, count, slots + count), keys=keys, values=keys.clone())
+    if model.self_conditioning:
+        inputs["carried"] = torch.zeros(batch, count, config.width)
+    return inputs

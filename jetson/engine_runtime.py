@@ -24,10 +24,10 @@ from corpus.tokens import PAD, is_count, is_length_histogram, load_tokenizer
 from jetson.reader import DeviceSlots, GraphReader, HostSlots
 from jetson.tensorrt_session import TensorRTSession, building
 from sampling.draft_head import DraftHead
-from sampling.loop import RowCache, Step
+from sampling.loop import Carried, RowCache, Step
 from sampling.sampler import ORDERS, PLANNED_PACES, Sampler
 
-BUNDLE_FORMAT, BUNDLE_VERSION = "diffusion-llm bundle", 2
+BUNDLE_FORMAT, BUNDLE_VERSION = "diffusion-llm bundle", 3
 BUNDLE_KEYS = ("kind", "files", "batch", "length", "dynamic", "condition_len", "guided",
                "likeliest", "length_histogram", "tokenizer_sha256")
 CACHED = "cached_"  # names of the graphs behind a cache, before the precision
@@ -100,12 +100,17 @@ class Bundle:
             sampler.guidance], np.float32)
         context = self.contexts(None if sampler.guidance == 0 else conditions)
 
+        # (B, E, L, D) of a model with self-conditioning
+        carries = session.inputs.get("carried", (None,))[0]
+
         def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
-                ) -> tuple[np.ndarray, np.ndarray]:
+                carried: Carried = None) -> tuple[np.ndarray, np.ndarray, Carried]:
             new = tokens.copy()
             confidence = np.zeros(tokens.shape, np.float32)
             width = tokens.shape[1]
             length = width if self.dynamic else self.max_len
+            made = None if carries is None else np.zeros(
+                (len(tokens), carries[1], width, carries[3]), np.float32)
             for start in range(0, len(tokens), self.batch):
                 part = slice(start, start + self.batch)
                 filled = len(tokens[part])  # a batch that is not full has empty rows behind them
@@ -117,11 +122,17 @@ class Bundle:
                 uniform[:filled, :, :width] = np.minimum(noise[part], np.float32(1 - 2**-24))
                 counts = np.zeros(size, np.int64)
                 counts[:filled] = count[part]
-                outputs = session.run(dict(
-                    tokens=padded, count=counts, noise=uniform, options=options,
-                    **context(rows[part], size)))
-                new[part], confidence[part] = (array[:filled, :width] for array in outputs)
-            return new, confidence
+                arrays = dict(tokens=padded, count=counts, noise=uniform, options=options,
+                              **context(rows[part], size))
+                if made is not None:
+                    arrays["carried"] = np.zeros((size, carries[1], length, carries[3]), np.float32)
+                    if carried is not None:
+                        arrays["carried"][:filled, :, :width] = carried[part]
+                chosen, sure, *states = session.run(arrays)
+                new[part], confidence[part] = chosen[:filled, :width], sure[:filled, :width]
+                if made is not None:
+                    made[part] = states[0][:filled, :, :width]
+            return new, confidence, made
 
         return run
 

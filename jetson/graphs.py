@@ -37,7 +37,8 @@ Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Un
 Where Xor""".split())
 
 
-def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"]:
+def step_inputs(model: Any, batch: int, length: int, guided: bool = False,
+                ) -> dict[str, "torch.Tensor"]:
     """Inputs of the shapes that the graph will have."""
     import torch
 
@@ -46,6 +47,8 @@ def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"
     tokens[:, 0], tokens[:, -1] = BOS, EOS
     inputs = dict(tokens=tokens, count=torch.full((batch,), 4, dtype=torch.int32),
                   noise=torch.rand(batch, 2, length), options=torch.tensor([1.0, 1, 64, 0, 2, 1]))
+    if model.self_conditioning:
+        inputs["carried"] = torch.zeros(batch, 1 + guided, length, model.config.width)
     encoder = getattr(model, "encoder", None)
     if encoder is not None:
         config, condition_len = model.config, encoder.config.max_len
@@ -86,7 +89,7 @@ def open_axes(inputs: dict[str, "torch.Tensor"], largest: tuple[int, int]) -> tu
     from torch.export import Dim
     dims = (Dim("batch", max=max(2, largest[0])), 16 * Dim("sixteens", max=largest[1] // 16))
     axes = [{axis: dims[which] for axis, which in DYNAMIC_AXES[name].items()} for name in inputs]
-    # behind the fourth all are one argument, *context
+    # behind the fourth all are one argument, *others
     return (*axes[:4], tuple(axes[4:])) if axes[4:] else tuple(axes)
 
 
@@ -133,9 +136,10 @@ def step_graph(config: ExportConfig, checkpoint: dict, precision: str, length: i
         step = DeviceStep(model, config.guided)
         step.with_logits = True
         largest = (config.batch, length) if config.dynamic else None
-        inputs = step_inputs(model, max(2, config.batch) if largest else config.batch, length)
-        return to_onnx(step, inputs, ["new_tokens", "confidence", "logits"],
-                       open_axes(inputs, largest) if largest else None)
+        inputs = step_inputs(model, max(2, config.batch) if largest else config.batch, length,
+                             config.guided)
+        outputs = ["new_tokens", "confidence", *["new_carried"] * ("carried" in inputs), "logits"]
+        return to_onnx(step, inputs, outputs, open_axes(inputs, largest) if largest else None)
     return in_precision(checkpoint, precision, export, lambda model: calibration_runs(
         model, calibration, condition_len))
 
@@ -150,8 +154,9 @@ def cached_graph(config: ExportConfig, checkpoint: dict, precision: str, cached:
     def export(model: "DiffusionTransformer") -> "onnx.ModelProto":
         inputs = pass_inputs(model, config.batch, cached["slots"])
         count = Dim("count", min=1, max=cached["tokens"])
-        return to_onnx(CachedPass(model), inputs, ["logits", "hidden", "new_keys", "new_values"], (
-            {1: count}, {1: count}, {2: count, 3: count + cached["slots"]}, {}, {}))
+        axes = ({1: count}, {1: count}, {2: count, 3: count + cached["slots"]}, {}, {}, {1: count})
+        return to_onnx(CachedPass(model), inputs, ["logits", "hidden", "new_keys", "new_values"],
+                       axes[:len(inputs)])
     return in_precision(checkpoint, precision, export,
                         lambda model: block_runs(model, checkpoint, calibration))
 

@@ -17,6 +17,7 @@ import numpy as np
 from corpus.tokens import BOS, MASK, PAD
 from sampling.draft_head import DraftHead
 from sampling.drawing import end_blocks, unmask_step
+from sampling.loop import Carried, only_hidden
 from sampling.sampler import Sampler
 
 HIDDEN = np.float32(-1e4)  # as in network/attention.py
@@ -93,7 +94,8 @@ class GraphReader:
                  longest: int, draft_head: DraftHead | None = None):
         self.draft_head = draft_head
         self.slots, self.sampler, self.window, self.longest = slots, sampler, max_len + 1, longest
-        _, self.batch, _, self.size, _ = slots.session.inputs["keys"][0]
+        _, self.batch, heads, self.size, head_width = slots.session.inputs["keys"][0]
+        self.width, self.carries = heads * head_width, "carried" in slots.session.inputs
         self.begin(np.zeros(0, np.int64))
 
     # ---- Reader ----
@@ -124,10 +126,12 @@ class GraphReader:
         return self.last[np.arange(len(places)), places]
 
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
-             ) -> tuple[np.ndarray, np.ndarray]:
-        logits, _ = self.run(tokens, np.flatnonzero(np.isin(self.numbers, rows)), causal=False)
-        return end_blocks(*unmask_step(possible(logits, (MASK, BOS)), tokens, count, noise,
-                                       self.sampler))
+             carried: Carried = None) -> tuple[np.ndarray, np.ndarray, Carried]:
+        logits, made = self.run(tokens, np.flatnonzero(np.isin(self.numbers, rows)), causal=False,
+                                carried=None if carried is None else carried[:, 0])
+        new, confidence = end_blocks(*unmask_step(possible(logits, (MASK, BOS)), tokens, count,
+                                                  noise, self.sampler))
+        return new, confidence, only_hidden(made[:, None], new) if self.carries else None
 
     def forget(self, counts: np.ndarray) -> None:
         # the slots beyond the window are for what is forgotten again
@@ -142,9 +146,10 @@ class GraphReader:
     # ---- graph ----
 
     def run(self, tokens: np.ndarray, which: np.ndarray, causal: bool,
-            ) -> tuple[np.ndarray, np.ndarray]:
+            carried: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Logits (R, N, V) and hidden states (R, N, D) of the next tokens (R, N) of some rows of
-        the batch; a causal pass stays in the cache."""
+        the batch; a causal pass stays in the cache. `carried` (R, N, D) are those of an earlier
+        pass."""
         count = tokens.shape[1]
         if count > self.longest:
             raise ValueError(f"a pass of {count} tokens: the graph takes {self.longest} at most")
@@ -158,8 +163,12 @@ class GraphReader:
             arrays = dict(tokens=np.full((self.batch, count), PAD, np.int32),
                           positions=np.zeros((self.batch, count), np.int32),
                           mask=np.zeros((self.batch, 1, count, self.size + count), np.float32))
-            for name, x in (("tokens", tokens), ("positions", positions), ("mask", masks)):
-                arrays[name][seat[here]] = x[here]
+            if self.carries:
+                arrays["carried"] = np.zeros((self.batch, count, self.width), np.float32)
+            for name, x in (("tokens", tokens), ("positions", positions), ("mask", masks),
+                            ("carried", carried)):
+                if x is not None:
+                    arrays[name][seat[here]] = x[here]
             logits, hidden = self.slots.run(int(g), arrays)
             for i in here:
                 results[i] = logits[seat[i]], hidden[seat[i]]

@@ -32,7 +32,7 @@ class DeviceStep(nn.Module):
         self.with_logits = False  # as a third output
 
     def forward(self, tokens: Tensor, count: Tensor, noise: Tensor, options: Tensor,
-                *context: Tensor) -> tuple[Tensor, ...]:
+                *others: Tensor) -> tuple[Tensor, ...]:
         """
         Args:
             tokens: (B, L) int32, hidden ones are [MASK].
@@ -40,15 +40,19 @@ class DeviceStep(nn.Module):
             noise: (B, 2, L) float32 uniforms in [0, 1): for the order, for the token.
             options: (6,) float32, see OPTIONS; order is its number in ORDERS, and tokens at
                 least as probable as `threshold` are uncovered beyond the count (2: none).
-            context: keys, values and bias of the condition, of a model with one.
+            others: of a model with self-conditioning what is `carried` from the step before,
+                (B, E, L, D) float32, of guided steps two (E); behind it keys, values and bias of
+                the condition, of a model with one.
         Returns: the new tokens (B, L) int32, and confidence (B, L) float32: the probability of each
-            token drawn now, at temperature 1; 0 elsewhere. With `with_logits` the logits (B, L, V)
-            float32 too.
+            token drawn now, at temperature 1; 0 elsewhere. With self-conditioning what is carried
+            on, too; and `with_logits` the logits (B, L, V) float32.
         """
+        carries = bool(self.model.self_conditioning)
+        carried, context = others[:carries], others[carries:]
         temperature, top_p, top_k, order, threshold, guidance = options.unbind()
         tokens = tokens.long()
         masked = tokens == MASK  # (B, L)
-        logits = self.logits(tokens, masked, context, guidance)  # (B, L, V)
+        logits, states = self.logits(tokens, masked, context, guidance, *carried)  # (B, L, V)
         norm = logits.logsumexp(-1)  # (B, L)
         best, ids = logits.topk(min(LIKELIEST, logits.shape[-1]), dim=-1)  # (B, L, 64)
         # 1. Which positions: those of the highest score, of equals the leftmost.
@@ -81,11 +85,15 @@ class DeviceStep(nn.Module):
         chosen = logits.gather(-1, drawn[..., None])[..., 0]
         confidence = torch.where(wanted, (chosen - norm).exp(), 0.0)
         new = torch.where(wanted, drawn, tokens).int()
-        return (new, confidence, logits) if self.with_logits else (new, confidence)
+        results = [new, confidence]
+        if carries:
+            still = (masked & ~wanted)[:, None, :, None]
+            results.append(torch.where(still, torch.stack(states, dim=1).float(), 0.0))
+        return (*results, logits) if self.with_logits else tuple(results)
 
     def logits(self, tokens: Tensor, masked: Tensor, context: tuple[Tensor, ...],
-               guidance: Tensor) -> Tensor:
-        """(B, L, V) float32."""
+               guidance: Tensor, carried: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """(B, L, V) float32, and the hidden states (B, L, D) of each evaluation."""
         ratio = masked.sum(1) / maskable(tokens).sum(1).clamp(min=1)
         length = (tokens != PAD).sum(1)
         width = (length / BUCKET).ceil() * BUCKET  # of the row as the torch step has it
@@ -94,11 +102,13 @@ class DeviceStep(nn.Module):
         condition = (Context(*(part.to(self.model.compute_dtype) for part in context)) if context
                      else None)
         view = self.model.view(tokens.shape[1], bias)
-        logits = self.model.head(self.model.hidden(tokens, ratio, condition, view=view)).float()
-        if self.guided:
-            plain = self.model.head(self.model.hidden(tokens, ratio, view=view)).float()
-            logits = plain + guidance * (logits - plain)
-        return torch.where(self.model.impossible < 0, HIDDEN, logits)
+        states = [self.model.hidden(tokens, ratio, given, view=view,
+                                    carried=None if carried is None else carried[:, i])
+                  for i, given in enumerate([condition, None][:1 + self.guided])]
+        logits, *plain = (self.model.head(x).float() for x in states)
+        if plain:
+            logits = plain[0] + guidance * (logits - plain[0])
+        return torch.where(self.model.impossible < 0, HIDDEN, logits), states
 
 
 def rank(score: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from sampling.sampler import Sampler
 
 # The settings of a run that shape its network. A later stage takes them from the model that it
 # starts from.
-NETWORK_SETTINGS = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head")
+NETWORK_SETTINGS = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head",
+                    "self_conditioning")
 
 
 class Kind:

@@ -59,8 +59,35 @@ class Corrupted:
 
     def hidden(self, model: nn.Module) -> Tensor:
         """(M, D): what the model makes of the M masked positions."""
+        return self.read(model, **first_pass(model, len(self.tokens), lambda rows: self[rows].read(
+            model)))[self.masked]
+
+    def read(self, model: nn.Module, **carried: Tensor) -> Tensor:
+        """(B, L, D): what it makes of all positions."""
         context = () if self.condition is None else (self.context(model),)
-        return model.hidden(self.noisy, self.mask_ratio, *context)[self.masked]
+        return model.hidden(self.noisy, self.mask_ratio, *context, **carried)
+
+
+def first_pass(model: nn.Module, count: int, read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """What `read(rows)` (R, L, D) makes of some of `count` rows, a bool (B,), as `carried`
+    (B, L, D) for the pass that counts; nothing for a model without self-conditioning.
+
+    In training these are its share of the rows, without gradient (arXiv 2208.04202, section 3.3);
+    the others learn what to do without. In evaluation they are all: the model is then one that goes
+    over every noisy row twice, so that a bound stays the bound of a model. (The sampler carries
+    over what it made of the step before instead, and goes over each once.)
+    """
+    share = getattr(model, "self_conditioning", 0.0)
+    if not share:
+        return {}
+    rows = torch.rand(count) < share if model.training else torch.ones(count, dtype=torch.bool)
+    if not rows.any():
+        return {}
+    with torch.no_grad():
+        first = read(rows.to(device_of(model)))
+    carried = first.new_zeros(count, *first.shape[1:])
+    carried[rows.to(first.device)] = first
+    return {"carried": carried}
 
 
 def weighted_loss(model: nn.Module, batch: Corrupted) -> Tensor:

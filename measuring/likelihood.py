@@ -126,7 +126,9 @@ def measure(config: LikelihoodConfig, path: Path, checkpoint: dict) -> dict:
     chosen = evenly_spread(config.max_rows or len(rows), len(rows))
     weights = "EMA weights" if checkpoint.get("ema") is not None else "last weights"
     entries = [score(config, one, model, rows, chosen, token_bytes(tokenizer)) for one in kinds]
-    for entry in entries:
+    for one, entry in zip(kinds, entries, strict=True):
+        if model.self_conditioning and not one.exact:
+            entry["protocol"] += ", each noisy row in two passes (self-conditioning)"
         entry["protocol"] += (f", {len(chosen)} rows of {rows.split}, seed {config.seed}, "
                               f"{precision}, {weights}; bits/byte include the code of the row "
                               "lengths, nats/token and perplexity do not")

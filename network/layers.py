@@ -29,12 +29,16 @@ class ModelConfig:
     dropout: float = 0.0  # after attention and MLP
     rope_base: float = 10_000.0
     draft_rank: int = 0  # of a DraftHead; 0: none
+    # Share of the rows that are trained to read what an earlier pass made of them; 0: nothing can
+    self_conditioning: float = 0.0
 
     def __post_init__(self):
         require(self.width % self.heads == 0 and self.width // self.heads % 2 == 0,
                 f"width {self.width} cannot be split into {self.heads} heads of even width")
         require(self.time_conditioning in ("none", "sinusoidal"),
                 f"time_conditioning {self.time_conditioning!r}: use none or sinusoidal")
+        require(not (self.causal and self.self_conditioning), "self_conditioning: a causal model "
+                "hides nothing, of which an earlier pass could tell; leave it out")
         require(self.vocab_size > EOS + 1, f"vocab_size {self.vocab_size} leaves no ordinary token")
 
 

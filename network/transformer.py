@@ -131,15 +131,18 @@ class Transformer(nn.Module):
 
     def through_blocks(self, x: Tensor, view: View, context: Context | None = None,
                        states: list[Tensor] | None = None, known: Known | None = None,
-                       kept: Known | None = None) -> Tensor:
+                       kept: Known | None = None, added: Tensor | None = None) -> Tensor:
         """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised, or (B, C, D) for
         the tokens that `view` wants.
 
         What each block reads, (B, L, D), is appended to `states`, and its keys and values to
-        `kept`; those in `known` are seen as if their tokens stood before these.
+        `kept`; those in `known` are seen as if their tokens stood before these. `added`, (B, L, D),
+        joins the tokens once they are normalised.
         """
         count = x.shape[1]
         x = rms_norm(x)
+        if added is not None:
+            x = x + added
         seeds = [None] * len(self.blocks)
         if self.config.dropout and self.training:
             seeds = torch.randint(2**62, (len(seeds), 2))  # on the CPU, from its global generator

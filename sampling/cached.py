@@ -12,6 +12,7 @@ from corpus.tokens import EOS, MASK, PAD
 from network.attention import Cache, Context
 from sampling.draft_head import DraftHead
 from sampling.drawing import end_blocks
+from sampling.loop import Carried, only_hidden
 from sampling.sampler import Sampler
 from sampling.step import Drawing, UnmaskStep, numpy_run
 
@@ -61,18 +62,19 @@ class CachedModel:
 
     @torch.no_grad()
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
-             ) -> tuple[np.ndarray, np.ndarray]:
+             carried: Carried = None) -> tuple[np.ndarray, np.ndarray, Carried]:
         # All rows of the batch go through the network, for the cache has all; what nobody asked for
         # is thrown away.
         chosen = np.flatnonzero(np.isin(self.numbers, rows))  # `rows` keep the batch's order
-        everything = (np.full((len(self.numbers), *x.shape[1:]), value, x.dtype)
-                      for x, value in ((tokens, MASK), (count, 0), (noise, 0.0)))
         full = []
-        for x, y in zip((tokens, count, noise), everything, strict=True):
-            y[chosen] = x
-            full.append(y)
-        new, confidence = numpy_run(self.drawing, *full, None)
-        return end_blocks(new[chosen], confidence[chosen])
+        for x, value in ((tokens, MASK), (count, 0), (noise, 0.0), (carried, 0.0)):
+            if x is not None:
+                y = np.full((len(self.numbers), *x.shape[1:]), value, x.dtype)
+                y[chosen] = x
+            full.append(None if x is None else y)
+        new, confidence, made = numpy_run(self.drawing, *full[:3], None, full[3])
+        new, confidence = end_blocks(new[chosen], confidence[chosen])
+        return new, confidence, None if made is None else only_hidden(made[chosen], new)
 
     def forget(self, counts: np.ndarray) -> None:
         for cache in self.caches:
@@ -88,14 +90,16 @@ class CachedModel:
 
     # ---- network ----
 
-    def passes(self, tokens: Tensor, causal: bool, at: Tensor | None = None) -> list[Tensor]:
+    def passes(self, tokens: Tensor, causal: bool, at: Tensor | None = None,
+               carried: Tensor | None = None) -> list[Tensor]:
         """Hidden states (B, L, D) or (B, C, D) of the next tokens (B, L), for every evaluation; a
-        causal pass stays in the cache."""
+        causal pass stays in the cache. `carried` (B, E, L, D) are those of the step before."""
         results = []
-        for cache, given in zip(self.caches, self.given, strict=True):
+        for i, (cache, given) in enumerate(zip(self.caches, self.given, strict=True)):
             cache.looking = not causal
             view = self.model.view(tokens.shape[1], cache=cache, causal=causal)
-            results.append(self.model.hidden(tokens, context=given, at=at, view=view))
+            results.append(self.model.hidden(tokens, context=given, at=at, view=view, **(
+                {} if carried is None else {"carried": carried[:, i]})))
         return results
 
     def logits(self, hidden: Sequence[Tensor], ends: tuple[int, ...]) -> Tensor:
@@ -115,7 +119,9 @@ class BlockStep(UnmaskStep):
         super().__init__(cached.model, cached.sampler)
         self.cached = cached
 
-    def logits(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
-               ) -> Tensor:
-        hidden = self.cached.passes(tokens, causal=False, at=positions)
-        return self.cached.logits(hidden, self.cached.block_ends)
+    def states(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
+               carried: Tensor | None) -> list[Tensor]:
+        return self.cached.passes(tokens, causal=False, at=positions, carried=carried)
+
+    def logits(self, states: list[Tensor]) -> Tensor:
+        return self.cached.logits(states, self.cached.block_ends)

@@ -18,7 +18,7 @@ import numpy as np
 from corpus.tokens import EOS, MASK, PAD
 from sampling.draft_head import DraftHead
 from sampling.drawing import distribution, draw, verify
-from sampling.loop import unmask
+from sampling.loop import Carried, unmask
 from sampling.noise import BLOCK_STREAM, CAUSAL_STREAM, VERIFY_STREAM
 from sampling.sampler import Sampler
 
@@ -44,7 +44,7 @@ class Reader(Protocol):
         """The hidden states (B, D) of the tokens at these places (B,) among those read last."""
 
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
-             ) -> tuple[np.ndarray, np.ndarray]:
+             carried: Carried) -> tuple[np.ndarray, np.ndarray, Carried]:
         """One unmasking step (a `Step` of loop.py) of such blocks; `rows` are numbers of some rows
         of the batch."""
 

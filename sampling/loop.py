@@ -20,15 +20,25 @@ from sampling.noise import LIMIT_STREAM, step_noise
 from sampling.paces import Pacing
 from sampling.sampler import Sampler
 
-# (tokens (B, L) int64, count (B,) int64, noise (B, 2, L) float64, numbers of the rows (B,) int64)
-#   -> (tokens (B, L) int64, confidence (B, L) float32)
-Step = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+# What a model with self-conditioning made of every place that is still hidden, (B, E, L, D) float32
+# for each of E evaluations of a step, zeros elsewhere; None: nothing yet, or another model
+Carried = np.ndarray | None
+# (tokens (B, L) int64, count (B,) int64, noise (B, 2, L) float64, numbers of the rows (B,) int64,
+#  what the step before made of them)
+#   -> (tokens (B, L) int64, confidence (B, L) float32, what is carried on)
+Step = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Carried],
+                tuple[np.ndarray, np.ndarray, Carried]]
 # (tokens (B, L) int64, place in each row (B,) int64, tokens allowed there (B, V) bool, uniform (B,)
 #  float64, numbers of the rows (B,) int64) -> (token (B,) int64, its probability (B,) float32)
 Choice = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
                   tuple[np.ndarray, np.ndarray]]
 # Of one row: hidden places from left to right, and which tokens (V,) bool may stand at each
 Limits = Sequence[tuple[int, np.ndarray]]
+
+
+def only_hidden(carried: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """What of (B, E, L, D) is carried on to rows (B, L): that of the places still hidden."""
+    return np.where((tokens == MASK)[:, None, :, None], carried, 0)
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
 
     Yields the state at the start and after every step. `rows` (default 0, 1, ...) number the rows
     for the noise: the same (seed, row number) gives the same story in any batch. Only rows in which
-    something is to be uncovered are given to the network.
+    something is to be uncovered are given to the network. A token that is hidden again begins with
+    nothing carried.
     """
     sampler.check()
     tokens = np.array(tokens, dtype=np.int64)
@@ -59,7 +70,7 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
     wanted = tokens == MASK
     lengths = (tokens != PAD).sum(1)
     pacing = Pacing(sampler, wanted.sum(1), seed, rows)
-    nothing = np.zeros((size, width), bool)
+    nothing, carried = np.zeros((size, width), bool), None
     state = State(0, 0, tokens, nothing, nothing, np.zeros((size, width), np.float32),
                   np.zeros(size, bool))
     yield state
@@ -75,7 +86,11 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         for line, i in zip(noise, active, strict=True):
             line[:, :lengths[i]] = step_noise(seed, rows[i], k, lengths[i])
         new, confidence = state.tokens.copy(), state.confidence.copy()
-        new[active], drawn = step(state.tokens[active], counts[active], noise, rows[active])
+        new[active], drawn, made = step(state.tokens[active], counts[active], noise, rows[active],
+                                        None if carried is None else carried[active])
+        if made is not None:
+            carried = np.zeros((size, *made.shape[1:]), made.dtype) if carried is None else carried
+            carried[active] = made
         uncovered = masked & (new != MASK)
         confidence[active] = np.where(uncovered[active], drawn, confidence[active])
         # what was there before the step, or for the corrector also what came with it

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from corpus.tokens import MASK, maskable
 from network.attention import Context, take
 from network.hardware import device_of
-from sampling.loop import Choice, RowCache, Step
+from sampling.loop import Carried, Choice, RowCache, Step
 from sampling.sampler import ADAPTIVE_PACES, Sampler
 
 
@@ -36,7 +36,7 @@ class UnmaskStep(nn.Module):
 
     def forward(self, tokens: Tensor, count: Tensor, temperature: Tensor, noise: Tensor,
                 most_hidden: int, most_count: int, context: Context | None = None,
-                ) -> tuple[Tensor, Tensor]:
+                carried: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """
         Args:
             tokens: (B, L) int64, hidden ones are [MASK].
@@ -46,8 +46,11 @@ class UnmaskStep(nn.Module):
             most_hidden, most_count: at least the largest number hidden and of `count` in the batch.
                 Plain numbers, for they are shapes.
             context: of the conditions of these rows, from the model's `encode`.
-        Returns: the new tokens (B, L), and confidence (B, L) float32: the probability, at
-            temperature 1, of each token drawn now, 0 elsewhere.
+            carried: (B, E, L, D), for a model with self-conditioning what each of the E
+                evaluations made of these rows in the step before; None is nothing.
+        Returns: the new tokens (B, L); confidence (B, L) float32: the probability, at temperature
+            1, of each token drawn now, 0 elsewhere; and what is carried on, zeros where nothing is
+            hidden any more, or None.
         """
         sampler = self.sampler
         masked = tokens == MASK  # (B, L)
@@ -55,13 +58,19 @@ class UnmaskStep(nn.Module):
         adaptive = sampler.pace in ADAPTIVE_PACES
         # 1. Score the hidden positions, the best first, and choose `count` of every row, or more
         #    where the pace finds the network sure of them.
+        # What is carried has to be worked out at every hidden position.
+        carries = bool(getattr(self.model, "self_conditioning", 0))
         if sampler.order == "random" and not adaptive:
-            positions = best_first(noise[:, 0].masked_fill(~masked, -1), most_count)  # (B, C)
-            logits = self.logits(tokens, positions, ratio, context)  # (B, C, V)
+            candidates = best_first(noise[:, 0].masked_fill(~masked, -1),
+                                    most_hidden if carries else most_count)
+            states = self.states(tokens, candidates, ratio, context, carried)  # E of (B, M, D)
+            positions = candidates[:, :most_count]  # (B, C)
+            logits = self.logits([x[:, :most_count] for x in states])  # (B, C, V)
             confident = None
         else:
             candidates = best_first(masked.int(), most_hidden)  # (B, M)
-            every = self.logits(tokens, candidates, ratio, context)  # (B, M, V)
+            states = self.states(tokens, candidates, ratio, context, carried)
+            every = self.logits(states)  # (B, M, V)
             score = (noise[:, 0].gather(1, candidates) if sampler.order == "random"
                      else SCORES[sampler.order](every))  # (B, M)
             score = score.masked_fill(~masked.gather(1, candidates), -math.inf)
@@ -81,15 +90,25 @@ class UnmaskStep(nn.Module):
         drawn = torch.where(wanted, drawn, tokens.gather(1, positions))
         new = tokens.scatter(1, positions, drawn)
         confidence = torch.zeros_like(tokens, dtype=torch.float32)
-        return new, confidence.scatter(1, positions, probability * wanted)
+        confidence = confidence.scatter(1, positions, probability * wanted)
+        if not carries:
+            return new, confidence, None
+        every = torch.stack(states, dim=1)  # (B, E, M, D)
+        at = candidates[:, None, :, None].expand_as(every)
+        carried = every.new_zeros(*every.shape[:2], tokens.shape[1], every.shape[3])
+        return new, confidence, carried.scatter(2, at, every) * (new == MASK)[:, None, :, None]
 
-    def logits(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
-               ) -> Tensor:
-        """FP32 logits (B, C, V) at positions (B, C): with the condition, without it, or for
+    def states(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
+               carried: Tensor | None) -> list[Tensor]:
+        """Hidden states (B, C, D) at positions (B, C): with the condition, without it, or for
         guidance of both."""
-        return self.guided([self.model.head(self.model.hidden(
-            tokens, ratio, context=given, at=positions)).float()
-            for given in self.contexts_for(context)])
+        return [self.model.hidden(tokens, ratio, context=given, at=positions,
+                                  **({} if carried is None else {"carried": carried[:, i]}))
+                for i, given in enumerate(self.contexts_for(context))]
+
+    def logits(self, states: list[Tensor]) -> Tensor:
+        """FP32 logits (B, C, V) to draw from."""
+        return self.guided([self.model.head(x).float() for x in states])
 
     def contexts_for(self, context: Context | None) -> list[Context | None]:
         """The contexts of the network evaluations that guidance needs."""
@@ -219,20 +238,24 @@ def numpy_step(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None
     drawing = Drawing(UnmaskStep(model, sampler), model, sampler, conditions)
 
     @torch.no_grad()  # (FSDP does not know inference mode)
-    def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray):
-        return numpy_run(drawing, tokens, count, noise, drawing.context(rows))
+    def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
+            carried: Carried = None):
+        return numpy_run(drawing, tokens, count, noise, drawing.context(rows), carried)
 
     return run
 
 
 def numpy_run(drawing: Drawing, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray,
-              context: Context | None) -> tuple[np.ndarray, np.ndarray]:
+              context: Context | None, carried: Carried,
+              ) -> tuple[np.ndarray, np.ndarray, Carried]:
     """Its step on arrays."""
     most_hidden = int((tokens == MASK).sum(1).max())
-    new, confidence = drawing.step(
+    new, confidence, made = drawing.step(
         drawing.tensor(tokens), drawing.tensor(count), drawing.temperature,
-        drawing.uniforms(noise), most_hidden, int(count.max()), context)
-    return new.cpu().numpy(), confidence.cpu().numpy()
+        drawing.uniforms(noise), most_hidden, int(count.max()), context,
+        None if carried is None else drawing.tensor(carried))
+    return (new.cpu().numpy(), confidence.cpu().numpy(),
+            None if made is None else made.float().cpu().numpy())
 
 
 def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
@@ -250,9 +273,9 @@ def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | No
             rows: np.ndarray):
         ids = drawing.tensor(tokens)
         ratio = (ids == MASK).sum(1) / maskable(ids).sum(1)
-        logits = drawing.step.logits(ids, drawing.tensor(place)[:, None], ratio,
-                                     drawing.context(rows))
-        logits = logits[:, 0].masked_fill(~drawing.tensor(allowed), -math.inf)
+        states = drawing.step.states(ids, drawing.tensor(place)[:, None], ratio,
+                                     drawing.context(rows), None)
+        logits = drawing.step.logits(states)[:, 0].masked_fill(~drawing.tensor(allowed), -math.inf)
         drawn = draw(logits, drawing.uniforms(uniform), drawing.temperature, sampler.top_k,
                      sampler.top_p)  # (B,)
         probability = logits.softmax(-1).gather(-1, drawn[:, None])[:, 0]

@@ -71,12 +71,13 @@ def test_the_corrector_spends_every_second_evaluation():
 
 def next_number(calls):
     """A step that uncovers the leftmost hidden tokens of a row with the number of the call."""
-    def step(tokens, count, noise, rows):
+    def step(tokens, count, noise, rows, carried):
+        assert carried is None
         calls.append((count.copy(), noise.copy()))
         new = tokens.copy()
         for row, n in zip(new, count, strict=True):
             row[np.flatnonzero(row == MASK)[:n]] = 10 + len(calls)
-        return new, np.full(tokens.shape, 0.5, np.float32)
+        return new, np.full(tokens.shape, 0.5, np.float32), None
     return step
 
 

@@ -7,6 +7,7 @@ from cli import require
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -129,13 +130,13 @@ def create_stage_model(kind: Kind, config: TrainConfig, data: StageData,
         source = checkpoint or load_checkpoint(config.decoder_checkpoint, kind=kinds)
         check_tokenizer(config.decoder_checkpoint, source, config.data_dir, data.meta)
         for name in NETWORK_SETTINGS:  # for the record, and for whoever goes on from this run
-            setattr(config, name, source["train_config"][name])
+            setattr(config, name, setting_of(source, name))
     begins = None
     if config.init_from and checkpoint is None:
         begins = load_checkpoint(config.init_from, kind.init_kinds)
         check_tokenizer(config.init_from, begins, config.data_dir, data.meta)
         for name in kind.keeps_settings:
-            setattr(config, name, begins["train_config"][name])
+            setattr(config, name, setting_of(begins, name))
     model = kind.create(config, data.meta, source, resumed=checkpoint is not None)
     if begins:
         start_from(model, config, begins)
@@ -144,11 +145,17 @@ def create_stage_model(kind: Kind, config: TrainConfig, data: StageData,
 
 
 # Of a network's settings what may differ between a model and the one that it starts from
-OWN_SETTINGS = ("causal", "dropout", "max_len", "draft_rank")
+OWN_SETTINGS = ("causal", "dropout", "max_len", "draft_rank", "self_conditioning")
+
+
+def setting_of(checkpoint: dict, name: str) -> Any:
+    """Of the run that wrote it; an older one lacks the newest settings."""
+    return checkpoint["train_config"].get(name, getattr(TrainConfig, name))
 
 
 def start_from(model: DiffusionTransformer, config: TrainConfig, source: dict) -> None:
-    """Gives a new model the averaged weights of another run's checkpoint, but for a draft head."""
+    """Gives a new model the averaged weights of another run's checkpoint, but for a draft head; a
+    matrix for self-conditioning that the other has not stays at zero."""
     theirs, ours = source["model_config"], dataclasses.asdict(model.config)
     different = [name for name in ours if name not in OWN_SETTINGS
                  and ours[name] != theirs.get(name, ours[name])]
@@ -158,7 +165,8 @@ def start_from(model: DiffusionTransformer, config: TrainConfig, source: dict) -
     missing, strange = model.load_state_dict({
         name: weight for name, weight in weights.items() if not name.startswith("draft.")},
         strict=False)
-    parts = [name for name in (*missing, *strange) if not name.startswith("draft.")]
+    parts = [name for name in missing if not name.startswith(("draft.", "carry."))]
+    parts += [name for name in strange if not name.startswith("draft.")]
     require(not parts, f"--init_from {config.init_from}: its model has other parts "
                        f"({', '.join(parts[:3])})")
     if model.draft is not None:

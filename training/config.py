@@ -42,6 +42,8 @@ class TrainConfig:
                                       "the usual initialisation")
     time_conditioning: str = flag("none", "input of the mask ratio", ("none", "sinusoidal"))
     tied_head: bool = flag(True, "one matrix for embedding and vocabulary head")
+    self_conditioning: float = flag(0.0, "share of the rows that learn to read what an earlier "
+                                         "pass made of them; 0: no self-conditioning")
     # condition
     stage: int = flag(1, "1 trains a model without a condition; 2 adds encoder and cross-attention "
                          "to one and trains only these; 3 then trains everything",
@@ -119,6 +121,11 @@ class TrainConfig:
         kind_of_run(self)  # refuses what no kind of model trains
         require(self.stage == 1 or self.decoder_checkpoint or self.resume, f"--stage "
                 f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
+        require(0 <= self.self_conditioning <= 1, f"--self_conditioning {self.self_conditioning}: "
+                "must be from 0 to 1")
+        require(not (self.self_conditioning and self.fsdp), "--self_conditioning: some rows take "
+                "one pass more, and processes that share their weights must all take as many; "
+                "leave out --fsdp")
         for name in ("dropout", "ema_decay", "condition_dropout", "causal_share"):
             require(0 <= getattr(self, name) < 1,
                     f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")

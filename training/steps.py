@@ -75,7 +75,9 @@ class Steps:
         self.progress.tokens_seen += batch.tokens
         condition, (rows, length) = batch.corrupted.condition, batch.corrupted.tokens.shape
         self.speed.count(batch.tokens, train_flops(
-            self.network.model, rows * batch.corrupted.passes, length, batch.predicted,
+            # a pass without gradient counts a third
+            self.network.model, rows * (batch.corrupted.passes + self.config.self_conditioning / 3),
+            length, batch.predicted,
             0 if condition is None else self.network.model.encoder.places(condition)))
         return {"loss": loss, "lr": lr, "grad_norm": norm}
 
