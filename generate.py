@@ -89,7 +89,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class GenerateConfig(FromLeft):
     temperature: float = flag(0.8, "0 is greedy, 1 the model's own distribution")
-    checkpoint: str | None = flag(None, "checkpoint to use (default: the newest */best.pt)")
+    checkpoint: str | None = flag(None, "checkpoint to use (default: the newest */best.pt, or the "
+                                        "one in pretrained/)")
     onnx: str | None = flag(None, "exported step to use instead (of export_jetson.py), in ONNX "
                                   "Runtime")
     engine: str | None = flag(None, "or as a TensorRT engine")
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     written = make(config, source, conditions, texts, print_line if config.json else None)
     if not (config.json or config.stream):
         show(written.rows, source.tokenizer, texts)
-    print(written.line(), file=sys.stderr if config.json else sys.stdout)
+    print(written.line(source.name), file=sys.stderr if config.json else sys.stdout)
 
 
 class Source(NamedTuple):

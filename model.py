@@ -98,6 +98,12 @@ class DiffusionTransformer(Transformer):
         return "autoregressive" if self.config.causal else "diffusion"
 
     @property
+    def picks(self) -> bool:
+        """Whether `hidden` can be asked for some tokens alone, which its last block makes use of.
+        """
+        return not self.config.causal
+
+    @property
     def self_conditioning(self) -> float:
         """The share of the rows that are trained to read what an earlier pass made of them."""
         return self.config.self_conditioning
@@ -111,14 +117,15 @@ class DiffusionTransformer(Transformer):
             tokens: (B, L) token ids, L at most `max_len`; hidden ones are [MASK].
             t: (B,) diffusion times in (0, 1]; needed only with time conditioning.
             context: what `encode` of a conditional model gives; None is no condition.
-            at: (B, C) numbers of the tokens whose states are wanted, without dropout; None is all.
+            at: numbers of the tokens whose states are wanted, (B, C) in each row, or (M,) in all
+                B * L (without a context or a cache); None is all.
             view: where the tokens stand and what they look at, made by `view`; None: at 0 to L - 1
                 of their rows, and everything (of a causal model what stands before each).
             known: keys and values of other tokens, which these see too: what another pass `kept`.
             kept: a list for those of these tokens, one pair a block.
             carried: (B, L, D) what this gave in an earlier pass over the row, for a model with
                 self-conditioning. It is read at hidden places alone; None and zeros are nothing.
-        Returns: (B, L, D) or (B, C, D), normalised, in the compute precision.
+        Returns: (B, L, D), or (B, C, D) or (M, D), normalised, in the compute precision.
         """
         if context is not None and self.blocks[0].cross is None:
             raise ValueError("this model has no cross-attention: it takes no context")

@@ -24,6 +24,8 @@ from kinds.registry import KINDS
 from model import DiffusionTransformer
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 2
+# What comes with the repository, for whoever has trained nothing yet
+PRETRAINED = Path(__file__).parent.parent / "pretrained" / "stories_small.pt"
 CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
                    "length_histogram")
 
@@ -113,25 +115,31 @@ def are_tensors(weights: Any) -> bool:
 def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None) -> Path:
     """The checkpoint of that name, or the newest best.pt of this `kind` (as in load_checkpoint) in
     a folder beside the scripts' output; newer ones that had to be passed over are named on stderr.
+    Where there is none at all, the one that comes with the repository.
     """
     if name is not None:
         return Path(name)
     found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if not found and PRETRAINED.is_file() and (kinds is None or kind_in(PRETRAINED) in kinds):
+        print(f"no */best.pt here: this is {PRETRAINED.parent.name}/{PRETRAINED.name}, which comes "
+              "with the repository", file=sys.stderr)
+        return PRETRAINED
     require(found, "no */best.pt here: train a model first (`python train.py --quick`) or name "
                    "one with --checkpoint")
     passed = []
     for path in found:
-        if kind is None:
+        if kinds is None:
             return path
         has = kind_in(path)
-        if has is not None and has in ((kind,) if isinstance(kind, str) else kind):
+        if has is not None and has in kinds:
             if passed:
                 print(f"using {path}; newer, but not what is needed here: {', '.join(passed)}",
                       file=sys.stderr)
             return path
         passed.append(f"{path} ({f'{has} model' if has else 'not to be read'})")
     raise UserError(f"no */best.pt here is of the kind that is needed: "
-                    f"{kind if isinstance(kind, str) else ' or '.join(kind)} model; found "
+                    f"{' or '.join(kinds)} model; found "
                     f"{', '.join(passed)}: train one first or name one with --checkpoint")
 
 

@@ -59,13 +59,20 @@ class Corrupted:
 
     def hidden(self, model: nn.Module) -> Tensor:
         """(M, D): what the model makes of the M masked positions."""
-        return self.read(model, **first_pass(model, len(self.tokens), lambda rows: self[rows].read(
-            model)))[self.masked]
+        carried = first_pass(model, len(self.tokens), lambda rows: self[rows].read(model))
+        if self.condition is None and getattr(model, "picks", False):  # which saves work
+            return self.read(model, at=numbers_of(self.masked), **carried)
+        return self.read(model, **carried)[self.masked]
 
-    def read(self, model: nn.Module, **carried: Tensor) -> Tensor:
-        """(B, L, D): what it makes of all positions."""
+    def read(self, model: nn.Module, **how: Tensor) -> Tensor:
+        """(B, L, D): what it makes of all positions, or of those that `how` names."""
         context = () if self.condition is None else (self.context(model),)
-        return model.hidden(self.noisy, self.mask_ratio, *context, **carried)
+        return model.hidden(self.noisy, self.mask_ratio, *context, **how)
+
+
+def numbers_of(marked: Tensor) -> Tensor:
+    """(B, L) bool -> (M,) numbers of the marked places among all B * L."""
+    return marked.flatten().nonzero()[:, 0]
 
 
 def first_pass(model: nn.Module, count: int, read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

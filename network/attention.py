@@ -42,7 +42,8 @@ class View(NamedTuple):
     # added to the scores: can be broadcast to (B, H, L, S); or the pairs that FlexAttention visits
     mask: Tensor | BlockMask | None = None
     cache: "Cache | None" = None  # of the tokens before these
-    at: Tensor | None = None  # (B, C): the tokens whose result is wanted; None is all
+    # The tokens whose result is wanted: (B, C) of each row, or (M,) of all B * L; None is all
+    at: Tensor | None = None
     causal: bool = False  # token i sees the first i + 1 of this pass alone; never with a cache
     # keys and values of other tokens, (B, H, S, D/H) each, of this layer: seen before its own
     known: tuple[Tensor, Tensor] | None = None
@@ -61,8 +62,10 @@ class View(NamedTuple):
                      take(table[:, 0], self.at)[:, None] for table in self.rotation)
 
     def wanted(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, C, D), or all."""
-        return x if self.at is None else take(x, self.at)
+        """(B, L, D) -> (B, C, D) or (M, D), or all."""
+        if self.at is None:
+            return x
+        return x.flatten(0, 1)[self.at] if self.at.ndim == 1 else take(x, self.at)
 
 
 class Cache:
@@ -325,20 +328,22 @@ class Attention(Heads):
         self._joined: tuple[tuple, Tensor] | None = None
 
     def forward(self, x: Tensor, view: View) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(B, L, D) -> (B, L, D), or (B, C, D) for the wanted tokens; and the keys and values of
-        all tokens, (B, H, L, D/H) each."""
+        """(B, L, D) -> (B, L, D), or (B, C, D) or (M, D) for the wanted tokens; and the keys and
+        values of all tokens, (B, H, L, D/H) each."""
+        flat = view.at is not None and view.at.ndim == 1  # too ragged for attention itself
+        asked = view._replace(at=None) if flat else view
         if view.cache is not None and view.at is None and not self.query.weight.requires_grad:
             q, *own = self.together(x, view)
         else:
-            q = self.queries(view.wanted(x), *view.wanted_rotation)
+            q = self.queries(asked.wanted(x), *asked.wanted_rotation)
             own = self.keys_values(x, *view.rotation)
         k, v = own
         if view.cache is not None:
             k, v = view.cache.add(self, k, v)
         elif view.known is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(view.known, own, strict=True))
-        y = attention(q, k, v, view.causal, view.mask)
-        return self.out(y.transpose(1, 2).flatten(2)), tuple(own)
+        y = attention(q, k, v, view.causal, view.mask).transpose(1, 2).flatten(2)
+        return self.out(view.wanted(y) if flat else y), tuple(own)
 
     def together(self, x: Tensor, view: View) -> list[Tensor]:
         """Queries, keys and values by one product of three matrices in one, which is kept until

@@ -28,8 +28,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, view: View, seeds: Tensor | None = None,
                 context: tuple[Tensor, Tensor, Tensor] | None = None,
                 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(B, L, D) -> (B, L, D), or (B, C, D) for the tokens that `view` wants; and the keys and
-        values of all tokens.
+        """(B, L, D) -> (B, L, D), or (B, C, D) or (M, D) for the tokens that `view` wants; and the
+        keys and values of all tokens.
 
         `seeds` (2,) are those of dropout for what attention and MLP add, `context` has keys, values
         and bias for the cross-attention.
@@ -132,8 +132,8 @@ class Transformer(nn.Module):
     def through_blocks(self, x: Tensor, view: View, context: Context | None = None,
                        states: list[Tensor] | None = None, known: Known | None = None,
                        kept: Known | None = None, added: Tensor | None = None) -> Tensor:
-        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised, or (B, C, D) for
-        the tokens that `view` wants.
+        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised, or (B, C, D) or
+        (M, D) for the tokens that `view` wants.
 
         What each block reads, (B, L, D), is appended to `states`, and its keys and values to
         `kept`; those in `known` are seen as if their tokens stood before these. `added`, (B, L, D),

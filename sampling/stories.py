@@ -188,11 +188,12 @@ class Written(NamedTuple):
     seconds: float
     a_round: float | None = None  # tokens that a draft and its verification gave
 
-    def line(self) -> str:
+    def line(self, model: str) -> str:
+        """What was written, how fast, and by which `model`."""
         a_round = "" if self.a_round is None else f" ({self.a_round:.2f} tokens a round)"
         return (f"{self.tokens:,} tokens in {len(self.rows)} stories, {self.evaluations} network "
-                f"evaluations{a_round}, {self.seconds:.2f} s: {self.tokens / self.seconds:.1f} "
-                "tokens/s")
+                f"evaluations{a_round}, by {model} in {self.seconds:.2f} s: "
+                f"{self.tokens / self.seconds:.1f} tokens/s")
 
 
 class Tally:

@@ -509,7 +509,7 @@ def test_the_step_needs_no_fp64_on_the_device(network, monkeypatch):
     tokens = torch.full((2, 16), MASK)
     for order in ORDERS:
         with NoDoubles(), torch.no_grad():
-            new, _ = UnmaskStep(network, Sampler(order=order, top_k=5, top_p=0.9))(
+            new, _, _ = UnmaskStep(network, Sampler(order=order, top_k=5, top_p=0.9))(
                 tokens, torch.tensor([3, 4]), torch.tensor(0.7), torch.rand(2, 2, 16), 16, 4)
         assert (new != MASK).sum(1).tolist() == [3, 4]
 

@@ -1,0 +1,55 @@
+"""A checkpoint with nothing in it but what writes stories: its averaged weights in BF16.
+
+    python -m training.slim --checkpoint story/best.pt --output pretrained/stories_small.pt
+
+Programs read it as any other checkpoint; a training can begin with it (--init_from), but not go on.
+"""
+
+from cli import atomic_file, check_writable, flag, parse, require, run
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint
+
+# What else is kept: how it came about, without the names of folders
+KEPT = ("format", "format_version", "kind", "model_config", "encoder", "encoder_config", "tokenizer",
+        "tokenizer_sha256", "length_histogram", "step", "tokens_seen", "seconds", "torch_version",
+        "data", "data_source", "licence")
+FOLDERS = ("data_dir", "checkpoint_dir", "init_from", "decoder_checkpoint", "data_source")
+
+
+@dataclass(frozen=True)
+class SlimConfig:
+    checkpoint: str = flag("", "checkpoint to make smaller")
+    output: str = flag("", "file to write")
+
+
+def slim(checkpoint: dict) -> dict:
+    """The contents of the smaller file. A matrix that two parts share is kept once."""
+    model, halved = model_from_checkpoint(checkpoint), {}
+
+    def half(weight: Tensor) -> Tensor:
+        return halved.setdefault(weight.data_ptr(), weight.to(torch.bfloat16))
+    settings = {name: value for name, value in checkpoint.get("train_config", {}).items()
+                if name not in FOLDERS}
+    return {**{name: checkpoint[name] for name in KEPT if name in checkpoint},
+            "train_config": settings,
+            "weights": {name: half(weight) for name, weight in model.state_dict().items()}}
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, _ = parse(SlimConfig, __doc__, argv)
+    require(config.checkpoint and config.output, "name both --checkpoint and --output")
+    target = Path(config.output)
+    check_writable(target.parent, "--output")
+    with atomic_file(target) as file:
+        torch.save(slim(load_checkpoint(config.checkpoint, None)), file)
+    print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)
