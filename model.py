@@ -9,7 +9,8 @@ Notable features of the DiffusionTransformer
 - bidirectional: no mask at all, also not for padding ([PAD] is visible and learned); with
   `causal=True` the same network is an autoregressive model, for comparisons of equal size
 - pre-norm with RMSNorm without gains (arXiv 1910.07467), rotary positions (arXiv 2104.09864)
-- queries and keys normalised (QK-norm, arXiv 2010.04245), MLP with squared ReLU (arXiv 2109.08668)
+- queries and keys normalised (QK-norm, arXiv 2010.04245), MLP with SwiGLU (arXiv 2002.05202)
+- values that are told the network's input beside what their block reads, and a gate on every head
 - heads that look at neighbours from the first step on: queries and keys have a bias, set so that
   under rotary positions head 1 attends to the token before, head 2 to the one after, and so on. It
   costs nothing, any attention kernel works with it, and training may unlearn it (`neighbour_init`)
@@ -247,7 +248,9 @@ class ConditionalTransformer(DiffusionTransformer):
         """
         if self.encoder.start_from(self):
             for block in self.blocks:
-                block.cross.load_state_dict(block.cross.state_dict() | block.attention.state_dict())
+                own, other = block.cross.state_dict(), block.attention.state_dict()
+                block.cross.load_state_dict(own | {
+                    name: other[name] for name in own.keys() & other.keys()})
 
     def freeze_decoder(self) -> None:
         """Leaves only the encoder and the cross-attention to be trained."""

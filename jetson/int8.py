@@ -26,9 +26,11 @@ KEPT_VALUES = 2**16  # of the inputs of one product in one batch, for choosing i
 
 
 def block_products(model: DiffusionTransformer) -> dict[str, Linear]:
-    """The weight products of a step's blocks, by name; a condition's keys and values are inputs."""
+    """The weight products of a step's blocks, by name; a condition's keys and values are inputs,
+    and the gates of heads are too small to gain."""
     return {f"blocks.{name}": module for name, module in model.blocks.named_modules()
-            if isinstance(module, Linear) and not name.endswith(("cross.key", "cross.value"))}
+            if isinstance(module, Linear) and not name.endswith((
+                "cross.key", "cross.value", "head_gate"))}
 
 
 def run_watched(runs: Iterable[Callable[[], Tensor]], hooks: dict[Linear, Callable]) -> None:
@@ -44,13 +46,15 @@ def run_watched(runs: Iterable[Callable[[], Tensor]], hooks: dict[Linear, Callab
 def balance(model: DiffusionTransformer, runs: Iterable[Callable[[], Tensor]]) -> None:
     """Evens out the channels between two products, so that one scale serves them all; in place.
 
-    Channel j of what `down` reads is relu(up_j x)^2: a row of `up` divided by sqrt(s_j), a column
-    of `down` multiplied by s_j leave the model the same function. So do rows of `value` divided by
-    s_j and columns of `out` multiplied by it. s_j brings the largest input and the largest weight
+    Channel j of what `down` reads is silu(gate_j x) (up_j x): a row of `up` divided by s_j, a
+    column of `down` multiplied by s_j leave the model the same function (of relu(up_j x)^2 a row
+    divided by sqrt(s_j)). So do rows of the values' matrices divided by s_j and columns of `out`
+    multiplied by it. s_j brings the largest input and the largest weight
     of a channel together (as in arXiv 2211.10438 eq. 4, with its alpha at 1/2).
     """
-    pairs = [(first, second, power) for block in model.blocks for first, second, power in (
-        (block.up, block.down, 0.5), (block.attention.value, block.attention.out, 1.0))]
+    pairs = [pair for block in model.blocks for pair in (
+        ([block.up], block.down, 0.5 if block.gate is None else 1.0),
+        ([block.attention.value, block.attention.input_value], block.attention.out, 1.0))]
     largest = {second: torch.zeros(second.in_features) for _, second, _ in pairs}
 
     def watch(module: Linear, inputs: tuple[Tensor, ...]) -> None:
@@ -62,7 +66,9 @@ def balance(model: DiffusionTransformer, runs: Iterable[Callable[[], Tensor]]) -
         scale = (largest[second].clamp(min=1e-6) / weight).sqrt()
         scale = (scale / scale.log().mean().exp()).clamp(0.01, 100)
         second.weight *= scale
-        first.weight /= scale[:, None] ** power
+        for part in first:
+            if part is not None:
+                part.weight /= scale[:, None] ** power
 
 
 @torch.no_grad()

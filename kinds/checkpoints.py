@@ -22,6 +22,7 @@ from torch import Tensor
 from corpus.tokens import is_length_histogram, load_tokenizer, sha256
 from kinds.registry import KINDS
 from model import DiffusionTransformer
+from network.layers import OLDER
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 2
 # What comes with the repository, for whoever has trained nothing yet
@@ -88,6 +89,9 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
     wrong = wrong_entries(contents)
     require(not wrong, f"{path} was changed after train.py wrote it ({', '.join(wrong)}): name "
                        "another .pt file")
+    for name in ("model_config", "train_config"):
+        if name in contents:
+            contents[name] = OLDER | contents[name]
     return contents
 
 

@@ -47,6 +47,7 @@ class View(NamedTuple):
     causal: bool = False  # token i sees the first i + 1 of this pass alone; never with a cache
     # keys and values of other tokens, (B, H, S, D/H) each, of this layer: seen before its own
     known: tuple[Tensor, Tensor] | None = None
+    first: Tensor | None = None  # (B, L, D), the network's input; None: what the block reads
 
     @property
     def rotation(self) -> tuple[Tensor, Tensor]:
@@ -321,8 +322,19 @@ class Heads(nn.Module):
 
 
 class Attention(Heads):
+    """Self-attention. Where that is asked for, its values are told the network's input beside what
+    the block reads, by a matrix of their own (arXiv 2410.17897 adds the first block's values), and
+    what every head finds is weighed by twice a sigmoid of what the token reads (arXiv 2505.06708,
+    headwise). Both change nothing at first.
+    """
+
     def __init__(self, config: ModelConfig):
         super().__init__(config, config.width)
+        self.input_value = self.head_gate = None
+        if config.input_values:
+            self.input_value = Linear(config.width, config.width, std=0.0)
+        if config.head_gates:
+            self.head_gate = Linear(config.width, config.heads, std=0.0)
         if config.neighbour_init:
             self.query_bias, self.key_bias = map(nn.Parameter, neighbour_biases(config))
         self._joined: tuple[tuple, Tensor] | None = None
@@ -336,13 +348,19 @@ class Attention(Heads):
             q, *own = self.together(x, view)
         else:
             q = self.queries(asked.wanted(x), *asked.wanted_rotation)
-            own = self.keys_values(x, *view.rotation)
+            own = list(self.keys_values(x, *view.rotation))
+        if self.input_value is not None:
+            first = x if view.first is None else view.first
+            own[1] = own[1] + split_heads(self.input_value(first), self.heads)
         k, v = own
         if view.cache is not None:
             k, v = view.cache.add(self, k, v)
         elif view.known is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(view.known, own, strict=True))
-        y = attention(q, k, v, view.causal, view.mask).transpose(1, 2).flatten(2)
+        y = attention(q, k, v, view.causal, view.mask).transpose(1, 2)  # (B, L, H, D/H)
+        if self.head_gate is not None:
+            y = y * (2 * torch.sigmoid(self.head_gate(asked.wanted(x))))[..., None]
+        y = y.flatten(2)
         return self.out(view.wanted(y) if flat else y), tuple(own)
 
     def together(self, x: Tensor, view: View) -> list[Tensor]:

@@ -22,7 +22,7 @@ from corpus.conditions import condition_rows
 from corpus.rows import TokenRows
 from corpus.tokens import EOS, PAD, decode
 from network.attention import HIDDEN
-from network.layers import ModelConfig
+from network.layers import OLDER, ModelConfig
 from network.transformer import Block, Transformer, check_size
 
 
@@ -138,14 +138,14 @@ class TextEncoder(Transformer, ConditionEncoder):
         size = (dataclasses.replace(size, vocab_size=decoder.vocab_size) if size else
                 dataclasses.replace(decoder, layers=max(1, decoder.layers - 1)))
         return cls(dataclasses.replace(size, max_len=condition["max_len"], dropout=0.0,
-                                       time_conditioning="none"))
+                                       time_conditioning="none", self_conditioning=0.0))
 
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
 
     @classmethod
     def restore(cls, settings: dict[str, Any], weights: dict[str, Tensor]) -> "TextEncoder":
-        config = ModelConfig(**settings)
+        config = ModelConfig(**{**OLDER, **settings})
         check_size(config, weights)
         return cls(config)
 

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from corpus.tokens import EOS
 
+MLPS = ("swiglu", "relu2")
+# What an older checkpoint means that does not say
+OLDER = {"mlp": "relu2", "input_values": False, "head_gates": False, "self_conditioning": 0.0}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -20,7 +24,10 @@ class ModelConfig:
     layers: int = 6
     vocab_size: int = 8192  # V
     max_len: int = 256  # longest row, in tokens
-    mlp_ratio: int = 4  # hidden width of the MLP, in units of D
+    mlp: str = "swiglu"  # or "relu2", the squared ReLU
+    mlp_ratio: int = 4  # hidden width of the MLP, in units of D; of SwiGLU two thirds of it
+    input_values: bool = True  # values of every block are told the network's input too
+    head_gates: bool = True  # every head of self-attention is weighed by what reads it
     qk_norm: bool = True
     neighbour_init: float = 4.0  # how strongly heads look at neighbours at first; 0: no biases
     causal: bool = False  # the autoregressive twin
@@ -39,7 +46,14 @@ class ModelConfig:
                 f"time_conditioning {self.time_conditioning!r}: use none or sinusoidal")
         require(not (self.causal and self.self_conditioning), "self_conditioning: a causal model "
                 "hides nothing, of which an earlier pass could tell; leave it out")
+        require(self.mlp in MLPS, f"mlp {self.mlp!r}: use {' or '.join(MLPS)}")
         require(self.vocab_size > EOS + 1, f"vocab_size {self.vocab_size} leaves no ordinary token")
+
+    @property
+    def mlp_width(self) -> int:
+        """Of the MLP's hidden layer; SwiGLU has three matrices where the other has two."""
+        width = self.mlp_ratio * self.width
+        return width if self.mlp == "relu2" else max(64, round(width * 2 / 3 / 64) * 64)
 
 
 class Linear(nn.Linear):

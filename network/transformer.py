@@ -20,8 +20,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.attention = Attention(config)
-        self.up = Linear(config.width, config.mlp_ratio * config.width)
-        self.down = Linear(config.mlp_ratio * config.width, config.width, std=0.0)
+        self.up = Linear(config.width, config.mlp_width)
+        self.gate = Linear(config.width, config.mlp_width) if config.mlp == "swiglu" else None
+        self.down = Linear(config.mlp_width, config.width, std=0.0)
         self.dropout = config.dropout
         self.cross: CrossAttention | None = None  # of a conditional model
 
@@ -39,7 +40,9 @@ class Block(nn.Module):
         x = view.wanted(x) + y
         if self.cross is not None and context is not None:
             x = x + self.cross(rms_norm(x), view, *context)
-        y = self.down(F.relu(self.up(rms_norm(x))).square())
+        read = rms_norm(x)
+        y = self.down(F.relu(self.up(read)).square() if self.gate is None else
+                      F.silu(self.gate(read)) * self.up(read))
         return x + (y if seeds is None else dropped(y, seeds[1], self.dropout)), own
 
 
@@ -143,6 +146,7 @@ class Transformer(nn.Module):
         x = rms_norm(x)
         if added is not None:
             x = x + added
+        view = view._replace(first=x)
         seeds = [None] * len(self.blocks)
         if self.config.dropout and self.training:
             seeds = torch.randint(2**62, (len(seeds), 2))  # on the CPU, from its global generator
@@ -170,7 +174,7 @@ def check_size(config: ModelConfig, weights: dict[str, Tensor]) -> None:
             raise TypeError(f"{field.name} is not of {field.type}")
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     hidden = weights["blocks.0.up.weight"].shape[0]
-    if (len(blocks) != config.layers or hidden != config.mlp_ratio * config.width
+    if (len(blocks) != config.layers or hidden != config.mlp_width
             or weights["embedding.weight"].shape != (config.vocab_size, config.width)
             or not 1 <= config.max_len <= 2**20):
         raise RuntimeError("the weights are of another size")

@@ -7,7 +7,6 @@ from cli import require
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -130,13 +129,13 @@ def create_stage_model(kind: Kind, config: TrainConfig, data: StageData,
         source = checkpoint or load_checkpoint(config.decoder_checkpoint, kind=kinds)
         check_tokenizer(config.decoder_checkpoint, source, config.data_dir, data.meta)
         for name in NETWORK_SETTINGS:  # for the record, and for whoever goes on from this run
-            setattr(config, name, setting_of(source, name))
+            setattr(config, name, source["train_config"][name])
     begins = None
     if config.init_from and checkpoint is None:
         begins = load_checkpoint(config.init_from, kind.init_kinds)
         check_tokenizer(config.init_from, begins, config.data_dir, data.meta)
         for name in kind.keeps_settings:
-            setattr(config, name, setting_of(begins, name))
+            setattr(config, name, begins["train_config"][name])
     model = kind.create(config, data.meta, source, resumed=checkpoint is not None)
     if begins:
         start_from(model, config, begins)
@@ -146,11 +145,6 @@ def create_stage_model(kind: Kind, config: TrainConfig, data: StageData,
 
 # Of a network's settings what may differ between a model and the one that it starts from
 OWN_SETTINGS = ("causal", "dropout", "max_len", "draft_rank", "self_conditioning")
-
-
-def setting_of(checkpoint: dict, name: str) -> Any:
-    """Of the run that wrote it; an older one lacks the newest settings."""
-    return checkpoint["train_config"].get(name, getattr(TrainConfig, name))
 
 
 def start_from(model: DiffusionTransformer, config: TrainConfig, source: dict) -> None:

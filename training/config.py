@@ -13,7 +13,7 @@ from diffusion import SCHEDULES
 from kinds.kind import NETWORK_SETTINGS
 from kinds.registry import KINDS, kind_of_run, objectives, trained_kinds
 from model import MODEL_CONFIGS
-from network.layers import PRECISIONS
+from network.layers import MLPS, PRECISIONS
 from sampling.sampler import ORDERS, Sampler
 from training.optimizers import DEFAULT_LR, OPTIMIZERS
 
@@ -42,6 +42,9 @@ class TrainConfig:
                                       "the usual initialisation")
     time_conditioning: str = flag("none", "input of the mask ratio", ("none", "sinusoidal"))
     tied_head: bool = flag(True, "one matrix for embedding and vocabulary head")
+    mlp: str = flag("swiglu", "swiglu or relu2 (the squared ReLU)", MLPS)
+    input_values: bool = flag(True, "tell the values of every block the network's input")
+    head_gates: bool = flag(True, "weigh what every head finds")
     self_conditioning: float = flag(0.0, "share of the rows that learn to read what an earlier "
                                          "pass made of them; 0: no self-conditioning")
     # condition

@@ -16,9 +16,9 @@ from torch import Tensor
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 
 # What else is kept: how it came about, without the names of folders
-KEPT = ("format", "format_version", "kind", "model_config", "encoder", "encoder_config", "tokenizer",
-        "tokenizer_sha256", "length_histogram", "step", "tokens_seen", "seconds", "torch_version",
-        "data", "data_source", "licence")
+KEPT = ("format", "format_version", "kind", "model_config", "encoder", "encoder_config",
+        "tokenizer", "tokenizer_sha256", "length_histogram", "step", "tokens_seen", "seconds",
+        "torch_version", "data", "data_source", "licence")
 FOLDERS = ("data_dir", "checkpoint_dir", "init_from", "decoder_checkpoint", "data_source")
 
 
