@@ -60,7 +60,8 @@ class DeviceStep(nn.Module):
         log_p = logits - norm[..., None]
         scores = dict(random=noise[:, 0], confidence=largest,
                       margin=largest - (best[..., 1] - norm).exp(),
-                      entropy=(log_p.exp() * log_p).sum(-1))
+                      entropy=(log_p.exp() * log_p).sum(-1),
+                      left=-torch.arange(tokens.shape[1], device=tokens.device).float())
         score = sum(torch.where(order == i, scores[name], 0.0) for i, name in enumerate(ORDERS))
         score = torch.where(masked, score, HIDDEN)
         wanted = masked & ((rank(score) < count[:, None]) | (largest >= threshold))

@@ -80,9 +80,8 @@ class Autoregressive(Kind):
         return float(nats)
 
     @torch.no_grad()
-    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray, draws: int, seed: int,
-                 number: int) -> float:
-        """The exact -log p given the left side; `draws`, `seed` and `number` change nothing."""
+    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray) -> float:
+        """The exact -log p given the left side."""
         clean, hidden = torch.from_numpy(row)[None], torch.from_numpy(gap == MASK)[None]
         seen = Corrupted(clean, before_each(clean), hidden, hidden.float(), torch.ones(1))
         return float(row_sums(model, seen, device_of(model))[0][0])

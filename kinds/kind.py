@@ -130,10 +130,9 @@ class Kind:
         """What a text's code needs besides the tokens."""
         raise NotImplementedError
 
-    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray, draws: int, seed: int,
-                 number: int) -> float:
+    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray) -> float:
         """Nats of those tokens of `row` (L,) that are [MASK] in `gap`, given all that the network
-        sees of the others; `number` is the row's, for the masks."""
+        sees of the others, and those of them to the left."""
         raise NotImplementedError
 
     @property

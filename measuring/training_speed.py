@@ -7,7 +7,9 @@ A training step of this project (as train.py does it: the chosen precision, the 
 positions only, Muon, the average of the weights; compiled and eager) against textbook steps of
 torch's TransformerEncoder with AdamW: in FP32 with logits for every position (textbook), the same
 under bf16 autocast (textbook_bf16), and as fast as a few lines make it (textbook_compiled: the
-chosen precision, all compiled, logits at hidden positions only, fused AdamW).
+chosen precision, all compiled, logits at hidden positions only, fused AdamW). gpt is another work:
+the same size trained left to right as nanoGPT does (logits for every position, fused AdamW,
+compiled), and no baseline.
 
 The speed-up that counts is that over the strongest baseline which ran; the table names it. Prints
 medians of wall-clock and process CPU-seconds (all threads), the speed-up over the textbook and over
@@ -29,6 +31,7 @@ from torch import nn
 from corpus.tokens import BOS, EOS
 from diffusion import DiscreteDiffusion
 from measuring.paired import Benchmark, run_and_write
+from measuring.writing_speed import TextbookGPT
 from model import MODEL_CONFIGS, create_model
 from network.hardware import pick_precision
 from network.layers import PRECISIONS
@@ -40,14 +43,14 @@ from training.speed import train_flops
 @dataclass(frozen=True)
 class TrainBenchmark(Benchmark):
     BASELINES = ("textbook_bf16", "textbook_compiled", "textbook")
-    ARMS = (*BASELINES, "eager", "compiled")
+    ARMS = (*BASELINES, "gpt", "eager", "compiled")
 
     optimizer: str = flag("muon", "of this project's step", OPTIMIZERS)
     arms: list[str] = flag(list(ARMS), "what to run: " + ", ".join(ARMS))
 
     def make(self, arm: str, device: torch.device) -> Callable[[], dict]:
-        if arm == "textbook_compiled":
-            return compiled_textbook_step(self, device)
+        if arm in ("textbook_compiled", "gpt"):
+            return compiled_step(self, device, TextbookGPT(self) if arm == "gpt" else None)
         if arm in self.BASELINES:
             return textbook_step(self, device, bf16=arm == "textbook_bf16")
         return own_step(self, device, compiled=arm == "compiled")
@@ -58,7 +61,8 @@ class TrainBenchmark(Benchmark):
         hidden = int(batch_of(self).masked.sum())
         work = train_flops(model, self.batch, self.seq_len, hidden)
         for name, arm in arms.items():
-            arm["mfu"] = None if name in self.BASELINES else work / arm["seconds"] / peak
+            arm["mfu"] = (None if name in (*self.BASELINES, "gpt") else
+                          work / arm["seconds"] / peak)
         return {"what": f"{self.model_config}, {self.batch} x {self.seq_len} tokens, {hidden} of "
                         f"them hidden, {work / 1e12:.3f} TFLOP; textbook in fp32",
                 "step_flops": work}
@@ -118,10 +122,14 @@ def textbook_step(config: TrainBenchmark, device: torch.device, bf16: bool = Fal
     return step
 
 
-def compiled_textbook_step(config: TrainBenchmark, device: torch.device) -> Callable[[], dict]:
-    """The same model and loss as `textbook_step`, by what torch offers without changing either."""
+def compiled_step(config: TrainBenchmark, device: torch.device, gpt: TextbookGPT | None = None,
+                  ) -> Callable[[], dict]:
+    """The same model and loss as `textbook_step`, by what torch offers without changing either; or
+    a `gpt`'s next tokens."""
     torch.manual_seed(0)
-    model = Textbook(config).to(device)
+    model = (gpt or Textbook(config)).to(device)
+    if gpt:
+        nn.init.normal_(gpt.tokens.weight, std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device.type != "mps")
     batch = batch_of(config).to(device)
     where = batch.masked.flatten().nonzero()[:, 0]  # (M,)
@@ -132,6 +140,9 @@ def compiled_textbook_step(config: TrainBenchmark, device: torch.device) -> Call
     def loss_of(noisy: torch.Tensor, where: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16 if dtype == torch.float32 else dtype,
                             enabled=dtype != torch.float32):
+            if gpt:
+                return F.cross_entropy(gpt.all_logits(batch.tokens)[:, :-1].flatten(0, 1),
+                                       batch.tokens[:, 1:].flatten())
             hidden = model.hidden(noisy).flatten(0, 1)[where]  # (M, D)
             return F.cross_entropy(model.head(hidden), targets)
 

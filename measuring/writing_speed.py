@@ -153,12 +153,12 @@ class TextbookBlock(nn.Module):
 
     def forward(self, x: Tensor, known: tuple[Tensor, Tensor] | None,
                 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(B, 1, D) and the keys and values (B, H, S, D/H) of the tokens before."""
+        """(B, 1, D) and the keys and values (B, H, S, D/H) of the tokens before, or (B, L, D)."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for part in self.mixed(self.norms[0](x)).chunk(3, dim=-1))
         if known is not None:
             k, v = torch.cat([known[0], k], dim=2), torch.cat([known[1], v], dim=2)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=known is None and x.shape[1] > 1)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norms[1](x)))), (k, v)
 
@@ -179,6 +179,13 @@ class TextbookGPT(nn.Module):
         for i, block in enumerate(self.blocks):
             x, cache[i] = block(x, cache[i])
         return self.norm(x)[:, 0] @ self.tokens.weight.T
+
+    def all_logits(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B, L, V), of what follows each."""
+        x = self.tokens(tokens) + self.positions.weight[:tokens.shape[1]]
+        for block in self.blocks:
+            x, _ = block(x, None)
+        return self.norm(x) @ self.tokens.weight.T
 
 
 def textbook_writing(config: WriteBenchmark, device: torch.device) -> Callable[[], dict]:

@@ -75,7 +75,8 @@ def unmask_step(logits: np.ndarray, tokens: np.ndarray, count: np.ndarray, noise
     Positions are chosen first, of equals the leftmost, and tokens drawn only there.
     """
     masked = tokens == MASK  # (B, L)
-    score = noise[:, 0] if sampler.order == "random" else SCORES[sampler.order](logits)
+    score = (SCORES[sampler.order](logits) if sampler.order in SCORES else
+             noise[:, 0] if sampler.order == "random" else -np.arange(tokens.shape[1]))
     score = np.where(masked, score, -np.inf)
     positions = np.argsort(-score, axis=1, kind="stable")[:, :int(count.max())]  # (B, C)
     rows, places = np.nonzero(np.arange(positions.shape[1]) < count[:, None])

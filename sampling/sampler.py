@@ -9,7 +9,7 @@ from cli import flag, require
 
 from dataclasses import dataclass, replace
 
-ORDERS = ("random", "confidence", "margin", "entropy")
+ORDERS = ("random", "confidence", "margin", "entropy", "left")
 PLANNED_PACES = ("cosine", "linear", "first_hitting")
 ADAPTIVE_PACES = ("threshold", "entropy_bound")
 PACES = PLANNED_PACES + ADAPTIVE_PACES
@@ -30,7 +30,7 @@ class Sampler:
     top_p: float = flag(1.0, "draw among the likeliest tokens that together reach p")
     order: str = flag("random", "which position first: random (ancestral), or by the largest "
                                 "probability (confidence), the largest lead over the second token "
-                                "(margin) or the smallest entropy")
+                                "(margin) or the smallest entropy; or from the left")
     # cosine uncovers few tokens first, as in MaskGIT (arXiv 2202.04200)
     pace: str = flag("cosine", "tokens in a step: cosine (few at first), linear (alike), "
                                "first_hitting (random, as the process itself), or as many as the "

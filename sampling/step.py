@@ -60,8 +60,9 @@ class UnmaskStep(nn.Module):
         #    where the pace finds the network sure of them.
         # What is carried has to be worked out at every hidden position.
         carries = bool(getattr(self.model, "self_conditioning", 0))
-        if sampler.order == "random" and not adaptive:
-            candidates = best_first(noise[:, 0].masked_fill(~masked, -1),
+        first = FIRST[sampler.order](noise[:, 0]) if sampler.order in FIRST else None  # (B, L)
+        if first is not None and not adaptive:
+            candidates = best_first(first.masked_fill(~masked, -1),
                                     most_hidden if carries else most_count)
             states = self.states(tokens, candidates, ratio, context, carried)  # E of (B, M, D)
             positions = candidates[:, :most_count]  # (B, C)
@@ -71,8 +72,8 @@ class UnmaskStep(nn.Module):
             candidates = best_first(masked.int(), most_hidden)  # (B, M)
             states = self.states(tokens, candidates, ratio, context, carried)
             every = self.logits(states)  # (B, M, V)
-            score = (noise[:, 0].gather(1, candidates) if sampler.order == "random"
-                     else SCORES[sampler.order](every))  # (B, M)
+            score = (SCORES[sampler.order](every) if first is None
+                     else first.gather(1, candidates))  # (B, M)
             score = score.masked_fill(~masked.gather(1, candidates), -math.inf)
             chosen = best_first(score, most_hidden if adaptive else most_count)  # (B, C)
             positions, logits = candidates.gather(1, chosen), take(every, chosen)
@@ -155,7 +156,16 @@ def entropy_score(logits: Tensor) -> Tensor:
     return (log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
 
 
+def leftmost(noise: Tensor) -> Tensor:
+    """(B, L): from 1 down to above 0."""
+    length = noise.shape[1]
+    return (1 - torch.arange(length, device=noise.device, dtype=noise.dtype) / length).expand_as(
+        noise)
+
+
+# Orders that need the network's logits (B, L, V), and those that need none, only uniforms (B, L)
 SCORES = {"confidence": confidence_score, "margin": margin_score, "entropy": entropy_score}
+FIRST = {"random": lambda noise: noise, "left": leftmost}
 
 
 def best_first(score: Tensor, count: int) -> Tensor:

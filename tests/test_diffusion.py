@@ -254,7 +254,7 @@ def rank(order: str, p: np.ndarray) -> float:
     """What the highest comes first of, for the (3,) probabilities of a position."""
     best = np.sort(p)[::-1]
     return {"confidence": best[0], "margin": best[0] - best[1],
-            "entropy": (p * np.log(p)).sum()}[order]
+            "entropy": (p * np.log(p)).sum(), "left": 0.0}[order]
 
 
 def choices(sampler: Sampler, row: tuple, raw: np.ndarray, count: int) -> list[tuple]:

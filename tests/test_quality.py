@@ -14,7 +14,7 @@ from kinds.autoregressive import Autoregressive
 from kinds.likelihood import ratio_error
 from measuring import overlap, quality
 from measuring.coherence import late_names, repeated, sentences
-from measuring.infilling import gap_nats, hide_middle, middle_sentence
+from measuring.infilling import hide_middle, middle_sentence
 from measuring.overlap import train_overlap
 from measuring.quality import Judge, diversity, ends_properly, entropy, words
 from measuring.samplers import COLUMNS, SAMPLERS, settings, table
@@ -154,30 +154,29 @@ def test_hiding_the_middle_sentence_hides_its_tokens_and_no_more(long_data_dir):
         assert decode(tokenizer, row[hidden]).strip() == whole[slice(*middle_sentence(whole))]
 
 
-def nats_per_token(*arguments) -> float:
-    nats, tokens = gap_nats(*arguments)
-    return nats.sum() / tokens.sum()
-
-
 def test_nats_of_a_gap_are_those_given_what_is_seen():
     """A twin of known probabilities, and the enumerable network with one and two hidden tokens."""
     coin = Coin()
     coin.config = ModelConfig(causal=True)
     rows = [np.array([BOS, 4, 5, 6, EOS])]
     gaps = [np.array([BOS, MASK, MASK, 6, EOS])]
-    assert nats_per_token(Autoregressive(), coin, rows, gaps, 1, 0) == pytest.approx(
-        -(math.log(2 / 9) + math.log(1 / 9)) / 2)
+    assert Autoregressive().gap_nats(coin, *rows, *gaps) == pytest.approx(
+        -(math.log(2 / 9) + math.log(1 / 9)))
     table = TableModel()
     table.config = ModelConfig()
     last = [np.array([BOS, 4, MASK, 6, EOS])]
     first, second, both = (table.probabilities(seen) for seen in (
         (MASK, 5, 6), (4, MASK, 6), (MASK, MASK, 6)))
-    diffusion = DiscreteDiffusion(), table, rows
-    assert nats_per_token(*diffusion, last, 1, 0) == pytest.approx(-math.log(second[1, 1]),
-                                                                    rel=1e-5)
+    diffusion = DiscreteDiffusion()
+    for nats in (diffusion.gap_bound(table, *rows, *last, 1, 0, 0),
+                 diffusion.gap_nats(table, *rows, *last)):
+        assert nats == pytest.approx(-math.log(second[1, 1]), rel=1e-5)
     # two tokens: the mean over both orders
     orders = [-math.log(both[0, 0] * second[1, 1]), -math.log(both[1, 1] * first[0, 0])]
-    assert nats_per_token(*diffusion, gaps, 4000, 0) == pytest.approx(sum(orders) / 4, rel=0.03)
+    assert diffusion.gap_bound(table, *rows, *gaps, 4000, 0, 0) == pytest.approx(
+        sum(orders) / 2, rel=0.03)
+    # exactly, from the left
+    assert diffusion.gap_nats(table, *rows, *gaps) == pytest.approx(orders[0], rel=1e-5)
 
 
 def test_infilling_of_both_sides(checkpoint, twin, long_data_dir, tmp_path, capsys):
