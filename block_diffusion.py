@@ -144,10 +144,18 @@ class Blocks(Corrupted):
                 yield (*cut.chosen(noisy, cut.weight), self.ends)
         if len(whole.tokens):
             # Blocks may go beyond the longest row, where a whole one has nothing.
-            whole.noisy = whole.noisy[:, :model.config.max_len]
-            hidden = whole.read(model, **first_pass(
-                model, len(whole.tokens), lambda rows: whole[rows].read(model)))
-            yield (*whole.chosen(hidden, whole.weight), None)  # its end is visible
+            whole = whole.up_to(model.config.max_len)
+            yield whole.read_whole(model), whole.tokens[whole.masked], whole.weight[
+                whole.masked], None  # its end is visible
+
+    def up_to(self, length: int) -> "Blocks":
+        """The first tokens of every row."""
+        return self._each(lambda x: x[:, :length] if x.ndim == 2 and x is not self.condition else x)
+
+    def read_whole(self, model: nn.Module) -> Tensor:
+        """(M, D): what the model makes of the hidden tokens of rows that are not cut."""
+        return self.read(model, **first_pass(model, self.masked, None, lambda rows: self[
+            rows].read(model)))
 
     def read_cut(self, model: nn.Module, context: Context | None, known: Known) -> Tensor:
         """(B, L, D): what the model makes of rows that are all cut, with the keys and values of
@@ -156,9 +164,10 @@ class Blocks(Corrupted):
             part, here, before = (self, context, known) if rows is None else (
                 self[rows], context and context.of_rows(rows),
                 [(keys[rows], values[rows]) for keys, values in known])
-            return model.hidden(part.noisy, view=part.view(model), context=here, known=before,
-                                **carried)
-        return read(**first_pass(model, len(self.tokens), read))
+            hidden = model.hidden(part.noisy, view=part.view(model), context=here, known=before,
+                                  **carried)
+            return hidden if rows is None else hidden[part.masked]
+        return read(**first_pass(model, self.masked, self.ends, read))
 
     def chosen(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those of (B, L, D) that count, their tokens and weights; L may be too short for others.

@@ -10,7 +10,7 @@ Notable features of the DiffusionTransformer
   `causal=True` the same network is an autoregressive model, for comparisons of equal size
 - pre-norm with RMSNorm without gains (arXiv 1910.07467), rotary positions (arXiv 2104.09864)
 - queries and keys normalised (QK-norm, arXiv 2010.04245), MLP with SwiGLU (arXiv 2002.05202)
-- values that are told the network's input beside what their block reads, and a gate on every head
+- values that are mixed with those of the first block (arXiv 2410.17897), and a gate on every head
 - heads that look at neighbours from the first step on: queries and keys have a bias, set so that
   under rotary positions head 1 attends to the token before, head 2 to the one after, and so on. It
   costs nothing, any attention kernel works with it, and training may unlearn it (`neighbour_init`)
@@ -19,8 +19,8 @@ Notable features of the DiffusionTransformer
   have probability 0 (SUBS, arXiv 2406.07524 section 3.2)
 - with a condition (`create_conditional_model`): a bidirectional TextEncoder reads it, and every
   block attends to what it gives. Until trained that changes nothing, to the bit
-- with self-conditioning (arXiv 2208.04202, for hidden states arXiv 2510.19304) what an earlier pass
-  made of a hidden place is added there, through a matrix that begins at zero
+- with self-conditioning (arXiv 2208.04202) the next pass is told what an earlier one expects at a
+  hidden place: the mean of the likeliest tokens' embeddings, through a matrix that begins at zero
 - no time input by default: the number of [MASK] already tells it (arXiv 2406.03736);
   `time_conditioning="sinusoidal"` adds one
 - FP32 weights, computed in `precision`: "fp32", "bf16" or "fp16" (see `set_precision`)
@@ -41,8 +41,8 @@ from corpus.tokens import EOS, MASK
 from network.attention import Context, CrossAttention, View, rope_frequencies
 from network.draft_head import DraftHead
 from network.encoders import ConditionEncoder, TextEncoder, reading_bias
-from network.head_loss import head_loss, head_scores
-from network.layers import Linear, ModelConfig
+from network.head_loss import chunks, head_loss, head_scores
+from network.layers import CARRIED, Linear, ModelConfig, rms_norm
 from network.transformer import Block, Known, Transformer
 
 # The special tokens that can be predicted
@@ -124,8 +124,9 @@ class DiffusionTransformer(Transformer):
                 of their rows, and everything (of a causal model what stands before each).
             known: keys and values of other tokens, which these see too: what another pass `kept`.
             kept: a list for those of these tokens, one pair a block.
-            carried: (B, L, D) what this gave in an earlier pass over the row, for a model with
-                self-conditioning. It is read at hidden places alone; None and zeros are nothing.
+            carried: (B, L, 2 CARRIED) what `expected` made of an earlier pass over the row, for a
+                model with self-conditioning. It is read at hidden places alone; None and zeros are
+                nothing.
         Returns: (B, L, D), or (B, C, D) or (M, D), normalised, in the compute precision.
         """
         if context is not None and self.blocks[0].cross is None:
@@ -140,9 +141,22 @@ class DiffusionTransformer(Transformer):
             x = x + self.time(self._time_features(t).to(x.dtype))[:, None]  # (B, 1, D)
         added = None
         if carried is not None:
-            added = self.carry(carried.to(x.dtype)) * (tokens == MASK)[..., None].to(x.dtype)
+            added = self.carry(self.mean_embedding(carried).to(x.dtype))
+            added = added * (tokens == MASK)[..., None].to(x.dtype)
         return self.through_blocks(x, view._replace(at=at), context, known=known, kept=kept,
                                    added=added)
+
+    def mean_embedding(self, carried: Tensor) -> Tensor:
+        """(B, L, 2 CARRIED) -> (B, L, D): the tokens' normalised embeddings, weighed by their
+        probabilities, which need not sum to 1. No gradient goes into the embedding here."""
+        ids, weights = carried[..., :CARRIED].long(), carried[..., CARRIED:]
+        return (rms_norm(self.embedding.weight.detach())[ids] * weights[..., None]).sum(-2)
+
+    @torch.no_grad()
+    def expected(self, hidden: Tensor, ends: Ends = None) -> Tensor:
+        """(M, D) hidden states -> (M, 2 CARRIED) FP32: the ids of the likeliest tokens and their
+        probabilities."""
+        return torch.cat([likeliest(self.head(hidden[part], ends)) for part in chunks(hidden)])
 
     def head(self, hidden: Tensor, ends: Ends = None) -> Tensor:
         """(..., D) hidden states -> (..., V) logits; ids that can never be predicted get -inf.
@@ -188,6 +202,13 @@ class DiffusionTransformer(Transformer):
         vocabulary = {id(module.weight): module.weight.numel() for name, module in
                       self.named_modules() if name.endswith(("embedding", "vocabulary"))}
         return total, total - sum(vocabulary.values())
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """(..., V) -> (..., 2 CARRIED) FP32: the ids of the likeliest tokens, and their probabilities.
+    """
+    best, ids = logits.float().topk(CARRIED, dim=-1)
+    return torch.cat([ids.float(), (best - logits.float().logsumexp(-1, keepdim=True)).exp()], -1)
 
 
 @functools.lru_cache(maxsize=16)

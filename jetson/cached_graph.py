@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from corpus.tokens import BOS, MASK
 from model import DiffusionTransformer
 from network.attention import HIDDEN
+from network.layers import CARRIED
 from network.transformer import Known
 
 EXAMPLE_TOKENS = 3  # of the export
@@ -35,8 +36,8 @@ class CachedPass(nn.Module):
             tokens, positions: (B, N) int32; what stands before a row is at -1.
             mask: (B, 1, N, S + N) float32, 0 or HIDDEN, for the slots and then for the tokens.
             keys, values: (layers, B, H, S, D/H) in the compute precision; finite in every slot.
-            carried: (B, N, D) float32, of a model with self-conditioning: hidden states that an
-                earlier pass gave of these tokens; zeros for none.
+            carried: (B, N, 2K) float32, of a model with self-conditioning: what an earlier pass
+                expected of these tokens; zeros for nothing.
         Returns: logits (B, N, V) and hidden states (B, N, D) in float32, and the tokens' own keys
             and values (layers, B, H, N, D/H) in the compute precision.
         """
@@ -59,5 +60,5 @@ def pass_inputs(model: DiffusionTransformer, batch: int, slots: int) -> dict[str
     inputs = dict(tokens=tokens, positions=torch.arange(count).expand(batch, -1).int(),
                   mask=torch.zeros(batch, 1, count, slots + count), keys=keys, values=keys.clone())
     if model.self_conditioning:
-        inputs["carried"] = torch.zeros(batch, count, config.width)
+        inputs["carried"] = torch.zeros(batch, count, 2 * CARRIED)
     return inputs

@@ -14,7 +14,7 @@ from jetson.tensorrt_session import cuda_runtime, engine_key, engine_note, tenso
 
 # Axes of the inputs (and of the outputs) that --dynamic leaves open: 0 is batch, 1 is length.
 DYNAMIC_AXES = {"tokens": {0: 0, 1: 1}, "count": {0: 0}, "noise": {0: 0, 2: 1}, "options": {},
-                "carried": {0: 0, 2: 1}, "keys": {1: 0}, "values": {1: 0}, "bias": {0: 0}}
+                "carried": {0: 0, 1: 1}, "keys": {1: 0}, "values": {1: 0}, "bias": {0: 0}}
 # Those of a cached pass, always open: 0 is its tokens, 1 the slots and its tokens.
 CACHED_AXES = {"tokens": {1: 0}, "positions": {1: 0}, "mask": {2: 0, 3: 1}, "keys": {},
                "values": {}, "carried": {1: 0}}

@@ -100,8 +100,7 @@ class Bundle:
             sampler.guidance], np.float32)
         context = self.contexts(None if sampler.guidance == 0 else conditions)
 
-        # (B, E, L, D) of a model with self-conditioning
-        carries = session.inputs.get("carried", (None,))[0]
+        carries = session.inputs.get("carried", ([0],))[0][-1]  # 2K of self-conditioning
 
         def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
                 carried: Carried = None) -> tuple[np.ndarray, np.ndarray, Carried]:
@@ -109,8 +108,7 @@ class Bundle:
             confidence = np.zeros(tokens.shape, np.float32)
             width = tokens.shape[1]
             length = width if self.dynamic else self.max_len
-            made = None if carries is None else np.zeros(
-                (len(tokens), carries[1], width, carries[3]), np.float32)
+            made = np.zeros((*tokens.shape, carries), np.float32) if carries else None
             for start in range(0, len(tokens), self.batch):
                 part = slice(start, start + self.batch)
                 filled = len(tokens[part])  # a batch that is not full has empty rows behind them
@@ -125,13 +123,13 @@ class Bundle:
                 arrays = dict(tokens=padded, count=counts, noise=uniform, options=options,
                               **context(rows[part], size))
                 if made is not None:
-                    arrays["carried"] = np.zeros((size, carries[1], length, carries[3]), np.float32)
+                    arrays["carried"] = np.zeros((size, length, carries), np.float32)
                     if carried is not None:
-                        arrays["carried"][:filled, :, :width] = carried[part]
-                chosen, sure, *states = session.run(arrays)
+                        arrays["carried"][:filled, :width] = carried[part]
+                chosen, sure, *expected = session.run(arrays)
                 new[part], confidence[part] = chosen[:filled, :width], sure[:filled, :width]
                 if made is not None:
-                    made[part] = states[0][:filled, :, :width]
+                    made[part] = expected[0][:filled, :width]
             return new, confidence, made
 
         return run

@@ -37,18 +37,18 @@ Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Un
 Where Xor""".split())
 
 
-def step_inputs(model: Any, batch: int, length: int, guided: bool = False,
-                ) -> dict[str, "torch.Tensor"]:
+def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"]:
     """Inputs of the shapes that the graph will have."""
     import torch
 
     from corpus.tokens import BOS, EOS, MASK
+    from network.layers import CARRIED
     tokens = torch.full((batch, length), MASK, dtype=torch.int32)
     tokens[:, 0], tokens[:, -1] = BOS, EOS
     inputs = dict(tokens=tokens, count=torch.full((batch,), 4, dtype=torch.int32),
                   noise=torch.rand(batch, 2, length), options=torch.tensor([1.0, 1, 64, 0, 2, 1]))
     if model.self_conditioning:
-        inputs["carried"] = torch.zeros(batch, 1 + guided, length, model.config.width)
+        inputs["carried"] = torch.zeros(batch, length, 2 * CARRIED)
     encoder = getattr(model, "encoder", None)
     if encoder is not None:
         config, condition_len = model.config, encoder.config.max_len
@@ -136,8 +136,7 @@ def step_graph(config: ExportConfig, checkpoint: dict, precision: str, length: i
         step = DeviceStep(model, config.guided)
         step.with_logits = True
         largest = (config.batch, length) if config.dynamic else None
-        inputs = step_inputs(model, max(2, config.batch) if largest else config.batch, length,
-                             config.guided)
+        inputs = step_inputs(model, max(2, config.batch) if largest else config.batch, length)
         outputs = ["new_tokens", "confidence", *["new_carried"] * ("carried" in inputs), "logits"]
         return to_onnx(step, inputs, outputs, open_axes(inputs, largest) if largest else None)
     return in_precision(checkpoint, precision, export, lambda model: calibration_runs(

@@ -48,13 +48,13 @@ def balance(model: DiffusionTransformer, runs: Iterable[Callable[[], Tensor]]) -
 
     Channel j of what `down` reads is silu(gate_j x) (up_j x): a row of `up` divided by s_j, a
     column of `down` multiplied by s_j leave the model the same function (of relu(up_j x)^2 a row
-    divided by sqrt(s_j)). So do rows of the values' matrices divided by s_j and columns of `out`
-    multiplied by it. s_j brings the largest input and the largest weight
-    of a channel together (as in arXiv 2211.10438 eq. 4, with its alpha at 1/2).
+    divided by sqrt(s_j)). So do rows of `value` divided by s_j and columns of `out` multiplied by
+    it, unless the first block's values are mixed in. s_j brings the largest input and the largest
+    weight of a channel together (as in arXiv 2211.10438 eq. 4, with its alpha at 1/2).
     """
-    pairs = [pair for block in model.blocks for pair in (
-        ([block.up], block.down, 0.5 if block.gate is None else 1.0),
-        ([block.attention.value, block.attention.input_value], block.attention.out, 1.0))]
+    pairs = [(block.up, block.down, 0.5 if block.gate is None else 1.0) for block in model.blocks]
+    pairs += [(block.attention.value, block.attention.out, 1.0) for block in model.blocks
+              if not model.config.value_residual]
     largest = {second: torch.zeros(second.in_features) for _, second, _ in pairs}
 
     def watch(module: Linear, inputs: tuple[Tensor, ...]) -> None:
@@ -66,9 +66,7 @@ def balance(model: DiffusionTransformer, runs: Iterable[Callable[[], Tensor]]) -
         scale = (largest[second].clamp(min=1e-6) / weight).sqrt()
         scale = (scale / scale.log().mean().exp()).clamp(0.01, 100)
         second.weight *= scale
-        for part in first:
-            if part is not None:
-                part.weight /= scale[:, None] ** power
+        first.weight /= scale[:, None] ** power
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import numpy as np
 
 from corpus.tokens import BOS, MASK, PAD
 from sampling.draft_head import DraftHead
-from sampling.drawing import end_blocks, unmask_step
+from sampling.drawing import end_blocks, likeliest, unmask_step
 from sampling.loop import Carried, only_hidden
 from sampling.sampler import Sampler
 
@@ -94,8 +94,9 @@ class GraphReader:
                  longest: int, draft_head: DraftHead | None = None):
         self.draft_head = draft_head
         self.slots, self.sampler, self.window, self.longest = slots, sampler, max_len + 1, longest
-        _, self.batch, heads, self.size, head_width = slots.session.inputs["keys"][0]
-        self.width, self.carries = heads * head_width, "carried" in slots.session.inputs
+        _, self.batch, _, self.size, _ = slots.session.inputs["keys"][0]
+        # tokens of a place that self-conditioning carries on
+        self.carries = slots.session.inputs.get("carried", ([0],))[0][-1] // 2
         self.begin(np.zeros(0, np.int64))
 
     # ---- Reader ----
@@ -127,11 +128,12 @@ class GraphReader:
 
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
              carried: Carried = None) -> tuple[np.ndarray, np.ndarray, Carried]:
-        logits, made = self.run(tokens, np.flatnonzero(np.isin(self.numbers, rows)), causal=False,
-                                carried=None if carried is None else carried[:, 0])
-        new, confidence = end_blocks(*unmask_step(possible(logits, (MASK, BOS)), tokens, count,
-                                                  noise, self.sampler))
-        return new, confidence, only_hidden(made[:, None], new) if self.carries else None
+        logits, _ = self.run(tokens, np.flatnonzero(np.isin(self.numbers, rows)), causal=False,
+                             carried=carried)
+        logits = possible(logits, (MASK, BOS))
+        new, confidence = end_blocks(*unmask_step(logits, tokens, count, noise, self.sampler))
+        return new, confidence, only_hidden(
+            likeliest(logits, self.carries), new) if self.carries else None
 
     def forget(self, counts: np.ndarray) -> None:
         # the slots beyond the window are for what is forgotten again
@@ -148,8 +150,8 @@ class GraphReader:
     def run(self, tokens: np.ndarray, which: np.ndarray, causal: bool,
             carried: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Logits (R, N, V) and hidden states (R, N, D) of the next tokens (R, N) of some rows of
-        the batch; a causal pass stays in the cache. `carried` (R, N, D) are those of an earlier
-        pass."""
+        the batch; a causal pass stays in the cache. `carried` (R, N, 2K) is what an
+        earlier pass expected."""
         count = tokens.shape[1]
         if count > self.longest:
             raise ValueError(f"a pass of {count} tokens: the graph takes {self.longest} at most")
@@ -164,7 +166,8 @@ class GraphReader:
                           positions=np.zeros((self.batch, count), np.int32),
                           mask=np.zeros((self.batch, 1, count, self.size + count), np.float32))
             if self.carries:
-                arrays["carried"] = np.zeros((self.batch, count, self.width), np.float32)
+                arrays["carried"] = np.zeros((self.batch, count, 2 * self.carries),
+                                             np.float32)
             for name, x in (("tokens", tokens), ("positions", positions), ("mask", masks),
                             ("carried", carried)):
                 if x is not None:

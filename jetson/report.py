@@ -84,8 +84,7 @@ def compare(session: OnnxSession, reference: Any, noisy: NoisyRows, condition_le
         arrays = dict(tokens=row, count=np.zeros(batch, np.int64), noise=np.zeros(
             (batch, 2, length)), options=np.array([1, 1, 64, 0, 2, 1]), **parts)
         if "carried" in session.inputs:
-            _, both, _, wide = session.inputs["carried"][0]
-            arrays["carried"] = np.zeros((batch, both, length, wide))
+            arrays["carried"] = np.zeros((batch, length, session.inputs["carried"][0][-1]))
             arrays["carried"] = session.run(arrays)[2]
         got = session.run(arrays)[-1][0, :width]
         a, b = (logits[item.masked][:, noisy.first_text:] for logits in (expected, got))
@@ -155,7 +154,10 @@ def twice(model: Any, row: NoisyRow, context: Any) -> "Tensor":
     bound is measured."""
     def hidden(**carried: "Tensor") -> "Tensor":
         return model.hidden(row.noisy, ratio(row), context, **carried)
-    return hidden(carried=hidden()) if model.self_conditioning else hidden()
+    if not model.self_conditioning:
+        return hidden()
+    carried = model.expected(hidden()[0])[None]
+    return hidden(carried=carried)
 
 
 def ratio(row: NoisyRow) -> "Tensor":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from corpus.tokens import BUCKET, MASK, PAD, maskable
 from model import DiffusionTransformer
 from network.attention import HIDDEN, Context
+from network.layers import CARRIED
 from sampling.sampler import ORDERS
 
 LIKELIEST = 64  # tokens among which a graph draws, as the torch step does with --top_k 64
@@ -40,9 +41,9 @@ class DeviceStep(nn.Module):
             noise: (B, 2, L) float32 uniforms in [0, 1): for the order, for the token.
             options: (6,) float32, see OPTIONS; order is its number in ORDERS, and tokens at
                 least as probable as `threshold` are uncovered beyond the count (2: none).
-            others: of a model with self-conditioning what is `carried` from the step before,
-                (B, E, L, D) float32, of guided steps two (E); behind it keys, values and bias of
-                the condition, of a model with one.
+            others: of a model with self-conditioning what the step before expected, (B, L, 2K)
+                float32, see `model.likeliest`; behind it keys, values and bias of the condition, of
+                a model with one.
         Returns: the new tokens (B, L) int32, and confidence (B, L) float32: the probability of each
             token drawn now, at temperature 1; 0 elsewhere. With self-conditioning what is carried
             on, too; and `with_logits` the logits (B, L, V) float32.
@@ -52,7 +53,7 @@ class DeviceStep(nn.Module):
         temperature, top_p, top_k, order, threshold, guidance = options.unbind()
         tokens = tokens.long()
         masked = tokens == MASK  # (B, L)
-        logits, states = self.logits(tokens, masked, context, guidance, *carried)  # (B, L, V)
+        logits = self.logits(tokens, masked, context, guidance, *carried)  # (B, L, V)
         norm = logits.logsumexp(-1)  # (B, L)
         best, ids = logits.topk(min(LIKELIEST, logits.shape[-1]), dim=-1)  # (B, L, 64)
         # 1. Which positions: those of the highest score, of equals the leftmost.
@@ -88,13 +89,14 @@ class DeviceStep(nn.Module):
         new = torch.where(wanted, drawn, tokens).int()
         results = [new, confidence]
         if carries:
-            still = (masked & ~wanted)[:, None, :, None]
-            results.append(torch.where(still, torch.stack(states, dim=1).float(), 0.0))
+            expected = torch.cat([ids[..., :CARRIED].float(),
+                                  (best[..., :CARRIED] - norm[..., None]).exp()], -1)
+            results.append(torch.where((masked & ~wanted)[..., None], expected, 0.0))
         return (*results, logits) if self.with_logits else tuple(results)
 
     def logits(self, tokens: Tensor, masked: Tensor, context: tuple[Tensor, ...],
-               guidance: Tensor, carried: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """(B, L, V) float32, and the hidden states (B, L, D) of each evaluation."""
+               guidance: Tensor, carried: Tensor | None = None) -> Tensor:
+        """(B, L, V) float32."""
         ratio = masked.sum(1) / maskable(tokens).sum(1).clamp(min=1)
         length = (tokens != PAD).sum(1)
         width = (length / BUCKET).ceil() * BUCKET  # of the row as the torch step has it
@@ -103,13 +105,13 @@ class DeviceStep(nn.Module):
         condition = (Context(*(part.to(self.model.compute_dtype) for part in context)) if context
                      else None)
         view = self.model.view(tokens.shape[1], bias)
-        states = [self.model.hidden(tokens, ratio, given, view=view,
-                                    carried=None if carried is None else carried[:, i])
-                  for i, given in enumerate([condition, None][:1 + self.guided])]
-        logits, *plain = (self.model.head(x).float() for x in states)
-        if plain:
-            logits = plain[0] + guidance * (logits - plain[0])
-        return torch.where(self.model.impossible < 0, HIDDEN, logits), states
+        logits = self.model.head(self.model.hidden(tokens, ratio, condition, view=view,
+                                                   carried=carried)).float()
+        if self.guided:
+            plain = self.model.head(self.model.hidden(tokens, ratio, view=view,
+                                                      carried=carried)).float()
+            logits = plain + guidance * (logits - plain)
+        return torch.where(self.model.impossible < 0, HIDDEN, logits)
 
 
 def rank(score: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from sampling.sampler import Sampler
 # The settings of a run that shape its network. A later stage takes them from the model that it
 # starts from.
 NETWORK_SETTINGS = ("model_config", "qk_norm", "neighbour_init", "time_conditioning", "tied_head",
-                    "mlp", "input_values", "head_gates", "self_conditioning")
+                    "mlp", "value_residual", "head_gates", "self_conditioning")
 
 
 class Kind:

@@ -59,41 +59,42 @@ class Corrupted:
 
     def hidden(self, model: nn.Module) -> Tensor:
         """(M, D): what the model makes of the M masked positions."""
-        carried = first_pass(model, len(self.tokens), lambda rows: self[rows].read(model))
-        if self.condition is None and getattr(model, "picks", False):  # which saves work
-            return self.read(model, at=numbers_of(self.masked), **carried)
-        return self.read(model, **carried)[self.masked]
+        return self.read(model, **first_pass(model, self.masked, self.ends, lambda rows: self[
+            rows].read(model)))
 
-    def read(self, model: nn.Module, **how: Tensor) -> Tensor:
-        """(B, L, D): what it makes of all positions, or of those that `how` names."""
-        context = () if self.condition is None else (self.context(model),)
-        return model.hidden(self.noisy, self.mask_ratio, *context, **how)
-
-
-def numbers_of(marked: Tensor) -> Tensor:
-    """(B, L) bool -> (M,) numbers of the marked places among all B * L."""
-    return marked.flatten().nonzero()[:, 0]
+    def read(self, model: nn.Module, **carried: Tensor) -> Tensor:
+        """(M, D): what one pass makes of them."""
+        given = (self.noisy, self.mask_ratio)
+        if self.condition is not None:
+            return model.hidden(*given, self.context(model), **carried)[self.masked]
+        if getattr(model, "picks", False):  # the last block at these positions alone
+            return model.hidden(*given, at=self.masked.flatten().nonzero()[:, 0], **carried)
+        return model.hidden(*given, **carried)[self.masked]
 
 
-def first_pass(model: nn.Module, count: int, read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What `read(rows)` (R, L, D) makes of some of `count` rows, a bool (B,), as `carried`
-    (B, L, D) for the pass that counts; nothing for a model without self-conditioning.
+def first_pass(model: nn.Module, masked: Tensor, ends: Ends, read: Callable[[Tensor], Tensor],
+               ) -> dict[str, Tensor]:
+    """What a first pass expects at the places `masked` (B, L) of some of the rows, as `carried`
+    (B, L, 2 CARRIED) for the pass that counts; nothing for a model without self-conditioning.
+    `read(rows)` gives the hidden states (M, D) of the masked places of those rows, (B,) bool.
 
     In training these are its share of the rows, without gradient (arXiv 2208.04202, section 3.3);
-    the others learn what to do without. In evaluation they are all: the model is then one that goes
-    over every noisy row twice, so that a bound stays the bound of a model. (The sampler carries
-    over what it made of the step before instead, and goes over each once.)
+    the others learn to do without. In evaluation they are all: the model is then one that goes over
+    every noisy row twice, so that a bound stays the bound of a model. (The sampler is told of what
+    the step before expected instead, and goes over each once.)
     """
-    share = getattr(model, "self_conditioning", 0.0)
+    share, count = getattr(model, "self_conditioning", 0.0), len(masked)
     if not share:
         return {}
     rows = torch.rand(count) < share if model.training else torch.ones(count, dtype=torch.bool)
-    if not rows.any():
+    rows = rows.to(masked.device)
+    where = masked & rows[:, None]
+    if not where.any():
         return {}
     with torch.no_grad():
-        first = read(rows.to(device_of(model)))
-    carried = first.new_zeros(count, *first.shape[1:])
-    carried[rows.to(first.device)] = first
+        found = model.expected(read(rows), ends)  # (M, 2 CARRIED)
+    carried = found.new_zeros(*masked.shape, found.shape[-1])
+    carried[where] = found
     return {"carried": carried}
 
 

@@ -78,7 +78,7 @@ def floor_of(size: Any, precision: str, device: Device, length: int) -> dict:
     INT8 is for the blocks' weight products; attention and head stay in FP16.
     """
     mlp = size.width * size.mlp_width * (2 if size.mlp == "relu2" else 3)
-    block = size.layers * (size.width ** 2 * (4 + size.input_values) + mlp)  # weights of the blocks
+    block = size.layers * (4 * size.width ** 2 + mlp)  # weights of the blocks
     head = size.vocab_size * size.width
     rest = "fp16" if precision == "int8" else precision
     products = 2 * length * block

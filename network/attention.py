@@ -47,7 +47,7 @@ class View(NamedTuple):
     causal: bool = False  # token i sees the first i + 1 of this pass alone; never with a cache
     # keys and values of other tokens, (B, H, S, D/H) each, of this layer: seen before its own
     known: tuple[Tensor, Tensor] | None = None
-    first: Tensor | None = None  # (B, L, D), the network's input; None: what the block reads
+    first: Tensor | None = None  # (B, H, L, D/H), the first block's values; None: this is that one
 
     @property
     def rotation(self) -> tuple[Tensor, Tensor]:
@@ -322,17 +322,17 @@ class Heads(nn.Module):
 
 
 class Attention(Heads):
-    """Self-attention. Where that is asked for, its values are told the network's input beside what
-    the block reads, by a matrix of their own (arXiv 2410.17897 adds the first block's values), and
-    what every head finds is weighed by twice a sigmoid of what the token reads (arXiv 2505.06708,
-    headwise). Both change nothing at first.
+    """Self-attention. Where that is asked for, its values are mixed with those of the first block,
+    by two learned numbers a head (arXiv 2410.17897), and what every head finds is weighed by twice
+    a sigmoid of what the token reads (arXiv 2505.06708, headwise). Both change nothing at first.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, config.width)
-        self.input_value = self.head_gate = None
-        if config.input_values:
-            self.input_value = Linear(config.width, config.width, std=0.0)
+        self.own_share = self.first_share = self.head_gate = None
+        if config.value_residual:
+            self.own_share = nn.Parameter(torch.ones(config.heads, 1, 1))
+            self.first_share = nn.Parameter(torch.zeros(config.heads, 1, 1))
         if config.head_gates:
             self.head_gate = Linear(config.width, config.heads, std=0.0)
         if config.neighbour_init:
@@ -349,9 +349,9 @@ class Attention(Heads):
         else:
             q = self.queries(asked.wanted(x), *asked.wanted_rotation)
             own = list(self.keys_values(x, *view.rotation))
-        if self.input_value is not None:
-            first = x if view.first is None else view.first
-            own[1] = own[1] + split_heads(self.input_value(first), self.heads)
+        if self.own_share is not None and view.first is not None:
+            own[1] = (own[1] * self.own_share.to(x.dtype)
+                      + view.first * self.first_share.to(x.dtype))
         k, v = own
         if view.cache is not None:
             k, v = view.cache.add(self, k, v)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from corpus.tokens import EOS
 
 MLPS = ("swiglu", "relu2")
+CARRIED = 8  # likeliest tokens of a place that self-conditioning tells the next pass of
 # What an older checkpoint means that does not say
-OLDER = {"mlp": "relu2", "input_values": False, "head_gates": False, "self_conditioning": 0.0}
+OLDER = {"mlp": "relu2", "value_residual": False, "head_gates": False, "self_conditioning": 0.0}
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ModelConfig:
     max_len: int = 256  # longest row, in tokens
     mlp: str = "swiglu"  # or "relu2", the squared ReLU
     mlp_ratio: int = 4  # hidden width of the MLP, in units of D; of SwiGLU two thirds of it
-    input_values: bool = True  # values of every block are told the network's input too
+    value_residual: bool = True  # every block's values are mixed with those of the first
     head_gates: bool = True  # every head of self-attention is weighed by what reads it
     qk_norm: bool = True
     neighbour_init: float = 4.0  # how strongly heads look at neighbours at first; 0: no biases

@@ -59,6 +59,8 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        first = self.blocks[0].attention  # whose values are the first
+        first.own_share = first.first_share = None
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)  # (D/H/2,)
         angles = torch.arange(config.max_len).float()[:, None] * self.frequencies
         self.register_buffer("cos", angles.cos(), persistent=False)  # (max_len, D/H/2)
@@ -146,7 +148,6 @@ class Transformer(nn.Module):
         x = rms_norm(x)
         if added is not None:
             x = x + added
-        view = view._replace(first=x)
         seeds = [None] * len(self.blocks)
         if self.config.dropout and self.training:
             seeds = torch.randint(2**62, (len(seeds), 2))  # on the CPU, from its global generator
@@ -160,6 +161,8 @@ class Transformer(nn.Module):
             x, pair = block(x, seen if known is None else seen._replace(known=known[i]), own, read)
             if kept is not None:
                 kept.append(pair)
+            if i == 0:
+                view, everything = (v._replace(first=pair[1]) for v in (view, everything))
         if view.cache is not None:
             view.cache.advance(count)
         return rms_norm(x)

@@ -93,13 +93,12 @@ class CachedModel:
     def passes(self, tokens: Tensor, causal: bool, at: Tensor | None = None,
                carried: Tensor | None = None) -> list[Tensor]:
         """Hidden states (B, L, D) or (B, C, D) of the next tokens (B, L), for every evaluation; a
-        causal pass stays in the cache. `carried` (B, E, L, D) are those of the step before."""
-        results = []
-        for i, (cache, given) in enumerate(zip(self.caches, self.given, strict=True)):
+        causal pass stays in the cache. `carried` (B, L, 2K) is what the step before expected."""
+        results, more = [], {} if carried is None else {"carried": carried}
+        for cache, given in zip(self.caches, self.given, strict=True):
             cache.looking = not causal
             view = self.model.view(tokens.shape[1], cache=cache, causal=causal)
-            results.append(self.model.hidden(tokens, context=given, at=at, view=view, **(
-                {} if carried is None else {"carried": carried[:, i]})))
+            results.append(self.model.hidden(tokens, context=given, at=at, view=view, **more))
         return results
 
     def logits(self, hidden: Sequence[Tensor], ends: tuple[int, ...]) -> Tensor:
@@ -119,9 +118,7 @@ class BlockStep(UnmaskStep):
         super().__init__(cached.model, cached.sampler)
         self.cached = cached
 
-    def states(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
-               carried: Tensor | None) -> list[Tensor]:
-        return self.cached.passes(tokens, causal=False, at=positions, carried=carried)
-
-    def logits(self, states: list[Tensor]) -> Tensor:
-        return self.cached.logits(states, self.cached.block_ends)
+    def logits(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
+               carried: Tensor | None = None) -> Tensor:
+        hidden = self.cached.passes(tokens, causal=False, at=positions, carried=carried)
+        return self.cached.logits(hidden, self.cached.block_ends)

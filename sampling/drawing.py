@@ -89,6 +89,14 @@ def unmask_step(logits: np.ndarray, tokens: np.ndarray, count: np.ndarray, noise
     return new, confidence
 
 
+def likeliest(logits: np.ndarray, count: int) -> np.ndarray:
+    """(..., V) -> (..., 2 count) float32: the ids of the likeliest tokens, and their probabilities;
+    as `model.likeliest`."""
+    ids = np.argsort(-logits, axis=-1, kind="stable")[..., :count]
+    return np.concatenate([ids, np.exp(np.take_along_axis(log_p(logits), ids, -1))], -1,
+                          dtype=np.float32)
+
+
 def end_blocks(tokens: np.ndarray, confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What is hidden in blocks (B, S) behind a visible [EOS] or [PAD] is [PAD], for certain."""
     ends = (tokens == EOS) | (tokens == PAD)

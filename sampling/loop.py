@@ -20,11 +20,12 @@ from sampling.noise import LIMIT_STREAM, step_noise
 from sampling.paces import Pacing
 from sampling.sampler import Sampler
 
-# What a model with self-conditioning made of every place that is still hidden, (B, E, L, D) float32
-# for each of E evaluations of a step, zeros elsewhere; None: nothing yet, or another model
+# What a model with self-conditioning expects at every place that is still hidden, (B, L, 2K)
+# float32: the K likeliest tokens and their probabilities; zeros elsewhere. None: nothing yet, or
+# another model
 Carried = np.ndarray | None
 # (tokens (B, L) int64, count (B,) int64, noise (B, 2, L) float64, numbers of the rows (B,) int64,
-#  what the step before made of them)
+#  what the step before expected of them)
 #   -> (tokens (B, L) int64, confidence (B, L) float32, what is carried on)
 Step = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Carried],
                 tuple[np.ndarray, np.ndarray, Carried]]
@@ -37,8 +38,8 @@ Limits = Sequence[tuple[int, np.ndarray]]
 
 
 def only_hidden(carried: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """What of (B, E, L, D) is carried on to rows (B, L): that of the places still hidden."""
-    return np.where((tokens == MASK)[:, None, :, None], carried, 0)
+    """What of (B, L, 2K) is carried on to rows (B, L): that of the places still hidden."""
+    return np.where((tokens == MASK)[..., None], carried, 0)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corpus.tokens import MASK, maskable
+from model import likeliest
 from network.attention import Context, take
 from network.hardware import device_of
 from sampling.loop import Carried, Choice, RowCache, Step
@@ -46,8 +47,8 @@ class UnmaskStep(nn.Module):
             most_hidden, most_count: at least the largest number hidden and of `count` in the batch.
                 Plain numbers, for they are shapes.
             context: of the conditions of these rows, from the model's `encode`.
-            carried: (B, E, L, D), for a model with self-conditioning what each of the E
-                evaluations made of these rows in the step before; None is nothing.
+            carried: (B, L, 2K), for a model with self-conditioning what it expected of these rows
+                in the step before (see `model.likeliest`); None is nothing.
         Returns: the new tokens (B, L); confidence (B, L) float32: the probability, at temperature
             1, of each token drawn now, 0 elsewhere; and what is carried on, zeros where nothing is
             hidden any more, or None.
@@ -64,14 +65,12 @@ class UnmaskStep(nn.Module):
         if first is not None and not adaptive:
             candidates = best_first(first.masked_fill(~masked, -1),
                                     most_hidden if carries else most_count)
-            states = self.states(tokens, candidates, ratio, context, carried)  # E of (B, M, D)
-            positions = candidates[:, :most_count]  # (B, C)
-            logits = self.logits([x[:, :most_count] for x in states])  # (B, C, V)
+            every = self.logits(tokens, candidates, ratio, context, carried)  # (B, M, V)
+            positions, logits = candidates[:, :most_count], every[:, :most_count]  # (B, C, V)
             confident = None
         else:
             candidates = best_first(masked.int(), most_hidden)  # (B, M)
-            states = self.states(tokens, candidates, ratio, context, carried)
-            every = self.logits(states)  # (B, M, V)
+            every = self.logits(tokens, candidates, ratio, context, carried)  # (B, M, V)
             score = (SCORES[sampler.order](every) if first is None
                      else first.gather(1, candidates))  # (B, M)
             score = score.masked_fill(~masked.gather(1, candidates), -math.inf)
@@ -94,22 +93,19 @@ class UnmaskStep(nn.Module):
         confidence = confidence.scatter(1, positions, probability * wanted)
         if not carries:
             return new, confidence, None
-        every = torch.stack(states, dim=1)  # (B, E, M, D)
-        at = candidates[:, None, :, None].expand_as(every)
-        carried = every.new_zeros(*every.shape[:2], tokens.shape[1], every.shape[3])
-        return new, confidence, carried.scatter(2, at, every) * (new == MASK)[:, None, :, None]
+        expected = likeliest(every)  # (B, M, 2K)
+        carried = expected.new_zeros(*tokens.shape, expected.shape[2])
+        carried = carried.scatter(1, candidates[..., None].expand_as(expected), expected)
+        return new, confidence, carried * (new == MASK)[..., None]
 
-    def states(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
-               carried: Tensor | None) -> list[Tensor]:
-        """Hidden states (B, C, D) at positions (B, C): with the condition, without it, or for
+    def logits(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
+               carried: Tensor | None = None) -> Tensor:
+        """FP32 logits (B, C, V) at positions (B, C): with the condition, without it, or for
         guidance of both."""
-        return [self.model.hidden(tokens, ratio, context=given, at=positions,
-                                  **({} if carried is None else {"carried": carried[:, i]}))
-                for i, given in enumerate(self.contexts_for(context))]
-
-    def logits(self, states: list[Tensor]) -> Tensor:
-        """FP32 logits (B, C, V) to draw from."""
-        return self.guided([self.model.head(x).float() for x in states])
+        more = {} if carried is None else {"carried": carried}
+        return self.guided([self.model.head(self.model.hidden(
+            tokens, ratio, context=given, at=positions, **more)).float()
+            for given in self.contexts_for(context)])
 
     def contexts_for(self, context: Context | None) -> list[Context | None]:
         """The contexts of the network evaluations that guidance needs."""
@@ -265,7 +261,7 @@ def numpy_run(drawing: Drawing, tokens: np.ndarray, count: np.ndarray, noise: np
         drawing.uniforms(noise), most_hidden, int(count.max()), context,
         None if carried is None else drawing.tensor(carried))
     return (new.cpu().numpy(), confidence.cpu().numpy(),
-            None if made is None else made.float().cpu().numpy())
+            None if made is None else made.cpu().numpy())
 
 
 def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
@@ -283,9 +279,9 @@ def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | No
             rows: np.ndarray):
         ids = drawing.tensor(tokens)
         ratio = (ids == MASK).sum(1) / maskable(ids).sum(1)
-        states = drawing.step.states(ids, drawing.tensor(place)[:, None], ratio,
-                                     drawing.context(rows), None)
-        logits = drawing.step.logits(states)[:, 0].masked_fill(~drawing.tensor(allowed), -math.inf)
+        logits = drawing.step.logits(ids, drawing.tensor(place)[:, None], ratio,
+                                     drawing.context(rows))
+        logits = logits[:, 0].masked_fill(~drawing.tensor(allowed), -math.inf)
         drawn = draw(logits, drawing.uniforms(uniform), drawing.temperature, sampler.top_k,
                      sampler.top_p)  # (B,)
         probability = logits.softmax(-1).gather(-1, drawn[:, None])[:, 0]

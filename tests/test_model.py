@@ -54,8 +54,9 @@ def test_sizes(monkeypatch):
                   for name in model.MODEL_CONFIGS}
     for name, config in model.MODEL_CONFIGS.items():
         assert config.width // config.heads == 64
-        attention = 5 * config.width ** 2 + config.heads * config.width + 2 * config.width
+        attention = 4 * config.width ** 2 + config.heads * config.width + 2 * config.width
         blocks = config.layers * (attention + 3 * config.width * config.mlp_width)
+        blocks += (config.layers - 1) * 2 * config.heads
         assert abs(3 * config.mlp_width - 8 * config.width) <= 96  # as the other MLP has
         assert counts[name] == (blocks + 8192 * config.width, blocks)
     assert list(counts) == ["micro", "tiny", "small", "medium", "large", "xlarge", "xxlarge"]
@@ -150,7 +151,7 @@ def test_a_new_model_is_the_identity_in_its_blocks(tied, off):
 
 @pytest.mark.parametrize("changes", [
     {"qk_norm": False}, {"tied_head": False}, {"causal": True}, {"mlp_ratio": 2},
-    {"mlp": "relu2"}, {"input_values": False}, {"head_gates": False}])
+    {"mlp": "relu2"}, {"value_residual": False}, {"head_gates": False}])
 def test_switches_change_the_network(changes):
     tokens = random_tokens()
     assert not torch.allclose(random_model()(tokens), random_model(**changes)(tokens))

@@ -1,4 +1,4 @@
-"""Self-conditioning: what a pass makes of the hidden places enters the next one."""
+"""Self-conditioning: what a pass expects at the hidden places enters the next one."""
 
 import itertools
 import json
@@ -20,8 +20,9 @@ from jetson.engine_runtime import Bundle
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint, save_checkpoint
 from kinds.likelihood import Corrupted, first_pass
 from kinds.registry import kind_of
-from model import MODEL_CONFIGS, DiffusionTransformer, create_conditional_model
-from network.layers import ModelConfig
+from model import MODEL_CONFIGS, DiffusionTransformer, create_conditional_model, likeliest
+from network.layers import CARRIED, ModelConfig, rms_norm
+from sampling import drawing
 from sampling.left_to_right import rows_of, write_blocks
 from sampling.loop import fill, unmask, unmask_rows
 from sampling.rows import blank_story
@@ -61,22 +62,47 @@ def test_a_new_network_carries_nothing_to_the_bit():
     model = DiffusionTransformer(SMALL)
     tokens = noisy_rows()
     plain = model.hidden(tokens)
-    assert torch.equal(model.hidden(tokens, carried=torch.randn(3, 12, 32)), plain)
+    assert torch.equal(model.hidden(tokens, carried=expected_of(model, tokens)), plain)
     # and zeros are nothing for a trained one
     model = network()
     plain = model.hidden(tokens)
-    assert torch.equal(model.hidden(tokens, carried=torch.zeros(3, 12, 32)), plain)
-    assert not torch.allclose(model.hidden(tokens, carried=plain), plain, atol=1e-2)
+    assert torch.equal(model.hidden(tokens, carried=torch.zeros(3, 12, 2 * CARRIED)), plain)
+    assert not torch.allclose(model.hidden(tokens, carried=expected_of(model, tokens)), plain,
+                              atol=1e-2)
+
+
+def expected_of(model: DiffusionTransformer, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, L, 2 CARRIED): what a first pass expects everywhere."""
+    with torch.no_grad():
+        return model.expected(model.hidden(tokens).flatten(0, 1)).view(*tokens.shape, -1)
+
+
+def test_what_is_expected_are_the_likeliest_tokens_and_their_probabilities(model):
+    states = torch.randn(700, 32, generator=torch.Generator().manual_seed(4))  # several chunks
+    found = model.expected(states)
+    p = model.head(states).softmax(-1)
+    order = p.argsort(-1, descending=True)[:, :CARRIED]
+    assert torch.equal(found[:, :CARRIED].long(), order)
+    torch.testing.assert_close(found[:, CARRIED:], p.gather(1, order))
+    # beside NumPy's, of which the exported graphs' host has need
+    logits = model.head(states)
+    np.testing.assert_allclose(drawing.likeliest(logits.detach().numpy(), CARRIED),
+                               likeliest(logits).detach().numpy(), rtol=1e-5)
+    # the mean that the next pass is told of
+    mean = model.mean_embedding(found[None, :5])[0]
+    by_hand = sum(found[:5, CARRIED + k, None] * rms_norm(model.embedding.weight)[order[:5, k]]
+                  for k in range(CARRIED))
+    torch.testing.assert_close(mean, by_hand)
 
 
 def test_what_is_carried_is_read_at_hidden_places_alone(model):
     tokens = noisy_rows()
-    carried = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(2))
+    carried = expected_of(model, tokens)
     expected = model.hidden(tokens, carried=carried)
     visible = (tokens != MASK)[..., None]
     assert torch.equal(model.hidden(tokens, carried=carried.masked_fill(visible, 9.0)), expected)
     moved = carried.clone()
-    moved[0, 2] += 1
+    moved[0, 2, :CARRIED] = moved[0, 2, :CARRIED].flip(0)
     assert not torch.allclose(model.hidden(tokens, carried=moved)[0], expected[0], atol=1e-3)
 
 
@@ -102,25 +128,25 @@ def test_the_first_pass_is_of_a_share_of_the_rows_and_has_no_gradient(model):
         return batch[rows].read(model)
     model.train()
     torch.manual_seed(0)
-    carried = first_pass(model, 400, read)["carried"]
+    carried = first_pass(model, batch.masked, None, read)["carried"]
     given = carried.abs().sum((1, 2)) > 0
     assert asked == [int(given.sum())] and 150 < asked[0] < 250
     assert not carried.requires_grad
-    torch.testing.assert_close(carried[given], model.hidden(tokens)[given])
+    where = batch.masked & given[:, None]
+    torch.testing.assert_close(carried[where], expected_of(model, tokens)[where])
+    assert not carried[~where].any()
     model.eval()
-    first_pass(model, 400, read)
+    first_pass(model, batch.masked, None, read)
     assert asked[1] == 400
-    assert first_pass(network(ModelConfig(width=32, heads=2, layers=1, vocab_size=40)), 4,
-                      read) == {}
+    assert first_pass(network(ModelConfig(width=32, heads=2, layers=1, vocab_size=40)),
+                      batch.masked, None, read) == {}
 
 
 def test_gradients_are_those_of_the_second_pass(model):
     batch = batch_of(noisy_rows())
-    with torch.no_grad():
-        carried = batch.read(model)
+    carried = expected_of(model, batch.noisy)
     results = []
-    for hidden in (lambda: batch.hidden(model), lambda: batch.read(model, carried=carried)[
-            batch.masked]):
+    for hidden in (lambda: batch.hidden(model), lambda: batch.read(model, carried=carried)):
         model.zero_grad()
         model.loss(hidden(), batch.tokens[batch.masked], batch.weight[batch.masked]).backward()
         results.append([p.grad.clone() for p in model.parameters()])
@@ -207,7 +233,7 @@ SAMPLERS = [Sampler(steps=5), Sampler(steps=4, order="confidence"), Sampler(step
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_sampler_carries_what_the_step_before_made(model, sampler):
-    """Every evaluation is given the states of the one before at the places that were hidden both
+    """Every evaluation is told what the one before expected at the places that were hidden both
     times, and nothing elsewhere; so also where a token is hidden again."""
     seen = []
 
@@ -223,10 +249,11 @@ def test_the_sampler_carries_what_the_step_before_made(model, sampler):
     assert seen[0][1] is None and len(seen) > 2
     again = 0
     for (before, _, states), (tokens, carried, _) in itertools.pairwise(seen):
+        expected = model.expected(states.flatten(0, 1)).view(*before.shape, -1)
         stayed = (before == MASK) & (tokens == MASK)
         if sampler.remask == "corrector":  # may hide what it has drawn in the same step
             stayed &= carried.any(-1)
-        torch.testing.assert_close(carried[stayed], states[stayed], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(carried[stayed], expected[stayed], atol=1e-5, rtol=1e-4)
         fresh = (before != MASK) & (tokens == MASK)
         assert not carried[fresh].any()
         again += int(fresh.sum())
@@ -260,11 +287,10 @@ def test_blocks_begin_with_nothing_carried(model):
     assert calls[0][0] is None and calls[1][0] is not None
     assert sum(carried is None for carried, *_ in calls) >= 2  # of each block
     for _, made, new in calls:
-        assert not made[(new != MASK)[:, None]].any()
-        assert made[(new == MASK)[:, None]].any(-1).all()
+        assert not made[new != MASK].any() and made[new == MASK].any(-1).all()
 
 
-def test_with_guidance_each_evaluation_carries_its_own():
+def test_with_guidance_what_is_drawn_from_is_carried():
     torch.manual_seed(0)
     model = create_conditional_model("tiny", "tiny", 40, 16, max_len=32, self_conditioning=1.0)
     for parameter in model.parameters():
@@ -272,16 +298,16 @@ def test_with_guidance_each_evaluation_carries_its_own():
     model.eval()
     told = np.array([[BOS, 9, 8, EOS]])
     tokens = torch.from_numpy(np.stack([blank_story(12)]))
-    results = {}
-    for guidance in (0.0, 1.0, 2.0):
-        step = UnmaskStep(model, Sampler(guidance=guidance))
-        with torch.no_grad():
-            _, _, results[guidance] = step(
-                tokens, torch.tensor([3]), torch.tensor(1.0), torch.rand(
-                    1, 2, tokens.shape[1], generator=torch.Generator().manual_seed(0)),
-                12, 3, model.encode(torch.from_numpy(told)))
-    assert [x.shape[1] for x in results.values()] == [1, 1, 2]
-    assert torch.equal(results[2.0][:, :1] != 0, results[1.0] != 0)
+    step = UnmaskStep(model, Sampler(guidance=2.0))
+    context = model.encode(torch.from_numpy(told))
+    with torch.no_grad():
+        new, _, carried = step(
+            tokens, torch.tensor([3]), torch.tensor(1.0), torch.rand(
+                1, 2, tokens.shape[1], generator=torch.Generator().manual_seed(0)), 12, 3, context)
+        places = torch.arange(tokens.shape[1])[None]
+        logits = step.logits(tokens, places, torch.ones(1), context)
+    still = new == MASK
+    torch.testing.assert_close(carried[still], likeliest(logits)[still])
     sampler = Sampler(steps=4, guidance=2.0)
     filled = fill(numpy_step(model, sampler, told), [blank_story(12)], sampler)
     assert MASK not in filled[0]
@@ -441,7 +467,7 @@ def test_every_precision_carries(carried_bundle):
         report = reports[precision]
         assert report["nelbo"] == pytest.approx(report["nelbo_torch_fp32"], rel=loss)
         bundle = Bundle(carried_bundle / f"carried/step_{precision}.onnx")
-        assert bundle.session.inputs["carried"][0][1] == 1
+        assert bundle.session.inputs["carried"][0][-1] == 2 * CARRIED
         filled = fill(bundle.step(Sampler(steps=3)), [blank_story(20)], Sampler(steps=3))
         assert MASK not in filled[0] and PAD not in filled[0]
 

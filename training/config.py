@@ -43,7 +43,7 @@ class TrainConfig:
     time_conditioning: str = flag("none", "input of the mask ratio", ("none", "sinusoidal"))
     tied_head: bool = flag(True, "one matrix for embedding and vocabulary head")
     mlp: str = flag("swiglu", "swiglu or relu2 (the squared ReLU)", MLPS)
-    input_values: bool = flag(True, "tell the values of every block the network's input")
+    value_residual: bool = flag(True, "mix every block's values with those of the first")
     head_gates: bool = flag(True, "weigh what every head finds")
     self_conditioning: float = flag(0.0, "share of the rows that learn to read what an earlier "
                                          "pass made of them; 0: no self-conditioning")
