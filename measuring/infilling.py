@@ -104,7 +104,7 @@ def infilling(kind: Kind, model: torch.nn.Module, rows: list[np.ndarray],
 
 def compared(rows: list[np.ndarray], gaps: list[np.ndarray], filled: list[np.ndarray], tokenizer,
              ) -> dict:
-    """Exact match (share) and BLEU (0 to 100) of the filled gaps, and some of them."""
+    """Exact match (share) and BLEU (0 to 100) of the filled gaps, some of them, and all as texts."""
     from sacrebleu.metrics import BLEU
     filled_in, real = ([decode(tokenizer, row[gap == MASK]).strip()
                    for row, gap in zip(group, gaps, strict=True)] for group in (filled, rows))
@@ -112,7 +112,25 @@ def compared(rows: list[np.ndarray], gaps: list[np.ndarray], filled: list[np.nda
             "bleu": BLEU().corpus_score(filled_in, [real]).score,
             "examples": [{"left": decode(tokenizer, row[:np.argmax(gap == MASK)]), "made": a,
                           "real": b} for row, gap, a, b in zip(rows, gaps, filled_in, real,
-                                                             strict=True)][:10]}
+                                                             strict=True)][:10],
+            "texts": filled_in}
+
+
+def add_bleu_errors(arms: dict[str, dict], real: list[str]) -> None:
+    """Takes the texts out of the arms; what a paired bootstrap over the stories makes of them (1,000
+    samples) comes in their place: the half of BLEU's interval of 95 %, and the p-value of its
+    difference from that of the twin, or else of this model."""
+    import logging
+
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.significance import PairedTest
+    logging.getLogger("sacrebleu").setLevel(logging.ERROR)
+    names = sorted(arms, key=lambda name: name != "left to right")  # the baseline first
+    texts = [(name, arms[name].pop("texts")) for name in names]
+    if len(real) > 1 and len(texts) > 1:
+        test = PairedTest(texts, {"BLEU": BLEU(references=[real])}, None, "bs", 1000)
+        for name, result in zip(names, test()[1]["BLEU"], strict=True):
+            arms[name] |= {"bleu_interval": float(result.ci), "bleu_p": result.p_value}
 
 
 def measure(config: InfillingConfig, path: Path, kind: Kind, model: torch.nn.Module,
@@ -131,6 +149,7 @@ def measure(config: InfillingConfig, path: Path, kind: Kind, model: torch.nn.Mod
     if isinstance(kind, JointDiffusion):
         best = kind.fill_best(model, gaps, config, config.seed, config.candidates)
         arms["rescored"] = compared(whole, gaps, best, tokenizer)
+    add_bleu_errors(arms, [decode(tokenizer, row[gap == MASK]).strip() for row, gap in pairs])
     tokens = np.array([(gap == MASK).sum() for gap in gaps])
     result = {"checkpoint": str(path), "twin": config.twin, "stories": len(pairs),
               "split": rows.split, "config": dataclasses.asdict(config), "arms": arms,
@@ -150,9 +169,10 @@ def report(result: dict) -> None:
     print(f"the middle sentence of {result['stories']} stories of {result['split']}, "
           f"{sum(result['story_tokens'])} tokens, temperature {config['temperature']:g}, "
           f"{config['steps']} steps, seed {config['seed']}\n\n"
-          f"{'':15s}{'exact match':>12s}{'BLEU':>8s}{'nats/token':>12s}")
+          f"{'':15s}{'exact match':>12s}{'BLEU':>8s}{'(95 %)':>7s}{'nats/token':>12s}")
     for name, arm in result["arms"].items():
-        print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}"
+        interval = f" ± {arm['bleu_interval']:.2f}" if "bleu_interval" in arm else ""
+        print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}{interval:7s}"
               + (f"{arm['nats_per_token']:12.3f} ± {arm['standard_error']:.3f}"
                  if "nats_per_token" in arm else "")
               + (f" (over all orders at most {arm['bound']:.3f})" if "bound" in arm else ""))

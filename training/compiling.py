@@ -15,21 +15,26 @@ from model import DiffusionTransformer
 # Zen 4) had its peak at 1.34, 1.16, 1.10, 1.08 and 0.97 GB; 1.0 and 0.6 took equally long, 0.4 a
 # twentieth more.
 MEMORY_BUDGET = 0.5
+# Of one block's code: the first block, those in the middle and the last one, with gradient and
+# without, causal and behind other tokens' keys. The compiler's own limit is 8.
+VARIANTS = 64
 
 
 def compile_blocks(model: DiffusionTransformer, device: torch.device, length: int) -> str | None:
     """torch.compile for the blocks of a model; returns None, or why it has to stay eager.
 
-    The blocks share their code, so one is compiled and all use it; rows and length are symbols in
-    it, so that the batches' many shapes need no second compilation. It is tried out here, forward
-    and backward, before a run depends on it.
+    The blocks share their code, so those that are used alike share what is compiled; rows and
+    length are symbols in it, so that the batches' many shapes need no second compilation. It is
+    tried out here, forward and backward, before a run depends on it.
     """
     if sys.platform == "win32" or device.type == "mps":
         return "torch.compile does not work on Windows or MPS"
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "torch.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ is here"
+    import torch._dynamo.config as dynamo_config
     import torch._functorch.config as functorch_config
     functorch_config.activation_memory_budget = MEMORY_BUDGET
+    dynamo_config.recompile_limit = VARIANTS
     for block in model.all_blocks:
         block.compile(dynamic=True)
     training = model.training
@@ -38,8 +43,16 @@ def compile_blocks(model: DiffusionTransformer, device: torch.device, length: in
         for rows, width in ((7, length), (11, max(1, length - 16))):
             tokens = torch.full((rows, width), EOS, device=device)
             encoder = getattr(model, "encoder", None)
-            context = (model.train().encode(encoder.example(rows).to(device)),) if encoder else ()
-            model.train().hidden(tokens, torch.ones(rows, device=device), *context).sum().backward()
+            given = [tokens, torch.ones(rows, device=device)]
+            how = {}
+            if encoder:
+                given.append(model.train().encode(encoder.example(rows).to(device)))
+            elif model.picks:
+                how["at"] = torch.arange(1, rows * width, 2, device=device)
+            if model.self_conditioning:
+                with torch.no_grad():
+                    model.train().hidden(*given, **how)
+            model.train().hidden(*given, **how).sum().backward()
     except Exception as error:  # a compiler has many ways to fail
         for block in model.all_blocks:
             block._compiled_call_impl = None
