@@ -120,6 +120,14 @@ class Blocks(Corrupted):
         """Through the network, of a row on average."""
         return float((self.size != 0).float().mean() + (self.size >= 0).float().mean())
 
+    @property
+    def noisy_share(self) -> float:
+        return float((self.size >= 0).float().mean())
+
+    @property
+    def left_out(self) -> int:
+        return int((~self.masked[self.size == 0]).sum())  # of the rows that are not cut
+
     def hidden(self, model: nn.Module) -> Tensor:
         """Of rows that are all cut into blocks."""
         *_, (hidden, *_) = self.parts(model)
@@ -145,17 +153,12 @@ class Blocks(Corrupted):
         if len(whole.tokens):
             # Blocks may go beyond the longest row, where a whole one has nothing.
             whole = whole.up_to(model.config.max_len)
-            yield whole.read_whole(model), whole.tokens[whole.masked], whole.weight[
+            yield whole.read_twice(model, None), whole.tokens[whole.masked], whole.weight[
                 whole.masked], None  # its end is visible
 
     def up_to(self, length: int) -> "Blocks":
         """The first tokens of every row."""
         return self._each(lambda x: x[:, :length] if x.ndim == 2 and x is not self.condition else x)
-
-    def read_whole(self, model: nn.Module) -> Tensor:
-        """(M, D): what the model makes of the hidden tokens of rows that are not cut."""
-        return self.read(model, **first_pass(model, self.masked, None, lambda rows: self[
-            rows].read(model)))
 
     def read_cut(self, model: nn.Module, context: Context | None, known: Known) -> Tensor:
         """(B, L, D): what the model makes of rows that are all cut, with the keys and values of

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from corpus.tokens import MASK, length_nats, maskable
 from kinds.kind import Kind
-from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats, row_sums, weighted_loss
+from kinds.likelihood import ConditionsOf, Corrupted, Nelbo, measure_nats, weighted_loss
 from network.hardware import device_of
 from sampling.loop import Choice, State, Step, fill, unmask
 from sampling.noise import GAP_STREAM, MASK_STREAM, SHIFT_STREAM
 from sampling.rows import blank_story
 from sampling.sampler import Sampler
-from sampling.step import numpy_choice, numpy_step
+from sampling.step import UnmaskStep, carried_on, numpy_choice, numpy_step
 
 
 class CosineSchedule:
@@ -57,7 +57,6 @@ class LinearSchedule:
 
 SCHEDULES = {"cosine": CosineSchedule, "linear": LinearSchedule}
 OBJECTIVES = ("masked_ce", "elbo")
-GAP_ROWS = 32  # of one gap at a time
 
 
 class DiscreteDiffusion(Kind):
@@ -149,21 +148,31 @@ class DiscreteDiffusion(Kind):
         """What a text's code needs besides the tokens: the kind and length of every row."""
         return length_nats(meta, rows)
 
+    @torch.no_grad()
     def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray) -> float:
-        """Exactly the -log p of who fills the gap token by token from the left, both sides in view
-        (`--order left`, a step for each): no bound, and lower than the one over all orders."""
-        hidden, places = torch.from_numpy(gap == MASK), np.flatnonzero(gap == MASK)
-        clean = torch.from_numpy(row).expand(len(places), -1)
-        still = hidden & (torch.arange(len(row)) >= torch.from_numpy(places)[:, None])  # (n, L)
-        noisy, nats = clean.masked_fill(still, MASK), 0.0
-        asked = torch.zeros_like(still)
-        asked[np.arange(len(places)), places] = True
-        for part in torch.arange(len(places)).split(GAP_ROWS):
-            nats += row_sums(model, Corrupted(
-                clean[part], noisy[part], asked[part], asked[part].float(),
-                (still[part].sum(1) / maskable(clean[part]).sum(1)).float()),
-                device_of(model))[0].sum()
-        return float(nats)
+        """Exactly the -log p of who fills the gap token by token from the left, both sides in view,
+        as `--order left` with a step for each does: no bound, and lower than the one over all
+        orders."""
+        step = UnmaskStep(model, Sampler(order="left"))
+        tokens, clean = torch.from_numpy(gap)[None], torch.from_numpy(row)[None]
+        tokens, clean = (x.to(device_of(model)) for x in (tokens, clean))
+        nats, carried, training = 0.0, None, model.training
+        model.eval()
+        while (hidden := tokens == MASK).any():
+            places = hidden[0].nonzero().T  # (1, M)
+            ratio = hidden.sum(1) / maskable(clean).sum(1)
+            if carries := bool(getattr(model, "self_conditioning", 0)):
+                carried = step.known(tokens, places.shape[1], ratio, None, carried)
+            else:
+                places = places[:, :1]
+            logits = step.logits(tokens, places, ratio, None, carried)  # (1, M, V)
+            first = places[0, 0]
+            nats -= float(logits[0, 0].log_softmax(-1)[clean[0, first]])
+            tokens = tokens.clone()
+            tokens[0, first] = clean[0, first]
+            carried = carried_on(tokens, places, logits) if carries else None
+        model.train(training)
+        return nats
 
     def gap_bound(self, model: nn.Module, row: np.ndarray, gap: np.ndarray, draws: int, seed: int,
                   number: int) -> float:

@@ -363,12 +363,12 @@ def generate(step: Step, choice: Choice | None, starts: list[Start], config: Gen
                          [start.limits for start in starts])
     hide_bar = True if config.show_steps else None  # None: hidden where there is no terminal
     for part, state in tqdm(states, desc="unmasking", unit=" steps", leave=False, disable=hide_bar):
-        evaluations += each * (state.nfe > 0)
+        evaluations += each * int(state.evaluated.max(initial=0))
         if trace:
             trace.add(part, state)
         for i, tokens, evaluated in zip(part, state.tokens, state.evaluated, strict=True):
             filled[i] = tokens[:len(starts[i].row)]
-            row_evaluations[i] += each * bool(evaluated)
+            row_evaluations[i] += each * int(evaluated)
             if config.show_steps and (state.step or not state.nfe):  # edges are seen with step 1
                 shown = starts[i].shown if not state.step and MASK in tokens else filled[i]
                 # on stderr beside --json, whose lines must stay parseable

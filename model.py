@@ -42,7 +42,7 @@ from network.attention import Context, CrossAttention, View, rope_frequencies
 from network.draft_head import DraftHead
 from network.encoders import ConditionEncoder, TextEncoder, reading_bias
 from network.head_loss import chunks, head_loss, head_scores
-from network.layers import CARRIED, Linear, ModelConfig, rms_norm
+from network.layers import CARRIED, Linear, ModelConfig, likeliest, rms_norm
 from network.transformer import Block, Known, Transformer
 
 # The special tokens that can be predicted
@@ -147,10 +147,16 @@ class DiffusionTransformer(Transformer):
                                    added=added)
 
     def mean_embedding(self, carried: Tensor) -> Tensor:
-        """(B, L, 2 CARRIED) -> (B, L, D): the tokens' normalised embeddings, weighed by their
-        probabilities, which need not sum to 1. No gradient goes into the embedding here."""
+        """(B, L, 2 CARRIED) -> (B, L, D), sum_k p_k norm(e_k): the tokens' normalised embeddings,
+        weighed by their probabilities, which need not sum to 1. No gradient goes into them here."""
         ids, weights = carried[..., :CARRIED].long(), carried[..., CARRIED:]
-        return (rms_norm(self.embedding.weight.detach())[ids] * weights[..., None]).sum(-2)
+        table = self.embedding.weight.detach().to(self.compute_dtype)
+        if torch.compiler.is_exporting() or ids.numel() < len(table):
+            return (rms_norm(table[ids]) * weights.to(table.dtype)[..., None]).sum(-2)
+        # twenty times as fast as writing out all that is summed
+        return F.embedding_bag(ids.flatten(0, -2), rms_norm(table).float(), mode="sum",
+                               per_sample_weights=weights.flatten(0, -2)).view(
+            *ids.shape[:-1], -1)
 
     @torch.no_grad()
     def expected(self, hidden: Tensor, ends: Ends = None) -> Tensor:
@@ -202,13 +208,6 @@ class DiffusionTransformer(Transformer):
         vocabulary = {id(module.weight): module.weight.numel() for name, module in
                       self.named_modules() if name.endswith(("embedding", "vocabulary"))}
         return total, total - sum(vocabulary.values())
-
-
-def likeliest(logits: Tensor) -> Tensor:
-    """(..., V) -> (..., 2 CARRIED) FP32: the ids of the likeliest tokens, and their probabilities.
-    """
-    best, ids = logits.float().topk(CARRIED, dim=-1)
-    return torch.cat([ids.float(), (best - logits.float().logsumexp(-1, keepdim=True)).exp()], -1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -264,8 +263,9 @@ class ConditionalTransformer(DiffusionTransformer):
 
     def start_encoder(self) -> None:
         """Gives the encoder what the denoiser has learned already and, where that makes them alike,
-        the cross-attention the weights of the self-attention beside it, so that the condition is
-        first read as if it stood before the text.
+        the cross-attention the matrices of the self-attention beside it, so that the condition is
+        first read nearly as if it stood before the text (the first block's values and the gates of
+        heads are the self-attention's alone).
         """
         if self.encoder.start_from(self):
             for block in self.blocks:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep import DataConfig
+from network.layers import OLDER
 from sampling.sampler import Sampler
 from training.config import TrainConfig
 
@@ -125,7 +126,8 @@ class KeptSettings:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             base, self.sessions = stored["settings"], stored["sessions"]
             self.known_data = stored.get("data")
-            config = LongConfig(**{**base, **{name: getattr(config, name) for name in given}})
+            asked = {name: getattr(config, name) for name in given}
+            config = LongConfig(**{**OLDER, **base, **asked})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} does not hold a run's settings; name another "
                             "--checkpoint_dir, or give --overwrite") from error

@@ -101,6 +101,8 @@ class Bundle:
         context = self.contexts(None if sampler.guidance == 0 else conditions)
 
         carries = session.inputs.get("carried", ([0],))[0][-1]  # 2K of self-conditioning
+        nothing_sure = options.copy()
+        nothing_sure[4] = NO_THRESHOLD
 
         def run(tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
                 carried: Carried = None) -> tuple[np.ndarray, np.ndarray, Carried]:
@@ -126,6 +128,10 @@ class Bundle:
                     arrays["carried"] = np.zeros((size, length, carries), np.float32)
                     if carried is not None:
                         arrays["carried"][:filled, :width] = carried[part]
+                    fresh = ~arrays["carried"].any((1, 2))
+                    if fresh[:filled].any():  # looked at once before: a count of 0 draws nothing
+                        look = arrays | {"count": np.zeros_like(counts), "options": nothing_sure}
+                        arrays["carried"][fresh] = session.run(look)[2][fresh]
                 chosen, sure, *expected = session.run(arrays)
                 new[part], confidence[part] = chosen[:filled, :width], sure[:filled, :width]
                 if made is not None:

@@ -129,7 +129,7 @@ def encoder_graph(model: Any) -> "onnx.ModelProto":
 
 def step_graph(config: ExportConfig, checkpoint: dict, precision: str, length: int,
                calibration: NoisyRows | None, condition_len: int | None) -> "onnx.ModelProto":
-    """The unmasking step in that precision, with the logits as a third output."""
+    """The unmasking step in that precision, with the logits as the last output."""
     from jetson.step_graph import DeviceStep
 
     def export(model: "DiffusionTransformer") -> "onnx.ModelProto":

@@ -75,8 +75,8 @@ def activation_scales(model: DiffusionTransformer, runs: Iterable[Callable[[], T
     """{name: scale of the input} of every block product. Each of `runs` calls the model once.
 
     The scale is that, of 32 between a fiftieth of the largest value and the largest, whose rounding
-    and clipping together cost least in the mean square: squared ReLUs have rare large values, and a
-    grid up to the largest would leave nothing for the rest.
+    and clipping together cost least in the mean square: what `down` reads has rare large values,
+    and a grid up to the largest would leave nothing for the rest.
     """
     seen: dict[str, list[np.ndarray]] = {name: [] for name in block_products(model)}
     largest = dict.fromkeys(seen, 0.0)

@@ -16,8 +16,8 @@ import numpy as np
 
 from corpus.tokens import BOS, MASK, PAD
 from sampling.draft_head import DraftHead
-from sampling.drawing import end_blocks, likeliest, unmask_step
-from sampling.loop import Carried, only_hidden
+from sampling.drawing import end_blocks, expected, unmask_step
+from sampling.loop import Carried
 from sampling.sampler import Sampler
 
 HIDDEN = np.float32(-1e4)  # as in network/attention.py
@@ -128,12 +128,20 @@ class GraphReader:
 
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
              carried: Carried = None) -> tuple[np.ndarray, np.ndarray, Carried]:
-        logits, _ = self.run(tokens, np.flatnonzero(np.isin(self.numbers, rows)), causal=False,
-                             carried=carried)
-        logits = possible(logits, (MASK, BOS))
+        which = np.flatnonzero(np.isin(self.numbers, rows))
+
+        def look(carried: Carried) -> np.ndarray:
+            return possible(self.run(tokens, which, causal=False, carried=carried)[0], (MASK, BOS))
+        if self.carries:  # rows of which nothing is known are looked at once before
+            carried = np.zeros((*tokens.shape, 2 * self.carries),
+                               np.float32) if carried is None else carried
+            fresh = ~carried.any((1, 2))
+            if fresh.any():
+                first = expected(look(None), tokens, self.carries)
+                carried = np.where(fresh[:, None, None], first, carried)
+        logits = look(carried)
         new, confidence = end_blocks(*unmask_step(logits, tokens, count, noise, self.sampler))
-        return new, confidence, only_hidden(
-            likeliest(logits, self.carries), new) if self.carries else None
+        return new, confidence, expected(logits, new, self.carries) if self.carries else None
 
     def forget(self, counts: np.ndarray) -> None:
         # the slots beyond the window are for what is forgotten again

@@ -64,7 +64,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def compare(session: OnnxSession, reference: Any, noisy: NoisyRows, condition_len: int | None,
             ) -> dict:
-    """What the graph, of which logits are the third output, makes of the rows, beside the FP32
+    """What the graph, of which logits are the last output, makes of the rows, beside the FP32
     torch model."""
     import torch
     fixed = session.inputs["tokens"][0]  # None where the graph leaves it open

@@ -30,7 +30,7 @@ class DeviceStep(nn.Module):
     def __init__(self, model: DiffusionTransformer, guided: bool = False):
         super().__init__()
         self.model, self.guided = model, guided
-        self.with_logits = False  # as a third output
+        self.with_logits = False  # as a last output
 
     def forward(self, tokens: Tensor, count: Tensor, noise: Tensor, options: Tensor,
                 *others: Tensor) -> tuple[Tensor, ...]:
@@ -86,11 +86,10 @@ class DeviceStep(nn.Module):
         drawn = torch.where(temperature > 0, drawn, ids[..., 0])
         chosen = logits.gather(-1, drawn[..., None])[..., 0]
         confidence = torch.where(wanted, (chosen - norm).exp(), 0.0)
-        new = torch.where(wanted, drawn, tokens).int()
-        results = [new, confidence]
+        results = [torch.where(wanted, drawn, tokens).int(), confidence]
         if carries:
-            expected = torch.cat([ids[..., :CARRIED].float(),
-                                  (best[..., :CARRIED] - norm[..., None]).exp()], -1)
+            expected = torch.cat([ids.float()[..., :CARRIED],
+                                  (best - norm[..., None]).exp()[..., :CARRIED]], -1)
             results.append(torch.where((masked & ~wanted)[..., None], expected, 0.0))
         return (*results, logits) if self.with_logits else tuple(results)
 

@@ -24,7 +24,8 @@ from kinds.registry import KINDS
 from model import DiffusionTransformer
 from network.layers import OLDER
 
-CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 2
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 3
+READABLE = (2, CHECKPOINT_VERSION)  # 2 knows no other network than that of `OLDER`
 # What comes with the repository, for whoever has trained nothing yet
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "stories_small.pt"
 CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
@@ -79,7 +80,7 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
             f"{path} is a torch file but not a checkpoint of this program; name a .pt file that "
             "train.py wrote")
     version = contents.get("format_version")
-    require(version == CHECKPOINT_VERSION, f"{path} has checkpoint format version {version}, this "
+    require(version in READABLE, f"{path} has checkpoint format version {version}, this "
             f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
     missing = [key for key in CHECKPOINT_KEYS if key not in contents]
     require(not missing, f"{path} lacks {', '.join(missing)}: it was not written by train.py")
@@ -152,8 +153,8 @@ def kind_in(path: Path) -> str | None:
     """
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        ours = isinstance(contents, dict) and (contents["format"], contents["format_version"]) == (
-            CHECKPOINT_FORMAT, CHECKPOINT_VERSION)
+        ours = (isinstance(contents, dict) and contents["format"] == CHECKPOINT_FORMAT
+                and contents["format_version"] in READABLE)
         return contents["kind"] if ours else None
     except Exception:  # a damaged pickle can raise nearly anything
         return None

@@ -43,7 +43,7 @@ class DraftTraining(JointDiffusion):
     """A joint model whose draft head is in training."""
 
     objectives = ("draft",)
-    of_text = False
+    of_text = first_passes = False
     init_kinds = (JointDiffusion.name,)
     keeps_settings = (*NETWORK_SETTINGS, "block_sizes")  # the model stays what it is
     own = frozenset(("draft_rank", "draft_size"))

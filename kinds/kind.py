@@ -43,6 +43,7 @@ class Kind:
     init_kinds: ClassVar[tuple[str, ...] | None] = None  # what --init_from may name; None: any
     keeps_settings: ClassVar[tuple[str, ...]] = ()  # of the run that --init_from names
     own: ClassVar[frozenset[str]] = frozenset()  # flags of train.py that are for this kind alone
+    first_passes: ClassVar[bool] = True  # with self-conditioning, in training
     of_text: ClassVar[bool] = True  # whether `nelbo` is of a text, so that bits/byte mean something
     unused: ClassVar[frozenset[str]] = frozenset()  # flags of train.py that change nothing,
     unused_for: ClassVar[str] = "without effect for this kind of model"  # and why

@@ -33,6 +33,7 @@ class Corrupted:
 
     ends: ClassVar[Ends] = None  # the special tokens that can be predicted; None: as the model is
     passes: ClassVar[int] = 1  # through the network, in training
+    noisy_share: ClassVar[float] = 1.0  # of the rows: those with hidden tokens
 
     def __getitem__(self, rows) -> "Corrupted":
         return self._each(lambda x: x[rows])
@@ -50,6 +51,11 @@ class Corrupted:
         return int(self.masked.sum())
 
     @property
+    def left_out(self) -> int:
+        """Tokens that the last block does not work out in training, for a model that `picks`."""
+        return self.masked.numel() - int(self.masked.sum())
+
+    @property
     def only(self) -> tuple[tuple[int, ...], ...]:
         """`ends` as the last argument of a model's loss and scores, where there are any."""
         return () if self.ends is None else (self.ends,)
@@ -59,14 +65,20 @@ class Corrupted:
 
     def hidden(self, model: nn.Module) -> Tensor:
         """(M, D): what the model makes of the M masked positions."""
-        return self.read(model, **first_pass(model, self.masked, self.ends, lambda rows: self[
-            rows].read(model)))
+        return self.read_twice(model, self.ends)
 
-    def read(self, model: nn.Module, **carried: Tensor) -> Tensor:
+    def read_twice(self, model: nn.Module, ends: Ends) -> Tensor:
+        """The same, of a model with self-conditioning in two passes: see `first_pass`."""
+        context = self.context(model)
+        return self.read(model, context, **first_pass(
+            model, self.masked, ends, lambda rows: self[rows].read(
+                model, context and context.of_rows(rows))))
+
+    def read(self, model: nn.Module, context: Context | None, **carried: Tensor) -> Tensor:
         """(M, D): what one pass makes of them."""
         given = (self.noisy, self.mask_ratio)
-        if self.condition is not None:
-            return model.hidden(*given, self.context(model), **carried)[self.masked]
+        if context is not None:
+            return model.hidden(*given, context, **carried)[self.masked]
         if getattr(model, "picks", False):  # the last block at these positions alone
             return model.hidden(*given, at=self.masked.flatten().nonzero()[:, 0], **carried)
         return model.hidden(*given, **carried)[self.masked]

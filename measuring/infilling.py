@@ -104,7 +104,8 @@ def infilling(kind: Kind, model: torch.nn.Module, rows: list[np.ndarray],
 
 def compared(rows: list[np.ndarray], gaps: list[np.ndarray], filled: list[np.ndarray], tokenizer,
              ) -> dict:
-    """Exact match (share) and BLEU (0 to 100) of the filled gaps, some of them, and all as texts."""
+    """Exact match (share) and BLEU (0 to 100) of the filled gaps, some of them, and all of them as
+    texts."""
     from sacrebleu.metrics import BLEU
     filled_in, real = ([decode(tokenizer, row[gap == MASK]).strip()
                    for row, gap in zip(group, gaps, strict=True)] for group in (filled, rows))
@@ -117,9 +118,9 @@ def compared(rows: list[np.ndarray], gaps: list[np.ndarray], filled: list[np.nda
 
 
 def add_bleu_errors(arms: dict[str, dict], real: list[str]) -> None:
-    """Takes the texts out of the arms; what a paired bootstrap over the stories makes of them (1,000
-    samples) comes in their place: the half of BLEU's interval of 95 %, and the p-value of its
-    difference from that of the twin, or else of this model."""
+    """Takes the texts out of the arms; where there are several, what a paired bootstrap over the
+    stories makes of them (1,000 samples) comes in their place: the half of BLEU's interval of 95 %,
+    and the p-value of its difference from that of the twin, or else of this model."""
     import logging
 
     from sacrebleu.metrics import BLEU
@@ -175,7 +176,8 @@ def report(result: dict) -> None:
         print(f"{name:15s}{arm['exact_match']:12.1%}{arm['bleu']:8.2f}{interval:7s}"
               + (f"{arm['nats_per_token']:12.3f} ± {arm['standard_error']:.3f}"
                  if "nats_per_token" in arm else "")
-              + (f" (over all orders at most {arm['bound']:.3f})" if "bound" in arm else ""))
+              + (f" (over all orders at most {arm['bound']:.3f})" if "bound" in arm else "")
+              + (f", BLEU p {arm['bleu_p']:.3f}" if arm.get("bleu_p") is not None else ""))
     if "difference" in result:
         print("\nthis model less left to right, story by story: "
               f"{result['difference']['nats_per_token']:+.3f} ± "

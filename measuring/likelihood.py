@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from block_diffusion import CAUSAL
 from corpus.rows import TokenRows, bucket_batches, evenly_spread
 from corpus.tokens import decode, token_bytes
 from kinds.kind import Kind
@@ -127,7 +128,7 @@ def measure(config: LikelihoodConfig, path: Path, checkpoint: dict) -> dict:
     weights = "EMA weights" if checkpoint.get("ema") is not None else "last weights"
     entries = [score(config, one, model, rows, chosen, token_bytes(tokenizer)) for one in kinds]
     for one, entry in zip(kinds, entries, strict=True):
-        if model.self_conditioning and not one.exact:
+        if model.self_conditioning and getattr(one, "mode", None) != CAUSAL:
             entry["protocol"] += ", each noisy row in two passes (self-conditioning)"
         entry["protocol"] += (f", {len(chosen)} rows of {rows.split}, seed {config.seed}, "
                               f"{precision}, {weights}; bits/byte include the code of the row "

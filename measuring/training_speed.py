@@ -58,8 +58,9 @@ class TrainBenchmark(Benchmark):
     def describe(self, peak: float, arms: dict) -> dict:
         """The work in words; adds the share of the peak to the arms of this project."""
         model = create_model(self.model_config, self.vocab_size, max_len=self.seq_len)
-        hidden = int(batch_of(self).masked.sum())
-        work = train_flops(model, self.batch, self.seq_len, hidden)
+        batch = batch_of(self)
+        hidden = batch.predicted
+        work = train_flops(model, self.batch, self.seq_len, hidden, left_out=batch.left_out)
         for name, arm in arms.items():
             arm["mfu"] = (None if name in (*self.BASELINES, "gpt") else
                           work / arm["seconds"] / peak)

@@ -36,6 +36,7 @@ from model import MODEL_CONFIGS, create_model
 from network.hardware import pick_precision
 from sampling.cached import CachedModel
 from sampling.left_to_right import write_left
+from sampling.loop import Carried
 from sampling.sampler import Sampler
 
 DRAFTED = {"verified": 1, "headed": 0}  # evaluations of the network for a draft
@@ -133,7 +134,7 @@ class Uncached(CachedModel):
     def read(self, tokens: np.ndarray, logits: int = 0) -> None:
         self.so_far = np.concatenate([self.so_far, tokens], 1)
 
-    def step(self, *given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, *given: np.ndarray) -> tuple[np.ndarray, np.ndarray, Carried]:
         super().begin(self.numbers)
         super().read(self.so_far)
         return super().step(*given)

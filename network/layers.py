@@ -73,4 +73,11 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6).to(x.dtype)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """(..., V) -> (..., 2 CARRIED) FP32: the ids of the likeliest tokens, and their probabilities.
+    """
+    best, ids = logits.float().topk(CARRIED, dim=-1)
+    return torch.cat([ids.float(), (best - logits.float().logsumexp(-1, keepdim=True)).exp()], -1)
+
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

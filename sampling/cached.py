@@ -64,10 +64,10 @@ class CachedModel:
     def step(self, tokens: np.ndarray, count: np.ndarray, noise: np.ndarray, rows: np.ndarray,
              carried: Carried = None) -> tuple[np.ndarray, np.ndarray, Carried]:
         # All rows of the batch go through the network, for the cache has all; what nobody asked for
-        # is thrown away.
+        # is thrown away. (Were nothing carried to it, it would be looked at once more.)
         chosen = np.flatnonzero(np.isin(self.numbers, rows))  # `rows` keep the batch's order
         full = []
-        for x, value in ((tokens, MASK), (count, 0), (noise, 0.0), (carried, 0.0)):
+        for x, value in ((tokens, MASK), (count, 0), (noise, 0.0), (carried, 1.0)):
             if x is not None:
                 y = np.full((len(self.numbers), *x.shape[1:]), value, x.dtype)
                 y[chosen] = x

@@ -89,12 +89,16 @@ def unmask_step(logits: np.ndarray, tokens: np.ndarray, count: np.ndarray, noise
     return new, confidence
 
 
-def likeliest(logits: np.ndarray, count: int) -> np.ndarray:
-    """(..., V) -> (..., 2 count) float32: the ids of the likeliest tokens, and their probabilities;
-    as `model.likeliest`."""
-    ids = np.argsort(-logits, axis=-1, kind="stable")[..., :count]
-    return np.concatenate([ids, np.exp(np.take_along_axis(log_p(logits), ids, -1))], -1,
-                          dtype=np.float32)
+def expected(logits: np.ndarray, tokens: np.ndarray, count: int) -> np.ndarray:
+    """(B, L, 2 count) float32 of logits (B, L, V): the ids of the likeliest tokens and their
+    probabilities where rows (B, L) are hidden; zeros elsewhere."""
+    result, hidden = np.zeros((*tokens.shape, 2 * count), np.float32), tokens == MASK
+    p = np.exp(log_p(logits[hidden]))  # (M, V)
+    some = np.argpartition(-p, count - 1, axis=-1)[:, :count]
+    order = np.argsort(-np.take_along_axis(p, some, -1), axis=-1, kind="stable")
+    ids = np.take_along_axis(some, order, -1)
+    result[hidden] = np.concatenate([ids, np.take_along_axis(p, ids, -1)], -1)
+    return result
 
 
 def end_blocks(tokens: np.ndarray, confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -52,7 +52,7 @@ class State:
     uncovered: np.ndarray  # bool, what was hidden before this step and is not now
     hidden_again: np.ndarray  # bool, what is hidden now and was not before
     confidence: np.ndarray  # float32, probability of each drawn token when it was drawn, else 0
-    evaluated: np.ndarray  # bool (B,), rows that were given to the network
+    evaluated: np.ndarray  # int64 (B,), how often the network looked at each row
 
 
 def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
@@ -73,7 +73,7 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
     pacing = Pacing(sampler, wanted.sum(1), seed, rows)
     nothing, carried = np.zeros((size, width), bool), None
     state = State(0, 0, tokens, nothing, nothing, np.zeros((size, width), np.float32),
-                  np.zeros(size, bool))
+                  np.zeros(size, np.int64))
     yield state
     for k in range(sampler.steps):
         masked = state.tokens == MASK
@@ -87,9 +87,13 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         for line, i in zip(noise, active, strict=True):
             line[:, :lengths[i]] = step_noise(seed, rows[i], k, lengths[i])
         new, confidence = state.tokens.copy(), state.confidence.copy()
+        told = None if carried is None else carried[active]
         new[active], drawn, made = step(state.tokens[active], counts[active], noise, rows[active],
-                                        None if carried is None else carried[active])
+                                        told)
+        evaluated = (counts > 0).astype(np.int64)
         if made is not None:
+            # a row of which nothing was known has been looked at once before
+            evaluated[active] += 1 if told is None else ~told.any((1, 2))
             carried = np.zeros((size, *made.shape[1:]), made.dtype) if carried is None else carried
             carried[active] = made
         uncovered = masked & (new != MASK)
@@ -98,8 +102,8 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         candidates = wanted & (new != MASK) & (pacing.corrector | ~uncovered)
         remasked = pacing.choose(k, candidates, again, confidence)
         new[remasked], confidence[remasked] = MASK, 0
-        state = State(k + 1, state.nfe + 1, new, uncovered & ~remasked, remasked & ~masked,
-                      confidence, counts > 0)
+        state = State(k + 1, state.nfe + int(evaluated.max()), new, uncovered & ~remasked,
+                      remasked & ~masked, confidence, evaluated)
         yield state
 
 
@@ -127,10 +131,10 @@ def draw_limited(choice: Choice, tokens: np.ndarray, limits: Sequence[Limits], s
             [limits[i][k][1] for i in active]), uniform, rows[active])
         tokens = tokens.copy()
         tokens[active, places] = drawn
-        uncovered, evaluated = np.zeros(tokens.shape, bool), np.zeros(len(tokens), bool)
+        uncovered, evaluated = np.zeros(tokens.shape, bool), np.zeros(len(tokens), np.int64)
         confidence = np.zeros(tokens.shape, np.float32)
         uncovered[active, places], confidence[active, places] = True, probability
-        evaluated[active] = True
+        evaluated[active] = 1
         yield State(0, k + 1, tokens, uncovered, np.zeros_like(uncovered), confidence, evaluated)
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from corpus.tokens import MASK, maskable
-from model import likeliest
 from network.attention import Context, take
 from network.hardware import device_of
+from network.layers import CARRIED, likeliest
 from sampling.loop import Carried, Choice, RowCache, Step
 from sampling.sampler import ADAPTIVE_PACES, Sampler
 
@@ -48,7 +48,8 @@ class UnmaskStep(nn.Module):
                 Plain numbers, for they are shapes.
             context: of the conditions of these rows, from the model's `encode`.
             carried: (B, L, 2K), for a model with self-conditioning what it expected of these rows
-                in the step before (see `model.likeliest`); None is nothing.
+                in the step before (`likeliest`). Rows of which nothing is known (zeros; None: of
+                all of them) are looked at once before, as in training.
         Returns: the new tokens (B, L); confidence (B, L) float32: the probability, at temperature
             1, of each token drawn now, 0 elsewhere; and what is carried on, zeros where nothing is
             hidden any more, or None.
@@ -59,8 +60,9 @@ class UnmaskStep(nn.Module):
         adaptive = sampler.pace in ADAPTIVE_PACES
         # 1. Score the hidden positions, the best first, and choose `count` of every row, or more
         #    where the pace finds the network sure of them.
-        # What is carried has to be worked out at every hidden position.
         carries = bool(getattr(self.model, "self_conditioning", 0))
+        if carries:  # then everything hidden has to be worked out
+            carried = self.known(tokens, most_hidden, ratio, context, carried)
         first = FIRST[sampler.order](noise[:, 0]) if sampler.order in FIRST else None  # (B, L)
         if first is not None and not adaptive:
             candidates = best_first(first.masked_fill(~masked, -1),
@@ -80,8 +82,7 @@ class UnmaskStep(nn.Module):
         wanted = torch.arange(positions.shape[1], device=tokens.device) < count[:, None]  # (B, C)
         if confident is not None:
             wanted = (wanted | confident) & masked.gather(1, positions)
-            places = torch.arange(wanted.shape[1], device=tokens.device)
-            needed = int((wanted.any(0) * places).max()) + 1  # no more are drawn
+            needed = columns_of(wanted)  # no more are drawn
             positions, logits, wanted = (x[:, :needed] for x in (positions, logits, wanted))
         # 2. Draw their tokens and write them where the row still has some to uncover.
         drawn = draw(logits, noise[:, 1].gather(1, positions), temperature, sampler.top_k,
@@ -91,12 +92,20 @@ class UnmaskStep(nn.Module):
         new = tokens.scatter(1, positions, drawn)
         confidence = torch.zeros_like(tokens, dtype=torch.float32)
         confidence = confidence.scatter(1, positions, probability * wanted)
-        if not carries:
-            return new, confidence, None
-        expected = likeliest(every)  # (B, M, 2K)
-        carried = expected.new_zeros(*tokens.shape, expected.shape[2])
-        carried = carried.scatter(1, candidates[..., None].expand_as(expected), expected)
-        return new, confidence, carried * (new == MASK)[..., None]
+        return new, confidence, carried_on(new, candidates, every) if carries else None
+
+    def known(self, tokens: Tensor, most_hidden: int, ratio: Tensor, context: Context | None,
+              carried: Tensor | None) -> Tensor:
+        """(B, L, 2K): what is carried to a step, where that is nothing what a pass over the row
+        expects."""
+        if carried is None:
+            carried = torch.zeros(*tokens.shape, 2 * CARRIED, device=tokens.device)
+        fresh = ~carried.flatten(1).any(1)  # (B,)
+        if not fresh.any():
+            return carried
+        places = best_first((tokens == MASK).int(), most_hidden)
+        first = carried_on(tokens, places, self.logits(tokens, places, ratio, context))
+        return torch.where(fresh[:, None, None], first, carried)
 
     def logits(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
                carried: Tensor | None = None) -> Tensor:
@@ -133,6 +142,20 @@ class UnmaskStep(nn.Module):
             return confidence_score(logits) >= self.sampler.threshold
         entropy = -entropy_score(logits)
         return entropy.cumsum(1) - entropy.cummax(1).values <= self.sampler.gamma
+
+
+def columns_of(wanted: Tensor) -> int:
+    """The first columns of (B, C) bool that hold all that is marked; at least one."""
+    places = torch.arange(wanted.shape[1], device=wanted.device)
+    return int((wanted.any(0) * places).max()) + 1
+
+
+def carried_on(tokens: Tensor, places: Tensor, logits: Tensor) -> Tensor:
+    """(B, L, 2K): what logits (B, M, V) at places (B, M) expect where rows (B, L) are hidden."""
+    expected = likeliest(logits)  # (B, M, 2K)
+    carried = expected.new_zeros(*tokens.shape, expected.shape[2])
+    carried = carried.scatter(1, places[..., None].expand_as(expected), expected)
+    return carried * (tokens == MASK)[..., None]
 
 
 def confidence_score(logits: Tensor) -> Tensor:
@@ -279,8 +302,11 @@ def numpy_choice(model: nn.Module, sampler: Sampler, conditions: np.ndarray | No
             rows: np.ndarray):
         ids = drawing.tensor(tokens)
         ratio = (ids == MASK).sum(1) / maskable(ids).sum(1)
-        logits = drawing.step.logits(ids, drawing.tensor(place)[:, None], ratio,
-                                     drawing.context(rows))
+        context, carried = drawing.context(rows), None
+        if getattr(model, "self_conditioning", 0):
+            carried = drawing.step.known(ids, int((tokens == MASK).sum(1).max()), ratio, context,
+                                         None)
+        logits = drawing.step.logits(ids, drawing.tensor(place)[:, None], ratio, context, carried)
         logits = logits[:, 0].masked_fill(~drawing.tensor(allowed), -math.inf)
         drawn = draw(logits, drawing.uniforms(uniform), drawing.temperature, sampler.top_k,
                      sampler.top_p)  # (B,)

@@ -333,10 +333,17 @@ def test_checkpoint_and_data_must_share_a_tokenizer(checkpoint, data_dir, long_d
         check_tokenizer(checkpoint, contents, data_dir, load_meta(data_dir))
 
 
-def test_the_newest_best_checkpoint_is_the_default(tmp_path, monkeypatch):
+def test_the_newest_best_checkpoint_is_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kinds.checkpoints.PRETRAINED", tmp_path / "pretrained.pt")
     with pytest.raises(UserError, match="train a model first"):
         find_checkpoint(None)
+    # the one that comes with the repository, where it can do what is asked
+    save_checkpoint(tmp_path / "pretrained.pt", random_model(), "{}", {})
+    assert find_checkpoint(None) == find_checkpoint(None, "diffusion") == tmp_path / "pretrained.pt"
+    assert "comes with the repository" in capsys.readouterr().err
+    with pytest.raises(UserError, match="train a model first"):
+        find_checkpoint(None, "autoregressive")
     for age, name in enumerate(("b", "a", "c")):
         path = tmp_path / name / "best.pt"
         path.parent.mkdir()

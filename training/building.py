@@ -75,6 +75,9 @@ class StageModel:
         config, several = self.config, self.processes.world > 1
         require(several or not config.fsdp, "--fsdp spreads a model over several processes: start "
                                             "them with torchrun --nproc_per_node N train.py ...")
+        require(not (config.fsdp and self.model.self_conditioning), "--fsdp: with "
+                "self-conditioning some rows take a pass more, and processes that share their "
+                "weights must all take as many; leave it out")
         require(not config.fsdp or self.precision != "fp16",
                 "--fsdp works with --precision bf16 or fp32, not fp16")
         for model in {id(m): m for m in (self.model, self.average)}.values():
@@ -83,8 +86,10 @@ class StageModel:
             model.to(self.device)
         self.loss_of = LossOf(self.kind, self.model)
         if several and not config.fsdp:
+            carry = self.model.carry  # is not used where none of a process's rows has a first pass
             self.loss_of = torch.nn.parallel.DistributedDataParallel(
-                self.loss_of, gradient_as_bucket_view=True)
+                self.loss_of, gradient_as_bucket_view=True,
+                find_unused_parameters=carry is not None and carry.weight.requires_grad)
 
     def compile(self, length: int) -> None:
         """Compiles the blocks, for rows of up to `length` tokens, where that is asked for or pays;

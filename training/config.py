@@ -126,9 +126,6 @@ class TrainConfig:
                 f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
         require(0 <= self.self_conditioning <= 1, f"--self_conditioning {self.self_conditioning}: "
                 "must be from 0 to 1")
-        require(not (self.self_conditioning and self.fsdp), "--self_conditioning: some rows take "
-                "one pass more, and processes that share their weights must all take as many; "
-                "leave out --fsdp")
         for name in ("dropout", "ema_decay", "condition_dropout", "causal_share"):
             require(0 <= getattr(self, name) < 1,
                     f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")

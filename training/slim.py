@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     config, _ = parse(SlimConfig, __doc__, argv)
     require(config.checkpoint and config.output, "name both --checkpoint and --output")
     target = Path(config.output)
+    require(target.parent.is_dir() and not target.is_dir(),
+            f"--output {target}: name a file in a folder that exists")
     check_writable(target.parent, "--output")
     with atomic_file(target) as file:
         torch.save(slim(load_checkpoint(config.checkpoint, None)), file)

@@ -20,13 +20,14 @@ from network.layers import PRECISIONS
 
 
 def train_flops(model: DiffusionTransformer, rows: int, length: int, predicted: int,
-                condition_length: int = 0) -> int:
+                condition_length: int = 0, left_out: int = 0) -> int:
     """Floating-point operations that the matrix products of a training step need.
 
     6 for every weight and token (2 forward, 4 backward; arXiv 2001.08361), the vocabulary head only
     for `predicted` positions, and 12 L D a token and layer for attention (causal: the half of it).
     The encoder runs on `condition_length` places of every row; frozen weights need 4.
-    Dropout, norms and the optimizer count nothing.
+    `left_out` tokens the last block does not work out behind its attention. Dropout, norms and the
+    optimizer count nothing.
     """
     config = model.config
     attention = 12 * config.layers * length * config.width // (2 if config.causal else 1)
@@ -40,6 +41,10 @@ def train_flops(model: DiffusionTransformer, rows: int, length: int, predicted: 
         once -= sum(map(weight_flops, between))
         attention += 12 * config.layers * condition_length * config.width
         total += rows * condition_length * read
+    if model.picks:
+        last = model.blocks[-1]
+        parts = [last.attention.out, last.up, last.down, *([last.gate] if last.gate else [])]
+        total -= left_out * sum(map(weight_flops, parts))
     return rows * length * (once + attention) + total
 
 

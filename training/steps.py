@@ -73,12 +73,15 @@ class Steps:
         self.update_average()
         self.progress.step += 1
         self.progress.tokens_seen += batch.tokens
-        condition, (rows, length) = batch.corrupted.condition, batch.corrupted.tokens.shape
+        corrupted = batch.corrupted
+        condition, (rows, length) = corrupted.condition, corrupted.tokens.shape
+        # a pass without gradient counts a third
+        passes = corrupted.passes + self.network.kind.first_passes * corrupted.noisy_share * (
+            self.config.self_conditioning / 3)
         self.speed.count(batch.tokens, train_flops(
-            # a pass without gradient counts a third
-            self.network.model, rows * (batch.corrupted.passes + self.config.self_conditioning / 3),
-            length, batch.predicted,
-            0 if condition is None else self.network.model.encoder.places(condition)))
+            self.network.model, rows * passes, length, batch.predicted,
+            0 if condition is None else self.network.model.encoder.places(condition),
+            0 if condition is not None else corrupted.left_out))
         return {"loss": loss, "lr": lr, "grad_norm": norm}
 
     def gradients(self, batch: Batch) -> Tensor:
