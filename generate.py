@@ -28,7 +28,8 @@ piece keeps a place beside the n hidden ones, and each edge costs one network ev
 before the hidden part says that the word is over: the first of the n hidden tokens then begins with
 that space. Text behind a gap that begins with a space needs nothing. --no-heal takes the text as
 the tokens that it is cut into, its last space left to the first hidden token to bring or not, and
-an exported step can do no other where it fills whole rows.
+an exported step can do no other where it fills whole rows. A gap is filled token by token from the
+left, the likeliest order, unless --steps, --order, --pace or a --preset is given.
 
 A model with a condition (train.py --stage 2) goes on from the sentence that it is given;
 --conditions reads one a line of a .txt file, or the key "condition" of a .jsonl file. Without one
@@ -84,6 +85,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from sampling.left_to_right import Reader
+
+
+# How a gap is filled best: a token at a time, from the left
+GAP = dict(steps=1024, order="left", pace="linear")
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,8 @@ def read_flags(argv: list[str] | None) -> tuple[GenerateConfig, set[str]]:
         raise UserError(f"{error}" + f" (--preset {config.preset} sets{settings})" * bool(settings)
                         ) from error
     config.check_used(given)
+    if config.infill is not None and not given & {"preset", "steps", "order", "pace"}:
+        config = preset(config, GAP, given)
     return preset(config, {"num_samples": 1}, given) if config.conditions else config, given
 
 
