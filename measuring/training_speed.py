@@ -43,7 +43,7 @@ from training.speed import train_flops
 @dataclass(frozen=True)
 class TrainBenchmark(Benchmark):
     BASELINES = ("textbook_bf16", "textbook_compiled", "textbook")
-    ARMS = (*BASELINES, "gpt", "eager", "compiled")
+    ARMS = (*BASELINES, "eager", "compiled", "gpt")
 
     optimizer: str = flag("muon", "of this project's step", OPTIMIZERS)
     arms: list[str] = flag(list(ARMS), "what to run: " + ", ".join(ARMS))

@@ -15,7 +15,7 @@ from measuring.sampling_speed import SampleBenchmark, sensible_sampling, textboo
 from measuring.training_speed import (
     Textbook,
     TrainBenchmark,
-    compiled_textbook_step,
+    compiled_step,
     own_step,
     textbook_step,
 )
@@ -80,7 +80,7 @@ def test_the_textbook_steps_are_the_same_step(monkeypatch):
     config = TrainBenchmark(model_config="tiny", batch=4, seq_len=16, vocab_size=50, device="cpu",
                             precision="fp32")
     losses = {}
-    for name, make in (("plain", textbook_step), ("compiled", compiled_textbook_step),
+    for name, make in (("plain", textbook_step), ("compiled", compiled_step),
                        ("bf16", lambda *given: textbook_step(*given, bf16=True))):
         with pytest.MonkeyPatch.context() as patch:
             seen = losses[name] = []

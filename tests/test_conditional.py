@@ -319,7 +319,7 @@ def test_stage_2_trains_the_condition_alone_and_stage_3_everything(settings, che
         for name, value in plain["ema"].items():
             assert torch.equal(done[weights][name], value), name
         new = [name for name in done[weights] if name not in plain["ema"]]
-        assert all(map(is_of_condition, new)) and len(new) == 26
+        assert all(map(is_of_condition, new)) and len(new) == 25
         assert all(done[weights][name].any() for name in new if name.endswith("cross.gate"))
     # the encoder has started with the denoiser's weights, and has moved
     name = "blocks.0.up.weight"

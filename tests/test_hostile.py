@@ -136,6 +136,9 @@ COMMANDS = {
         "generate.py", "--onnx {bundle}/step_fp32.onnx --num_samples 2 --steps 2 --length 8 "
         "--trace {out}/t.html", "--num_samples 1000000", ("t.html",), "--trace {folder}.html",
         "--trace {file}/t.html", NUMPY),
+    "training.slim": Command(
+        "-m training.slim", "--checkpoint {model} --output {out}/s.pt", "", ("s.pt",),
+        "--output {folder}", "--output {file}/s.pt", made=True),
     "corpus.sample_stories": Command("-m corpus.sample_stories", "--count 2000", "--count 100000",
                                      starts=0.1),
 }
@@ -162,6 +165,9 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{(name, situation): "the same code as another of its script, whose row has it"
        for name in ("evaluate.py blocks", "benchmark.py write")
        for situation in SITUATIONS if situation != "full disk"},
+    **{("training.slim", situation): "it is over in a second, and prints a line"
+       for situation in SITUATIONS if situation not in ("full disk", "read-only place",
+                                                        "a folder as file", "a file as folder")},
     **{(name, "SIGHUP under nohup"): "cli sets the handlers of all; one of each kind is enough"
        for name in COMMANDS if name not in ("train.py", "data_prep.py", "corpus.sample_stories")},
     **{("corpus.sample_stories", situation): "it reads no file"

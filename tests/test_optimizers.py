@@ -72,7 +72,7 @@ def test_every_parameter_is_updated_once_and_only_matrices_decay(name, kinds):
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(
         id(p) for p in model.parameters())
     matrices = {id(p) for p in model.blocks.parameters() if p.ndim == 2}
-    assert len(matrices) == 2 * 6
+    assert len(matrices) == 2 * 8
     for group in groups:
         assert all((id(p) in matrices) == (group["weight_decay"] > 0) for p in group["params"])
     # FP16 lacks the range: Muon then works in FP32

@@ -411,7 +411,7 @@ def test_an_engine_behind_a_cache(version, precision, mode, device, joint_bundle
     assert {name for name, (host, _) in reader.slots.session.buffers.items() if host is None} == {
         "new_keys", "new_values"}
     cuda.replays = 0
-    alone = [STARTS[0]]
+    alone = [STARTS[1]]
     assert written(reader, sampler, mode, starts=alone) == written(
         Bundle(graph).reader(sampler), sampler, mode, starts=alone)
     assert cuda.replays  # of a single row

@@ -222,7 +222,8 @@ def test_a_step_counts_what_it_did(settings):
     real = [int((batch.corrupted.tokens != tokens.PAD).sum()) for batch in batches]
     assert trainer.progress.step == 2 and trainer.progress.tokens_seen == sum(real)
     assert counted == [(count, train_flops(
-        trainer.network.model, *batch.corrupted.tokens.shape, int(batch.corrupted.masked.sum())))
+        trainer.network.model, *batch.corrupted.tokens.shape, hidden := int(
+            batch.corrupted.masked.sum()), left_out=batch.corrupted.tokens.numel() - hidden))
         for count, batch in zip(real, batches, strict=True)]
 
 
