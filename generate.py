@@ -94,8 +94,8 @@ GAP = dict(steps=1024, order="left", pace="linear")
 @dataclass(frozen=True)
 class GenerateConfig(FromLeft):
     temperature: float = flag(0.8, "0 is greedy, 1 the model's own distribution")
-    checkpoint: str | None = flag(None, "checkpoint to use (default: the newest */best.pt, or the "
-                                        "one in pretrained/)")
+    checkpoint: str | None = flag(None, "checkpoint to use (default: the newest */best.pt, else "
+                                        "that of pretrained/, where there is one)")
     onnx: str | None = flag(None, "exported step to use instead (of export_jetson.py), in ONNX "
                                   "Runtime")
     engine: str | None = flag(None, "or as a TensorRT engine")
