@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from corpus.names import NameSwap, find_names
 from corpus.rows import TokenRows, content_hashes, read_tokenizer_file
-from corpus.tokens import decode, load_tokenizer
+from corpus.tokens import load_tokenizer
 from kinds.checkpoints import check_tokenizer, load_checkpoint
 from kinds.kind import NETWORK_SETTINGS, Kind
 from kinds.registry import kind_of_run
@@ -42,14 +41,6 @@ class StageData:
                 f"{config.batch_tokens}: a row of the data has up to {self.meta['seq_len']} tokens")
         self.tokenizer_text = read_tokenizer_file(config.data_dir, self.meta)
         self.tokenizer = load_tokenizer(self.tokenizer_text)
-        self.swap = self.name_swap(config) if config.swap_names else None
-
-    def name_swap(self, config: TrainConfig) -> NameSwap:
-        groups = find_names(self.rows, [decode(self.tokenizer, [i])
-                                        for i in range(self.meta["vocab_size"])])
-        require(any(len(group.spaced) > 1 for group in groups), f"--swap_names: no two names that "
-                f"could stand for each other in the stories of {config.data_dir}; leave it out")
-        return NameSwap(groups, config.swap_names)
 
 
 class StageModel:

@@ -37,8 +37,6 @@ class TrainConfig:
     # model
     model_config: str = flag("small", "size: " + ", ".join(MODEL_CONFIGS))
     dropout: float = flag(0.0, "dropout after attention and MLP")
-    swap_names: float = flag(0.0, "share of the training rows whose names are exchanged for "
-                                  "others, everywhere in the row")
     qk_norm: bool = flag(True, "normalise queries and keys")
     neighbour_init: float = flag(4.0, "how strongly heads look at their neighbours at first; 0 is "
                                       "the usual initialisation")
@@ -126,9 +124,8 @@ class TrainConfig:
         kind_of_run(self)  # refuses what no kind of model trains
         require(self.stage == 1 or self.decoder_checkpoint or self.resume, f"--stage "
                 f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
-        for name in ("self_conditioning", "swap_names"):
-            require(0 <= getattr(self, name) <= 1,
-                    f"--{name} {getattr(self, name)}: must be from 0 to 1")
+        require(0 <= self.self_conditioning <= 1, f"--self_conditioning {self.self_conditioning}: "
+                "must be from 0 to 1")
         for name in ("dropout", "ema_decay", "condition_dropout", "causal_share"):
             require(0 <= getattr(self, name) < 1,
                     f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
@@ -142,8 +139,7 @@ class TrainConfig:
     def check_used(self, given: set[str]) -> None:
         """Refuses flags that were given and would change nothing."""
         for name, stages in (("decoder_checkpoint", (2, 3)), ("encoder_config", (2,)),
-                             ("condition_dropout", (3,)), ("init_from", (1,)),
-                             ("swap_names", (1,))):
+                             ("condition_dropout", (3,)), ("init_from", (1,))):
             require(name not in given or self.stage in stages, f"--{name} belongs to --stage "
                     f"{' or '.join(map(str, stages))}: leave it out of stage {self.stage}")
         kind = kind_of_run(self)

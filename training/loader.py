@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corpus.names import NameSwap
 from corpus.rows import TokenRows, bucket_batches
 from corpus.tokens import PAD
 from kinds.likelihood import Corrupted
@@ -75,17 +74,15 @@ class BatchLoader:
 
     `corrupt` makes a Corrupted of tokens (B, L) and a generator. The whole batch is corrupted at
     once, so that t is stratified over all of it. `conditions` are those of all rows; a share
-    `dropout` of them is taken away, by the encoder's `without`. `swap` exchanges names before.
+    `dropout` of them is taken away, by the encoder's `without`.
     """
 
     def __init__(self, rows: TokenRows, batch_tokens: int, seed: int, corrupt: Any, step: int = 0,
                  cursor: dict | None = None, conditions: Conditions | None = None,
-                 dropout: float = 0.0, without: Callable[[Tensor, Tensor], Tensor] | None = None,
-                 swap: NameSwap | None = None):
+                 dropout: float = 0.0, without: Callable[[Tensor, Tensor], Tensor] | None = None):
         self.stream = BatchStream(rows, batch_tokens, seed, **(cursor or {}))
         self.seed, self.corrupt, self.step = seed, corrupt, step
         self.conditions, self.dropout, self.without = conditions, dropout, without
-        self.swap = swap
         self.cursor, self.epochs = self._position()
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._coming = None
@@ -95,10 +92,7 @@ class BatchLoader:
         return {"epoch": stream.epoch, "position": stream.position}, stream.epochs
 
     def _prepare(self, step: int) -> Batch:
-        rows = next(self.stream)
-        if self.swap is not None:
-            rows = self.swap(rows, np.random.default_rng([self.seed, step]))
-        tokens = torch.from_numpy(rows)  # (B, L)
+        tokens = torch.from_numpy(next(self.stream))  # (B, L)
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         corrupted = self.corrupt(tokens, generator)
         if self.conditions is not None:
