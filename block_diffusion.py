@@ -227,8 +227,8 @@ class JointDiffusion(DiscreteDiffusion):
     unused_for = "the joint model masks by its own table, and knows no time"
 
     def __init__(self, sizes: tuple[int, ...] = (4, 16, 0), causal_share: float = 0.5,
-                 mode: str = ROW, flex: bool = False):
-        super().__init__()
+                 mode: str = ROW, flex: bool = False, between: tuple[float, float] = (0.0, 1.0)):
+        super().__init__(between=between)
         self.sizes, self.causal_share, self.mode, self.flex = sizes, causal_share, mode, flex
 
     @classmethod
@@ -240,7 +240,8 @@ class JointDiffusion(DiscreteDiffusion):
                             f"masked_ce; add {CAUSAL} or the size of a block")
         require(not config.flex_attention or pick_device(config.device).type == "cuda",
                 "--flex_attention: torch trains with it on a CUDA GPU alone; leave it out")
-        return cls(sizes, config.causal_share, flex=config.flex_attention)
+        return cls(sizes, config.causal_share, flex=config.flex_attention,
+                   between=(config.t_min, config.t_max))
 
     @classmethod
     def of_checkpoint(cls, checkpoint: dict) -> "JointDiffusion":

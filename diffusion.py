@@ -66,15 +66,20 @@ class DiscreteDiffusion(Kind):
     name = "diffusion"
     objectives = OBJECTIVES
 
-    def __init__(self, schedule: str = "linear", objective: str = "masked_ce"):
+    def __init__(self, schedule: str = "linear", objective: str = "masked_ce",
+                 between: tuple[float, float] = (0.0, 1.0)):
+        """`between` are the first and the last time t of training batches."""
         require(schedule in SCHEDULES, f"schedule {schedule!r}: choose {' or '.join(SCHEDULES)}")
         require(objective in OBJECTIVES, f"objective {objective!r}: choose "
                                          f"{' or '.join(OBJECTIVES)}")
+        require(objective != "elbo" or between == (0, 1), "--objective elbo: a bound is over all "
+                "times; leave out --t_min and --t_max")
         self.schedule, self.objective = SCHEDULES[schedule](), objective
+        self.between = between
 
     @classmethod
     def of_run(cls, config: Any) -> "DiscreteDiffusion":
-        return cls(config.schedule, config.objective)
+        return cls(config.schedule, config.objective, (config.t_min, config.t_max))
 
     def times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """(count,) float64 times in (0, 1], one in each of `count` equal intervals, shuffled.
@@ -107,8 +112,10 @@ class DiscreteDiffusion(Kind):
                          (row_weight[:, None] * masked).float(), m.float())
 
     def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Corrupted:
-        """`corrupt` at stratified `times`."""
-        return self.corrupt(tokens, self.times(len(tokens), generator), generator)
+        """`corrupt` at stratified `times`, those `between`."""
+        first, last = self.between
+        times = first + (last - first) * self.times(len(tokens), generator)
+        return self.corrupt(tokens, times, generator)
 
     def loss(self, model: nn.Module, tokens: Tensor | Corrupted,
              generator: torch.Generator | None = None) -> Tensor:

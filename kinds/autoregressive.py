@@ -47,8 +47,8 @@ class Autoregressive(Kind):
     causal = exact = True
     unmasks = False
     from_left = True
-    unused = frozenset(("schedule", "sample_order", "sample_steps", "time_conditioning",
-                        "self_conditioning"))
+    unused = frozenset(("schedule", "t_min", "t_max", "sample_order", "sample_steps",
+                        "time_conditioning", "self_conditioning"))
     unused_for = "the twin writes from left to right, knows no time and hides nothing"
 
     def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Corrupted:

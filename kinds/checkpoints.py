@@ -127,9 +127,11 @@ def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None)
     found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     kinds = (kind,) if isinstance(kind, str) else kind
     if not found and PRETRAINED.is_file() and (kinds is None or kind_in(PRETRAINED) in kinds):
-        print(f"no */best.pt here: this is {PRETRAINED.parent.name}/{PRETRAINED.name}, which comes "
-              "with the repository", file=sys.stderr)
-        return PRETRAINED
+        there, here = PRETRAINED, Path.cwd()
+        there = there.relative_to(here) if there.is_relative_to(here) else there
+        print(f"no */best.pt here: this is {there}, which comes with the repository",
+              file=sys.stderr)
+        return there
     require(found, "no */best.pt here: train a model first (`python train.py --quick`) or name "
                    "one with --checkpoint")
     passed = []

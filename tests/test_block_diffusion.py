@@ -811,6 +811,14 @@ def test_sizes_take_turns():
     assert batch.predicted == int(batch.masked.sum() + (batch.next_weight > 0).sum())
 
 
+def test_whole_rows_are_trained_between_the_times_asked_for_and_blocks_between_their_own():
+    kind = JointDiffusion((0, 16), between=(0.1, 0.15))
+    batch = kind.corrupt_batch(torch.full((40, 192), 9), generator())
+    shares = batch.masked.float().mean(1)
+    whole = batch.size == 0
+    assert shares[whole].max() < 0.3 < 0.4 < shares[~whole].min()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_weights_and_parts_add_up(network, share):
     kind = JointDiffusion(read_sizes("3,causal,row,5"), share)

@@ -60,6 +60,18 @@ def test_times_are_stratified():
     assert not torch.equal(times, times.sort().values)
 
 
+def test_training_batches_can_leave_out_times_at_both_ends():
+    tokens = torch.full((400, 300), 9)
+    batch = DiscreteDiffusion(between=(0.2, 0.7)).corrupt_batch(tokens, generator())
+    times = np.sort(batch.mask_ratio.numpy())
+    assert np.abs(times - np.linspace(0.2, 0.7, 401)[1:]).max() < 0.0015  # one in each interval
+    shares = batch.masked.float().mean(1)
+    assert (shares - batch.mask_ratio).abs().max() < 0.12
+    assert shares.min() < 0.28 and shares.max() > 0.62
+    with pytest.raises(UserError, match="--objective elbo: a bound is over all times"):
+        DiscreteDiffusion(objective="elbo", between=(0.2, 0.7))
+
+
 def test_corruption_hides_text_only_and_never_nothing():
     rows = pad_rows([[BOS, *[9] * n, EOS] for n in (1, 2, 5, 13)] * 500)
     tokens = torch.from_numpy(rows)

@@ -632,6 +632,9 @@ def test_a_terminal_that_closes_saves_and_stops(settings, names):
     ({"warmup_steps": -5}, "--warmup_steps"), ({"lr": "inf"}, "--lr"),
     ({"data_source": ["tinystories"]}, "was prepared from sample"),
     ({"sample_steps": 0}, "--sample_steps 0"), ({"sample_temperature": -1}, "--sample_temperature"),
+    ({"t_min": 0.7, "t_max": 0.2}, "--t_min 0.7 --t_max 0.2"), ({"t_max": 1.5}, "--t_max 1.5"),
+    ({"objective": "elbo", "t_min": 0.2}, "--objective elbo: a bound"),
+    ({"objective": "autoregressive", "t_min": 0.1}, "--t_min: the twin writes"),
     ({"objective": "autoregressive", "schedule": "cosine"}, "--schedule: the twin writes")])
 def test_bad_settings(settings, changes, message, fails):
     import re

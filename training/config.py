@@ -63,6 +63,8 @@ class TrainConfig:
                                        "autoregressive trains the causal twin, joint one network "
                                        "that writes from left to right, in blocks and whole rows")
     schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
+    t_min: float = flag(0.0, "whole rows are trained at times t from here ...")
+    t_max: float = flag(1.0, "... to here: those with few or nearly all tokens hidden teach little")
     block_sizes: str = flag("causal,row,row,16,row,row,4,row", "objective joint: how its rows "
                             "take turns: blocks of so many tokens, row (whole), causal (next "
                             "token alone)")
@@ -121,6 +123,8 @@ class TrainConfig:
                 f"--warmup_steps {self.warmup_steps}: must be 0 or more")
         require(self.encoder_config in (None, *MODEL_CONFIGS), f"--encoder_config "
                 f"{self.encoder_config}: unknown size, choose from {', '.join(MODEL_CONFIGS)}")
+        require(0 <= self.t_min < self.t_max <= 1, f"--t_min {self.t_min} --t_max {self.t_max}: "
+                "must be from 0 to 1, the first the smaller one")
         kind_of_run(self)  # refuses what no kind of model trains
         require(self.stage == 1 or self.decoder_checkpoint or self.resume, f"--stage "
                 f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
