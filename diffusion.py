@@ -30,7 +30,7 @@ from sampling.loop import Choice, State, Step, fill, unmask
 from sampling.noise import GAP_STREAM, MASK_STREAM, SHIFT_STREAM
 from sampling.rows import blank_story
 from sampling.sampler import Sampler
-from sampling.step import UnmaskStep, carried_on, numpy_choice, numpy_step
+from sampling.step import UnmaskStep, numpy_choice, numpy_step
 
 
 class CosineSchedule:
@@ -156,28 +156,26 @@ class DiscreteDiffusion(Kind):
         return length_nats(meta, rows)
 
     @torch.no_grad()
-    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray) -> float:
+    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray,
+                 left_share: float = 0.0) -> float:
         """Exactly the -log p of who fills the gap token by token from the left, both sides in view,
         as `--order left` with a step for each does: no bound, and lower than the one over all
-        orders."""
-        step = UnmaskStep(model, Sampler(order="left"))
+        orders. `left_share` is the sampler's."""
+        step = UnmaskStep(model, Sampler(order="left", left_share=left_share))
         tokens, clean = torch.from_numpy(gap)[None], torch.from_numpy(row)[None]
         tokens, clean = (x.to(device_of(model)) for x in (tokens, clean))
-        nats, carried, training = 0.0, None, model.training
+        nats, training, carried = 0.0, model.training, None
         model.eval()
         while (hidden := tokens == MASK).any():
-            places = hidden[0].nonzero().T  # (1, M)
+            first = hidden[0].nonzero()[:1]  # (1, 1)
             ratio = hidden.sum(1) / maskable(clean).sum(1)
-            if carries := bool(getattr(model, "self_conditioning", 0)):
-                carried = step.known(tokens, places.shape[1], ratio, None, carried)
-            else:
-                places = places[:, :1]
-            logits = step.logits(tokens, places, ratio, None, carried)  # (1, M, V)
-            first = places[0, 0]
-            nats -= float(logits[0, 0].log_softmax(-1)[clean[0, first]])
-            tokens = tokens.clone()
-            tokens[0, first] = clean[0, first]
-            carried = carried_on(tokens, places, logits) if carries else None
+            if getattr(model, "self_conditioning", 0):
+                carried = step.known(tokens, int(hidden.sum()), ratio, None, None)
+            logits = step.logits(tokens, first, ratio, None, carried)  # (1, 1, V)
+            if left_share:
+                logits = step.with_left(tokens, first, logits, None)
+            nats -= float(logits[0, 0].log_softmax(-1)[clean[0, first[0, 0]]])
+            tokens = tokens.scatter(1, first, clean.gather(1, first))
         model.train(training)
         return nats
 
@@ -209,10 +207,12 @@ class DiscreteDiffusion(Kind):
 
     def fill(self, model: nn.Module, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
              ) -> list[np.ndarray]:
-        return fill(numpy_step(model, sampler), rows, sampler, seed)
+        return fill(self.step(model, sampler), rows, sampler, seed)
 
     def step(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
              ) -> Step:
+        require(self.from_left or not sampler.left_share, f"--left_share: this is a {self.name} "
+                "model, which reads with both sides in view alone; leave it out")
         return numpy_step(model, sampler, conditions)
 
     def choice(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,

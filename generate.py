@@ -29,7 +29,8 @@ before the hidden part says that the word is over: the first of the n hidden tok
 that space. Text behind a gap that begins with a space needs nothing. --no-heal takes the text as
 the tokens that it is cut into, its last space left to the first hidden token to bring or not, and
 an exported step can do no other where it fills whole rows. A gap is filled token by token from the
-left, the likeliest order, unless --steps, --order, --pace or a --preset is given.
+left, the likeliest order, by a joint model with some of its left-to-right mode (--left_share),
+unless --steps, --order, --pace or a --preset is given.
 
 A model with a condition (train.py --stage 2) goes on from the sentence that it is given;
 --conditions reads one a line of a .txt file, or the key "condition" of a .jsonl file. Without one
@@ -77,7 +78,7 @@ from sampling.rows import (
     warn_of_cuts,
     warn_of_text,
 )
-from sampling.sampler import PRESETS, Sampler
+from sampling.sampler import GAP, PRESETS, Sampler
 from sampling.stories import FromLeft, Live, Tally, Written, begin, opening, write_stories
 from sampling.viewer import TRACE_FORMATS, Trace
 
@@ -85,10 +86,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from sampling.left_to_right import Reader
-
-
-# How a gap is filled best: a token at a time, from the left
-GAP = dict(steps=1024, order="left", pace="linear")
 
 
 @dataclass(frozen=True)
@@ -184,8 +181,6 @@ def read_flags(argv: list[str] | None) -> tuple[GenerateConfig, set[str]]:
         raise UserError(f"{error}" + f" (--preset {config.preset} sets{settings})" * bool(settings)
                         ) from error
     config.check_used(given)
-    if config.infill is not None and not given & {"preset", "steps", "order", "pace"}:
-        config = preset(config, GAP, given)
     return preset(config, {"num_samples": 1}, given) if config.conditions else config, given
 
 
@@ -197,6 +192,8 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(Path(config.trace).parent, "--trace")
     source = open_exported(config, bool(texts)) if config.onnx or config.engine else open_torch(
         config, bool(texts))
+    if config.infill is not None and not given & {"preset", "steps", "order", "pace"}:
+        config = preset(config, dict(steps=1024, **source.gap), given)
     config = config.for_model(given, source.name, source.step is not None,
                               source.reader is not None, source.has_head)
     conditions = np.repeat(source.read_conditions(texts, source.tokenizer), config.num_samples,
@@ -230,6 +227,7 @@ class Source(NamedTuple):
     choice: Callable[[Sampler, np.ndarray | None], Choice] | None  # an exported step has none
     reader: "Callable[[Sampler, np.ndarray | None], Reader] | None" = None  # writes from the left
     has_head: bool = False  # for drafts
+    gap: dict = {}  # the Sampler that fills a gap best
     verifier: "Callable[[Sampler, np.ndarray | None], Reader] | None" = None  # of --verify_with
 
 
@@ -257,7 +255,7 @@ def open_torch(config: GenerateConfig, conditional: bool) -> Source:
                   partial(kind.step, model) if kind.unmasks else None,
                   partial(kind.choice, model) if kind.unmasks else None,
                   partial(kind.reader, model) if kind.from_left else None,
-                  getattr(model, "draft", None) is not None, verifier)
+                  getattr(model, "draft", None) is not None, kind.gap, verifier)
 
 
 def load(path: Path, config: GenerateConfig, conditional: bool) -> tuple[dict, Any, Any]:
@@ -286,7 +284,7 @@ def open_exported(config: GenerateConfig, conditional: bool) -> Source:
                   partial(condition_rows, max_len=bundle.condition_len), bundle.step, None,
                   (lambda config, conditions: bundle.reader(config, conditions, config.block_size))
                   if bundle.contents.get("cached") else None,
-                  has_head="draft_head" in bundle.contents["files"])
+                  has_head="draft_head" in bundle.contents["files"], gap=GAP)
 
 
 # (number of a story, its row, network evaluations that it took): as soon as it is finished

@@ -78,6 +78,8 @@ class Bundle:
         """Raises UserError for a sampler that this graph cannot run, with conditions or without.
         """
         likeliest = self.contents["likeliest"]
+        require(not sampler.left_share, "--left_share: an exported step has not the left-to-right "
+                                        "mode; leave it out, or use --checkpoint")
         require(sampler.pace != "entropy_bound", "--pace entropy_bound needs the entropy of every "
                 "position, which an exported step does not give: choose another one")
         require(sampler.top_k <= likeliest, f"--top_k {sampler.top_k}: an exported step draws "

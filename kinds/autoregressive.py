@@ -80,7 +80,8 @@ class Autoregressive(Kind):
         return float(nats)
 
     @torch.no_grad()
-    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray) -> float:
+    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray,
+                 left_share: float = 0.0) -> float:
         """The exact -log p given the left side."""
         clean, hidden = torch.from_numpy(row)[None], torch.from_numpy(gap == MASK)[None]
         seen = Corrupted(clean, before_each(clean), hidden, hidden.float(), torch.ones(1))

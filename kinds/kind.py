@@ -19,7 +19,7 @@ from network.transformer import check_size
 from sampling.left_to_right import Reader
 from sampling.loop import Choice, Step
 from sampling.rows import draw_length
-from sampling.sampler import Sampler
+from sampling.sampler import GAP, Sampler
 
 # The settings of a run that shape its network. A later stage takes them from the model that it
 # starts from.
@@ -44,6 +44,7 @@ class Kind:
     keeps_settings: ClassVar[tuple[str, ...]] = ()  # of the run that --init_from names
     own: ClassVar[frozenset[str]] = frozenset()  # flags of train.py that are for this kind alone
     first_passes: ClassVar[bool] = True  # with self-conditioning, in training
+    gap: ClassVar[dict[str, Any]] = GAP  # the settings of a Sampler that fills a gap best
     of_text: ClassVar[bool] = True  # whether `nelbo` is of a text, so that bits/byte mean something
     unused: ClassVar[frozenset[str]] = frozenset()  # flags of train.py that change nothing,
     unused_for: ClassVar[str] = "without effect for this kind of model"  # and why
@@ -131,9 +132,10 @@ class Kind:
         """What a text's code needs besides the tokens."""
         raise NotImplementedError
 
-    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray) -> float:
+    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray,
+                 left_share: float = 0.0) -> float:
         """Nats of those tokens of `row` (L,) that are [MASK] in `gap`, given all that the network
-        sees of the others, and those of them to the left."""
+        sees of the others, and those of them to the left. `left_share` is the Sampler's."""
         raise NotImplementedError
 
     @property

@@ -5,12 +5,12 @@
 Exact match, BLEU and nats/token of the hidden sentence, beside those of the autoregressive twin,
 which knows only what stands to the left of it, with the paired difference; of a joint model also
 the best of some --candidates ("rescored"). Both nats are exact: of a sentence that is filled in
-token by token from its left, which is how it is done unless another --order is asked for; "bound"
-is that over all orders.
+token by token from its left, which is how it is done unless another --order is asked for, of a
+joint model with some of its left-to-right mode (--left_share); "bound" is that over all orders.
 Prints a table and writes infilling.json beside the checkpoint. --num_samples makes it shorter.
 """
 
-from cli import flag, parse, require, write_json
+from cli import flag, parse, preset, require, write_json
 
 import dataclasses
 import re
@@ -92,7 +92,8 @@ def infilling(kind: Kind, model: torch.nn.Module, rows: list[np.ndarray],
     """Exact match (share), BLEU (0 to 100) and nats/token of the filled gaps against the real, with
     their standard error over the stories, and the nats of each story."""
     filled = kind.fill(model, gaps, sampler, seed)
-    nats = np.array([kind.gap_nats(model, *pair) for pair in zip(rows, gaps, strict=True)])
+    nats = np.array([kind.gap_nats(model, *pair, sampler.left_share)
+                     for pair in zip(rows, gaps, strict=True)])
     tokens = np.array([(gap == MASK).sum() for gap in gaps])
     bound = {} if kind.exact else {"bound": sum(
         kind.gap_bound(model, *pair, draws, seed, number)
@@ -191,6 +192,8 @@ def main(argv: list[str]) -> None:
         "infilling is measured for a model without a condition; use `python evaluate.py "
         "condition` for this one" if kind.conditional else ""))
     kind = kind_of(checkpoint)
+    if not given & {"order", "pace"}:
+        config = preset(config, kind.gap, given)
     config.check_used_by(kind, given)
     target = output_file(config.output, path, "infilling.json")
     model, rows, tokenizer = open_model(config, path, checkpoint)

@@ -87,10 +87,12 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         for line, i in zip(noise, active, strict=True):
             line[:, :lengths[i]] = step_noise(seed, rows[i], k, lengths[i])
         new, confidence = state.tokens.copy(), state.confidence.copy()
-        told = None if carried is None else carried[active]
+        # One place on, what was expected at the place before is out of date: from the left a row is
+        # looked at anew for each
+        told = None if carried is None or sampler.order == "left" else carried[active]
         new[active], drawn, made = step(state.tokens[active], counts[active], noise, rows[active],
                                         told)
-        evaluated = (counts > 0).astype(np.int64)
+        evaluated = (counts > 0) * (1 + int(sampler.left_share > 0))
         if made is not None:
             # a row of which nothing was known has been looked at once before
             evaluated[active] += 1 if told is None else ~told.any((1, 2))

@@ -19,6 +19,9 @@ MAX_STEPS = 100_000
 PRESETS = {name: dict(steps=steps, order="random", temperature=1.0, top_p=0.9)
            for name, steps in (("fast", 16), ("balanced", 32), ("best", 64))}
 
+# How a gap is filled best by a model that reads both sides: a token at a time, from the left
+GAP = dict(order="left", pace="linear")
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -31,6 +34,8 @@ class Sampler:
     order: str = flag("random", "which position first: random (ancestral), or by the largest "
                                 "probability (confidence), the largest lead over the second token "
                                 "(margin) or the smallest entropy; or from the left")
+    left_share: float = flag(0.0, "order left, of a joint model: share of its left-to-right mode; "
+                                  "tokens are drawn from p(both sides)^(1 - s) p(left side)^s")
     # cosine uncovers few tokens first, as in MaskGIT (arXiv 2202.04200)
     pace: str = flag("cosine", "tokens in a step: cosine (few at first), linear (alike), "
                                "first_hitting (random, as the process itself), or as many as the "
@@ -49,6 +54,10 @@ class Sampler:
     def check(self) -> None:
         require(0 <= self.guidance < float("inf"), f"--guidance {self.guidance}: must be 0 or more")
         require(self.order in ORDERS, f"--order {self.order}: choose from {', '.join(ORDERS)}")
+        require(0 <= self.left_share < 1, f"--left_share {self.left_share}: must be at least 0 and "
+                                          "less than 1")
+        require(not self.left_share or self.order == "left", "--left_share belongs to --order "
+                "left: elsewhere what stands to the left is hidden; leave it out")
         require(self.pace in PACES, f"--pace {self.pace}: choose from {', '.join(PACES)}")
         require(self.remask in REMASKS, f"--remask {self.remask}: choose from {', '.join(REMASKS)}")
         require(self.remask == "none" or self.pace in PLANNED_PACES,

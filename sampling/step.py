@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corpus.tokens import MASK, maskable
+from corpus.tokens import MASK, PAD, maskable
 from network.attention import Context, take
 from network.hardware import device_of
 from network.layers import CARRIED, likeliest
@@ -69,6 +70,8 @@ class UnmaskStep(nn.Module):
                                     most_hidden if carries else most_count)
             every = self.logits(tokens, candidates, ratio, context, carried)  # (B, M, V)
             positions, logits = candidates[:, :most_count], every[:, :most_count]  # (B, C, V)
+            if sampler.left_share:
+                logits = self.with_left(tokens, positions, logits, context)
             confident = None
         else:
             candidates = best_first(masked.int(), most_hidden)  # (B, M)
@@ -106,6 +109,19 @@ class UnmaskStep(nn.Module):
         places = best_first((tokens == MASK).int(), most_hidden)
         first = carried_on(tokens, places, self.logits(tokens, places, ratio, context))
         return torch.where(fresh[:, None, None], first, carried)
+
+    def with_left(self, tokens: Tensor, positions: Tensor, logits: Tensor, context: Context | None,
+                  ) -> Tensor:
+        """(B, C, V): at the first of the positions, left of which nothing is hidden, those of both
+        sides and of the left-to-right mode, by their shares."""
+        first, share = positions[:, :1], self.sampler.left_share
+        before = F.pad(tokens[:, :-1], (1, 0), value=PAD)
+        view = self.model.view(torch.arange(tokens.shape[1], device=tokens.device) - 1, causal=True)
+        left = self.guided([self.model.head(take(self.model.hidden(
+            before, view=view, context=given), first)).float()
+            for given in self.contexts_for(context)])
+        mixed = (1 - share) * logits[:, :1] + share * left
+        return torch.cat([mixed, logits[:, 1:]], 1)
 
     def logits(self, tokens: Tensor, positions: Tensor, ratio: Tensor, context: Context | None,
                carried: Tensor | None = None) -> Tensor:

@@ -379,6 +379,7 @@ def test_an_export_needs_torch_and_onnx(sharp_checkpoint, monkeypatch, tmp_path,
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--pace", "entropy_bound"], "--pace entropy_bound needs the entropy"),
+    (["--order", "left", "--left_share", "0.3"], "--left_share: an exported step has not"),
     (["--top_k", "65"], "among the 64 likeliest"),
     (["--device", "cpu"], "--device: an exported step has its own"),
     (["--heal", "--prompt", "Tom"], "--heal: an exported step gives no probabilities"),

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import ROOT, as_joint, python
 
 from corpus.conditions import read_conditions
 from corpus.tokens import BOS, EOS, MASK, decode, round_up
@@ -90,6 +90,21 @@ def test_gaps_are_filled_and_the_rest_stays(call, tokenizer):
     visible = " _ _ _ _ _ _ and he was _."
     assert text_with_gaps(tokenizer, row) == "Tom had a" + visible
     assert (infill_row("[MASK:3]", tokenizer, 256) == [BOS, MASK, MASK, MASK, EOS]).all()
+
+
+def test_a_joint_model_fills_gaps_with_some_of_its_left_to_right_mode(checkpoint, tmp_path, capsys):
+    path = str(as_joint(checkpoint, tmp_path / "joint.pt"))
+
+    def filled(*flags: str) -> dict:
+        main(["--checkpoint", path, "--num_samples", "1", "--no-heal", "--infill",
+              "Tom had a[MASK:4] he was happy.", "--json", *flags])
+        return json.loads(capsys.readouterr().out)
+    usual = filled()
+    assert usual == filled("--steps", "1024", "--order", "left", "--pace", "linear", "--left_share",
+                           "0.3")
+    # two evaluations a token, and without that share one
+    assert usual["nfe"] == 8 and filled("--left_share", "0")["nfe"] == 4
+    assert filled("--order", "left", "--steps", "9", "--pace", "linear")["nfe"] == 4
 
 
 # ---- words that the text cuts --------------------------------------------------------------------
@@ -335,6 +350,7 @@ def test_bad_input(checkpoint, argv, message, fails):
 
 def test_no_checkpoint(tmp_path, monkeypatch, fails):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kinds.checkpoints.PRETRAINED", tmp_path / "pretrained.pt")
     assert "train.py" in fails(main)
     assert "no checkpoint" in fails(main, "--checkpoint", "x.pt")
     (tmp_path / "x.pt").write_text("weights")

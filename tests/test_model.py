@@ -340,7 +340,7 @@ def test_the_newest_best_checkpoint_is_the_default(tmp_path, monkeypatch, capsys
         find_checkpoint(None)
     # the one that comes with the repository, where it can do what is asked
     save_checkpoint(tmp_path / "pretrained.pt", random_model(), "{}", {})
-    assert find_checkpoint(None) == find_checkpoint(None, "diffusion") == tmp_path / "pretrained.pt"
+    assert find_checkpoint(None) == find_checkpoint(None, "diffusion") == Path("pretrained.pt")
     assert "comes with the repository" in capsys.readouterr().err
     with pytest.raises(UserError, match="train a model first"):
         find_checkpoint(None, "autoregressive")

@@ -1,5 +1,7 @@
 """Self-conditioning: what a pass expects at the hidden places enters the next one."""
 
+from cli import UserError
+
 import itertools
 import json
 import math
@@ -241,6 +243,42 @@ def test_nats_of_a_gap_are_those_of_filling_it_from_the_left(model):
     *_, last = unmask(numpy_step(model, sampler), gap[None], sampler, 3)
     nats = DiscreteDiffusion().gap_nats(model, last.tokens[0], gap)
     assert nats == pytest.approx(-np.log(last.confidence[last.confidence > 0]).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_a_gap_is_filled_by_one_distribution_and_every_place_is_looked_at_anew(model, share):
+    """Of all that may stand in it the probabilities add up to 1; and they are by hand those of a
+    pass over the row told of another pass over it, with some of the causal one."""
+    row, gap = np.array([BOS, 9, 5, 6, 12, EOS]), np.array([BOS, 9, MASK, MASK, 12, EOS])
+    kind = JointDiffusion()
+    total = 0.0
+    for pair in itertools.product(range(EOS + 1, 40), repeat=2):
+        row[2:4] = pair
+        total += math.exp(-kind.gap_nats(model, row, gap, share))
+    assert total == pytest.approx(1, abs=1e-4)
+    by_hand = 0.0
+    with torch.no_grad():
+        for place in (2, 3):
+            now = torch.tensor(np.where(np.arange(6) < place, row, gap))[None]
+            hidden = now == MASK
+            carried = torch.zeros(1, 6, 2 * CARRIED)
+            carried[hidden] = model.expected(model.hidden(now)[hidden])
+            both = model.head(model.hidden(now, carried=carried)[0, place])
+            left = model.head(model.hidden(torch.tensor([[PAD, *row[:place]]]), view=model.view(
+                torch.arange(-1, place), causal=True))[0, -1])
+            mixed = (1 - share) * both + share * left if share else both
+            by_hand -= float(mixed.log_softmax(-1)[row[place]])
+    assert kind.gap_nats(model, row, gap, share) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_loop_counts_every_look_at_a_gap(model):
+    row = np.array([[BOS, 9, *[MASK] * 3, 12, EOS]])
+    for share, looks in ((0.0, 2), (0.3, 3)):
+        sampler = Sampler(steps=9, order="left", pace="linear", left_share=share)
+        *_, last = unmask(JointDiffusion().step(model, sampler), row, sampler)
+        assert last.nfe == 3 * looks
+    with pytest.raises(UserError, match="--left_share: this is a diffusion model"):
+        DiscreteDiffusion().step(model, sampler)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
