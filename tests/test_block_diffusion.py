@@ -1116,7 +1116,8 @@ def test_other_measurements_are_those_of_the_row(evaluated, checkpoint, tmp_path
     plain = tmp_path / "plain.json"
     for command, words, key in (
             ("samplers", ["--num_samples", 2, "--evaluations", 2, "--samplers", "random"],
-             "samplers"), ("infilling", ["--num_samples", 3, "--steps", 2, "--draws", 1], "arms")):
+             "samplers"), ("infilling", ["--num_samples", 3, "--steps", 2, "--draws", 1,
+                                         "--left_share", 0], "arms")):
         result, text = evaluated(command, *words)
         evaluate.main([command, "--checkpoint", str(checkpoint), "--output", str(plain),
                        "--precision", "fp32", *map(str, words)])
