@@ -26,7 +26,7 @@ from cli import require
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -222,7 +222,7 @@ class JointDiffusion(DiscreteDiffusion):
     name, title = "joint", "joint model"
     objectives = ("joint",)
     from_left = True
-    gap = GAP | dict(left_share=0.3)  # chosen on validation stories (docs/results.md)
+    gap = GAP | dict(left_share=0.3)  # chosen on validation stories: docs/experiments.md
     own = frozenset(("block_sizes", "causal_share", "flex_attention"))
     unused = frozenset(("schedule", "time_conditioning"))
     unused_for = "the joint model masks by its own table, and knows no time"
@@ -239,6 +239,8 @@ class JointDiffusion(DiscreteDiffusion):
         sizes = read_sizes(config.block_sizes)
         require(any(sizes), f"--block_sizes {config.block_sizes}: whole rows alone are --objective "
                             f"masked_ce; add {CAUSAL} or the size of a block")
+        require(0 in sizes or (config.t_min, config.t_max) == (0, 1), f"--t_min --t_max: times of "
+                f"whole rows, which --block_sizes {config.block_sizes} has not; leave them out")
         require(not config.flex_attention or pick_device(config.device).type == "cuda",
                 "--flex_attention: torch trains with it on a CUDA GPU alone; leave it out")
         return cls(sizes, config.causal_share, flex=config.flex_attention,
@@ -375,6 +377,7 @@ class JointDiffusion(DiscreteDiffusion):
                   seed: int = 0, candidates: int = 8) -> list[np.ndarray]:
         """The rows with something in the place of every [MASK]: of so many candidates, drawn with
         both sides in view ("row"), that which is likeliest as a whole from left to right."""
+        sampler = replace(sampler, left_share=0.0)
         drafts = [super(JointDiffusion, self).fill(model, rows, sampler, seed + k)
                   for k in range(candidates)]
         nats = np.array([self.in_mode(CAUSAL).nelbo(model, (row[None] for row in filled)).nats

@@ -203,7 +203,7 @@ class DiscreteDiffusion(Kind):
     def write(self, model: nn.Module, lengths: Sequence[int], sampler: Sampler, seed: int = 0,
               conditions: np.ndarray | None = None) -> list[np.ndarray]:
         rows = [blank_story(length) for length in lengths]
-        return fill(numpy_step(model, sampler, conditions), rows, sampler, seed)
+        return fill(self.step(model, sampler, conditions), rows, sampler, seed)
 
     def fill(self, model: nn.Module, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
              ) -> list[np.ndarray]:
@@ -231,7 +231,7 @@ class DiscreteDiffusion(Kind):
 
         `conditions` (N, ...) belong to the rows with the numbers 0 to N - 1.
         """
-        return unmask(numpy_step(model, sampler, conditions), tokens, sampler, seed, rows)
+        return unmask(self.step(model, sampler, conditions), tokens, sampler, seed, rows)
 
 
 def hide_some(can: Tensor, m: Tensor, generator: torch.Generator | None = None,

@@ -29,8 +29,8 @@ before the hidden part says that the word is over: the first of the n hidden tok
 that space. Text behind a gap that begins with a space needs nothing. --no-heal takes the text as
 the tokens that it is cut into, its last space left to the first hidden token to bring or not, and
 an exported step can do no other where it fills whole rows. A gap is filled token by token from the
-left, the likeliest order, by a joint model with some of its left-to-right mode (--left_share),
-unless --steps, --order, --pace or a --preset is given.
+left, the likeliest order, by a joint model with some of its left-to-right mode (--left_share; not
+what completes a word), unless --steps, --order, --pace or a --preset is given.
 
 A model with a condition (train.py --stage 2) goes on from the sentence that it is given;
 --conditions reads one a line of a .txt file, or the key "condition" of a .jsonl file. Without one
@@ -169,10 +169,17 @@ def given_text(config: GenerateConfig) -> Given:
     return Given(text if conditional else text.lstrip(), config.infill is not None)
 
 
+def fills_from_the_left(config: GenerateConfig, given: set[str]) -> bool:
+    """Whether there is a gap and no word on how to fill it."""
+    return config.infill is not None and not given & {"preset", "steps", "order", "pace"}
+
+
 def read_flags(argv: list[str] | None) -> tuple[GenerateConfig, set[str]]:
     config, given = parse(GenerateConfig, __doc__, argv)
     if config.preset:
         config = preset(config, PRESETS[config.preset], given)
+    elif fills_from_the_left(config, given):
+        config = preset(config, GAP, given)
     try:
         config.check()
     except UserError as error:
@@ -192,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(Path(config.trace).parent, "--trace")
     source = open_exported(config, bool(texts)) if config.onnx or config.engine else open_torch(
         config, bool(texts))
-    if config.infill is not None and not given & {"preset", "steps", "order", "pace"}:
+    if fills_from_the_left(config, given):
         config = preset(config, dict(steps=1024, **source.gap), given)
     config = config.for_model(given, source.name, source.step is not None,
                               source.reader is not None, source.has_head)

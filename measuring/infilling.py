@@ -50,7 +50,7 @@ class InfillingConfig(ScoringConfig):
     num_samples: int = flag(64, "stories to hide the middle sentence of")
     order: str = flag("left", "which position first: " + ", ".join(ORDERS), ORDERS)
     pace: str = flag("linear", "tokens in a step: " + ", ".join(PACES), PACES)
-    steps: int = flag(256, "network evaluations for a story, at most")
+    steps: int = flag(256, "steps of a story, at most")
     candidates: int = flag(8, "of a joint model also the likeliest from left to right of so many "
                               "sentences, drawn with both sides in view")
 
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> None:
         "infilling is measured for a model without a condition; use `python evaluate.py "
         "condition` for this one" if kind.conditional else ""))
     kind = kind_of(checkpoint)
-    if not given & {"order", "pace"}:
+    if not given & {"steps", "order", "pace"}:
         config = preset(config, kind.gap, given)
     config.check_used_by(kind, given)
     target = output_file(config.output, path, "infilling.json")

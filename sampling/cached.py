@@ -2,6 +2,8 @@
 library for the kinds that write from the left.
 """
 
+from cli import require
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +28,8 @@ class CachedModel:
 
     def __init__(self, model: nn.Module, sampler: Sampler, conditions: np.ndarray | None = None,
                  ends: tuple[int, ...] = (EOS,), block_ends: tuple[int, ...] = (EOS, PAD)):
+        require(not sampler.left_share, "--left_share: blocks know their left side already; leave "
+                                        "it out")
         sampler = sampler.drawing
         self.model, self.sampler, self.ends, self.block_ends = model, sampler, ends, block_ends
         self.drawing = Drawing(BlockStep(self), model, sampler, conditions)

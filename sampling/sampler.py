@@ -27,7 +27,7 @@ GAP = dict(order="left", pace="linear")
 class Sampler:
     """How to unmask. `check` raises UserError for values that mean nothing."""
 
-    steps: int = flag(64, "network evaluations for a story, at most")
+    steps: int = flag(64, "steps of a story, at most")
     temperature: float = flag(1.0, "0 is greedy, 1 the model's own distribution")
     top_k: int = flag(0, "draw among the k likeliest tokens; 0 is all")
     top_p: float = flag(1.0, "draw among the likeliest tokens that together reach p")
@@ -58,6 +58,8 @@ class Sampler:
                                           "less than 1")
         require(not self.left_share or self.order == "left", "--left_share belongs to --order "
                 "left: elsewhere what stands to the left is hidden; leave it out")
+        require(not self.left_share or self.pace in PLANNED_PACES, "--left_share: an adaptive "
+                "--pace takes places that it has no left side of; leave it out")
         require(self.pace in PACES, f"--pace {self.pace}: choose from {', '.join(PACES)}")
         require(self.remask in REMASKS, f"--remask {self.remask}: choose from {', '.join(REMASKS)}")
         require(self.remask == "none" or self.pace in PLANNED_PACES,

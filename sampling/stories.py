@@ -66,6 +66,8 @@ class FromLeft(Sampler):
             refuse(OF_ORDERS, given, "--verify uncovers a draft from the left, in equal parts")
         elif self.block_size == 1:
             refuse(("steps", *OF_ORDERS), given, "token by token there are no steps and no order")
+        if self.block_size:
+            refuse(("left_share",), given, "blocks know their left side already")
         if self.verify or self.block_size:
             refuse(OF_WHOLE_ROWS, given, "needs the whole row (--block_size 0), and writing from "
                                          "the left has none")

@@ -1026,6 +1026,7 @@ def test_it_starts_from_other_weights(settings, which, checkpoint, tmp_path):
     (dict(block_sizes=""), "write numbers"), (dict(block_sizes="4,,row"), "write numbers"),
     (dict(block_sizes="2000"), "from 1 to 1024"), (dict(block_sizes="²"), "write numbers"),
     (dict(causal_share="1"), "--causal_share 1"),
+    (dict(block_sizes="causal,4", t_min=0.2), "--t_min --t_max: times of whole rows"),
     (dict(objective="masked_ce"), "--block_sizes: for --objective joint alone"),
     (dict(objective="autoregressive", causal_share="0.2"),
      "--block_sizes --causal_share: for --objective joint alone"),

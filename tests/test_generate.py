@@ -102,6 +102,7 @@ def test_a_joint_model_fills_gaps_with_some_of_its_left_to_right_mode(checkpoint
     usual = filled()
     assert usual == filled("--steps", "1024", "--order", "left", "--pace", "linear", "--left_share",
                            "0.3")
+    assert filled("--left_share", "0.3") == usual != filled("--left_share", "0.9")
     # two evaluations a token, and without that share one
     assert usual["nfe"] == 8 and filled("--left_share", "0")["nfe"] == 4
     assert filled("--order", "left", "--steps", "9", "--pace", "linear")["nfe"] == 4

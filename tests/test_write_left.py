@@ -416,6 +416,7 @@ def test_blocks_are_shown_step_by_step(tell):
     ("twin.pt --preset fast", "--preset: token by token"),
     ("joint.pt --block_size 1 --steps 4", "--steps: token by token"),
     ("joint.pt --block_size 1 --show_steps", "--show_steps: token by token"),
+    ("joint.pt --block_size 4 --order left --left_share 0.3", "--left_share: blocks know"),
     ("joint.pt --verify --order random", "--order: --verify uncovers a draft from the left"),
     ("joint.pt --verify --pace linear", "--pace: --verify"),
     ("joint.pt --verify --remask none", "--remask: --verify"),
