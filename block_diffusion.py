@@ -307,8 +307,7 @@ class JointDiffusion(DiscreteDiffusion):
         with an end that may be all."""
         can = predicted(in_blocks(tokens, size))  # (B, N, S)
         some = can.any(-1)
-        low, high = mask_range(size)
-        shares = low + (high - low) * self.times(int(some.sum()), generator)
+        shares = self.times(int(some.sum()), generator, mask_range(size))
         masked = torch.zeros_like(can)
         masked[some] = hide_some(can[some], shares, generator)[0]
         return noisy_blocks(tokens, masked)

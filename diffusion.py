@@ -81,13 +81,16 @@ class DiscreteDiffusion(Kind):
     def of_run(cls, config: Any) -> "DiscreteDiffusion":
         return cls(config.schedule, config.objective, (config.t_min, config.t_max))
 
-    def times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """(count,) float64 times in (0, 1], one in each of `count` equal intervals, shuffled.
+    def times(self, count: int, generator: torch.Generator | None = None,
+              between: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """(count,) float64 times, one in each of `count` equal intervals `between` two, shuffled.
 
         Stratifying over the whole batch lowers the variance of the loss (arXiv 2107.00630, I.1).
         """
         u = torch.rand(count, generator=generator, dtype=torch.float64)
-        return 1 - (torch.randperm(count, generator=generator) + u) / count
+        first, last = between
+        return first + (last - first) * (
+            1 - (torch.randperm(count, generator=generator) + u) / count)
 
     def corrupt(self, tokens: Tensor, t: Tensor, generator: torch.Generator | None = None,
                 ) -> Corrupted:
@@ -113,9 +116,7 @@ class DiscreteDiffusion(Kind):
 
     def corrupt_batch(self, tokens: Tensor, generator: torch.Generator | None = None) -> Corrupted:
         """`corrupt` at stratified `times`, those `between`."""
-        first, last = self.between
-        times = first + (last - first) * self.times(len(tokens), generator)
-        return self.corrupt(tokens, times, generator)
+        return self.corrupt(tokens, self.times(len(tokens), generator, self.between), generator)
 
     def loss(self, model: nn.Module, tokens: Tensor | Corrupted,
              generator: torch.Generator | None = None) -> Tensor:
