@@ -63,25 +63,31 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes[p.shape].append(p)
+            decayed = 1 - group["lr"] * group["weight_decay"]
             for shape, params in shapes.items():
                 for p in params:
-                    state = self.state[p]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(p)
-                    state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                torch._foreach_lerp_(self._momenta(params), [local(p.grad) for p in params],
+                                     1 - group["momentum"])
+                updates = self._updates(params, group["momentum"])
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
-                for p, update in zip(params, self._updates(params, group["momentum"]), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    local(p).add_(update.to(p.dtype), alpha=-scale)
+                weights = [local(p) for p in params]
+                torch._foreach_mul_(weights, decayed)
+                torch._foreach_add_(weights, list(updates.to(weights[0].dtype)), alpha=-scale)
+
+    def _momenta(self, params: list[nn.Parameter]) -> list[Tensor]:
+        return [local(self.state[p]["momentum_buffer"]) for p in params]
 
     def _updates(self, params: list[nn.Parameter], momentum: float) -> Tensor:
         """The orthogonalised directions of N matrices (rows, columns), (N, rows, columns); of
         matrices that are spread over the processes the rows that this one holds."""
         def directions(some: list[nn.Parameter]) -> Tensor:
-            parts = [local(p.grad.lerp(self.state[p]["momentum_buffer"], momentum)).to(self.dtype)
-                     for p in some]  # Nesterov's
-            return torch.stack(parts) if parts else params[0].new_empty(
-                (0, *params[0].shape), dtype=self.dtype)
+            if not some:
+                return params[0].new_empty((0, *params[0].shape), dtype=self.dtype)
+            return torch.stack(torch._foreach_lerp(
+                [local(p.grad) for p in some], self._momenta(some), momentum)).to(
+                self.dtype)  # Nesterov's
 
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1:
@@ -122,8 +128,8 @@ def make_optimizers(model: DiffusionTransformer, name: str, lr: float, weight_de
 @torch.no_grad()
 def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average = decay * average + (1 - decay) * model, for the averaged (EMA) weights."""
-    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-        local(mean).lerp_(local(weight), 1 - decay)
+    torch._foreach_lerp_([local(p) for p in average.parameters()],
+                         [local(p) for p in model.parameters()], 1 - decay)
 
 
 # ---- parameters that FSDP has spread over the processes ------------------------------------------
