@@ -88,7 +88,7 @@ class DiffusionTransformer(Transformer):
             self.carry = Linear(config.width, config.width, std=0.0)
         self.draft = None
         if config.draft_rank:
-            self.draft = DraftHead(config.vocab_size, config.width, config.draft_rank)
+            self.draft = DraftHead(self.embedding, self.vocabulary, config.draft_rank)
         # In the twin the end of the story has to be predicted; in diffusion it is always visible.
         impossible = torch.zeros(config.vocab_size)
         impossible[:EOS if config.causal else EOS + 1] = -math.inf

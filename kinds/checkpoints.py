@@ -166,6 +166,9 @@ def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTr
     """The network of a checkpoint, with its averaged (EMA) weights where there are any."""
     average = checkpoint.get("ema") if use_ema else None
     weights = checkpoint["weights"] if average is None else average
+    require("draft.before" not in weights, "the checkpoint's draft head has tables of its own, as "
+            "they were once written: train the head again, with train.py --objective draft "
+            "--init_from and this checkpoint")
     try:
         model = KINDS[checkpoint["kind"]].restore(checkpoint, weights)
         model.load_state_dict(weights)

@@ -111,8 +111,7 @@ class CachedModel:
 
 def head_parts(head: nn.Module) -> dict[str, np.ndarray]:
     """The matrices of a model's draft head, by name."""
-    return {name.removesuffix(".weight"): part.detach().float().cpu().numpy()
-            for name, part in head.named_parameters()}
+    return {name: part.cpu().numpy() for name, part in head.parts().items()}
 
 
 class BlockStep(UnmaskStep):

@@ -217,10 +217,10 @@ def joint_checkpoint(sharp_checkpoint, tmp_path_factory):
     drafts, of which nothing is true."""
     source = checkpoints.load_checkpoint(sharp_checkpoint)
     source["model_config"]["draft_rank"] = 3
-    size, width = (source["model_config"][name] for name in ("vocab_size", "width"))
+    width = source["model_config"]["width"]
     generator = torch.Generator().manual_seed(0)
     shapes = {"read.weight": (3, width), "mix.weight": (6, 6), "back.weight": (3, 6),
-              "tell.weight": (3, 3), "before": (size, 3), "behind": (size, 3)}
+              "tell.weight": (3, 3), "before.weight": (3, width), "behind.weight": (3, width)}
     source["weights"] |= {f"draft.{name}": torch.randn(shape, generator=generator) / 3
                           for name, shape in shapes.items()}
     network = checkpoints.model_from_checkpoint(source)

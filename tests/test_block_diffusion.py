@@ -355,10 +355,10 @@ DRAFTERS = {"itself": lambda model, sampler: None,
 def lying_head(model) -> DraftHead:
     """Which says much, and nothing true."""
     torch.manual_seed(3)
-    head = TorchHead(model.config.vocab_size, model.config.width, 4)
+    head = TorchHead(model.embedding, model.vocabulary, 4)
     for p in head.parameters():
         torch.nn.init.normal_(p)
-    head.behind = torch.nn.Parameter(head.behind[:6].detach())  # one letter is never drafted
+    head.drafted = 6  # one letter is never drafted
     return DraftHead(head_parts(head))
 
 

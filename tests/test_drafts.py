@@ -20,7 +20,7 @@ from kinds.drafts import CHAIN, DraftTraining, chain
 from kinds.registry import kind_of
 from model import MODEL_CONFIGS, DiffusionTransformer
 from network.draft_head import DraftHead as TorchHead
-from network.layers import ModelConfig
+from network.layers import Linear, ModelConfig
 from sampling.cached import CachedModel, head_parts
 from sampling.draft_head import DraftHead
 from sampling.left_to_right import draft_of, rows_of, write_causal, write_verified
@@ -40,9 +40,12 @@ def model() -> DiffusionTransformer:
 
 def test_a_draft_is_drawn_from_what_is_told_of_it(model):
     """q of the first place is the network's, of the others the network's and the head's."""
-    sampler, reader = Sampler(steps=1), CachedModel(model, Sampler(steps=1))
-    reader.begin(np.arange(2))
-    reader.read(np.array([[PAD, BOS], [PAD, BOS]]))
+    def begun() -> CachedModel:
+        reader = CachedModel(model, Sampler(steps=1))
+        reader.begin(np.arange(2))
+        reader.read(np.array([[PAD, BOS], [PAD, BOS]]))
+        return reader
+    sampler, reader = Sampler(steps=1), begun()
     last, uniform = np.array([4, 5]), np.random.default_rng(0).random((2, 4))
     draft, q = draft_of(reader, last, 4, sampler, uniform)
     block = np.array([[4, 1, 1, 1], [5, 1, 1, 1]])
@@ -51,7 +54,8 @@ def test_a_draft_is_drawn_from_what_is_told_of_it(model):
     np.testing.assert_allclose(q, logits.softmax(-1).numpy(), atol=1e-6)
     # in three evaluations the network sees every token before the next, and the head has no say
     _, alone = draft_of(reader, last, 4, Sampler(steps=3), uniform)
-    model.draft.behind.data.zero_()
+    model.draft.behind.weight.data.zero_()
+    reader = begun()
     np.testing.assert_array_equal(alone, draft_of(reader, last, 4, Sampler(steps=3), uniform)[1])
     assert not np.allclose(q, draft_of(reader, last, 4, sampler, uniform)[1])
 
@@ -83,7 +87,7 @@ def test_a_head_that_lies_costs_no_exactness(model):
 
 def test_the_head_in_numpy_is_that_of_torch(model):
     """Token by token, also where it drafts fewer ids than there are."""
-    model.draft.behind = torch.nn.Parameter(model.draft.behind[:6].detach())
+    model.draft.drafted = 6
     head, hidden = DraftHead(head_parts(model.draft)), torch.randn(2, 32)
     tokens = torch.tensor([[4, 5, 3], [6, 6, 0]])
     with torch.no_grad():
@@ -105,8 +109,10 @@ def test_it_starts_as_the_vocabulary_head():
     torch.manual_seed(0)
     weight, hidden = torch.randn(40, 8), torch.randn(3, 8)
     for rank, near in ((8, 1e-4), (12, 1e-4), (4, None)):
-        head = TorchHead(40, 8, rank)
-        head.start_from(weight)
+        vocabulary = Linear(8, 40)
+        vocabulary.weight.data.copy_(weight)
+        head = TorchHead(torch.nn.Embedding(40, 8), vocabulary, rank)
+        head.start_from_vocabulary()
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
         best = hidden @ ((u[:, :rank] * s[:rank]) @ v[:rank]).T
         with torch.no_grad():
@@ -136,6 +142,7 @@ def test_the_loss_by_hand(model, monkeypatch):
     kind = DraftTraining(4)
     rows = torch.tensor([[BOS, 4, 5, 6, 4, 4, EOS, PAD], [5, 6, 4, 5, 6, 5, 4, 6]])
     batch, nats, stand = kind.corrupt_batch(rows), [], []
+    model.draft.behind.weight.data.mul_(0.2)  # no q of less than 1e-30
     reader = CachedModel(model, Sampler())
     head = reader.draft_head
 
@@ -217,7 +224,8 @@ def test_training_changes_the_head_alone(trained, headless, capsys):
     before, after = (load_checkpoint(path, "joint")["weights"]
                      for path in (headless, trained / "final.pt"))
     assert set(after) - set(before) == {f"draft.{name}" for name in (
-        "before", "behind", "read.weight", "mix.weight", "back.weight", "tell.weight")}
+        "before.weight", "behind.weight", "read.weight", "mix.weight", "back.weight",
+        "tell.weight")}
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
     assert after["draft.back.weight"].abs().max() > 0.01 < after["draft.tell.weight"].abs().max()
     checkpoint = load_checkpoint(trained / "best.pt", "joint")
@@ -227,6 +235,17 @@ def test_training_changes_the_head_alone(trained, headless, capsys):
     assert "valid_nelbo" in metrics
     generate.main(["--checkpoint", str(trained / "best.pt"), "--verify", "--num_samples", "1"])
     assert "tokens a round" in capsys.readouterr().out
+
+
+def test_a_head_with_tables_of_its_own_is_to_be_trained_again(joint_checkpoint, tmp_path, fails):
+    """As it was once written; the model without it stays of use."""
+    source = load_checkpoint(joint_checkpoint, "joint")
+    for name in ("before", "behind"):
+        width = source["weights"].pop(f"draft.{name}.weight").shape[0]
+        source["weights"][f"draft.{name}"] = torch.zeros(50, width)
+    torch.save(source, tmp_path / "older.pt")
+    error = fails(generate.main, "--checkpoint", tmp_path / "older.pt")
+    assert "train the head again" in error and "--objective draft" in error
 
 
 def test_it_resumes(trained, capsys, fails):

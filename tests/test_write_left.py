@@ -65,7 +65,7 @@ def models(tmp_path_factory):
                             train_config={"block_sizes": "4,row"})
             if kind == "joint":
                 (folder / f"{name}.pt").rename(folder / "headless.pt")
-                head = DraftHead(vocab_size, model.config.width, 5)
+                head = DraftHead(model.embedding, model.vocabulary, 5)
                 for p in head.parameters():
                     torch.nn.init.normal_(p)
                 model.draft, model.config = head, dataclasses.replace(model.config, draft_rank=5)

@@ -169,7 +169,7 @@ def start_from(model: DiffusionTransformer, config: TrainConfig, source: dict) -
     require(not parts, f"--init_from {config.init_from}: its model has other parts "
                        f"({', '.join(parts[:3])})")
     if model.draft is not None:
-        model.draft.start_from(model.vocabulary.weight)
+        model.draft.start_from_vocabulary()
 
 
 def check_same_data(known: dict | None, config: TrainConfig, meta: dict) -> None:
