@@ -312,10 +312,6 @@ class JointDiffusion(DiscreteDiffusion):
         masked[some] = hide_some(can[some], shares, generator)[0]
         return noisy_blocks(tokens, masked)
 
-    def loss(self, model: nn.Module, batch: "Blocks") -> Tensor:
-        """That of both passes: a differentiable scalar in nats/token, or a part's share of it."""
-        return sum(model.loss(*part) for part in batch.parts(model))
-
     # ---- likelihood ----
 
     def nelbo(self, model: nn.Module, batches: Iterable[np.ndarray], seed: int = 0,

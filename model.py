@@ -41,7 +41,7 @@ from corpus.tokens import EOS, MASK
 from network.attention import Context, CrossAttention, View, rope_frequencies
 from network.draft_head import DraftHead
 from network.encoders import ConditionEncoder, TextEncoder, reading_bias
-from network.head_loss import chunks, head_loss, head_scores
+from network.head_loss import Taught, chunks, head_loss, head_scores
 from network.layers import CARRIED, Linear, ModelConfig, likeliest, rms_norm
 from network.transformer import Block, Known, Transformer
 
@@ -173,9 +173,10 @@ class DiffusionTransformer(Transformer):
         return F.linear(hidden, self.vocabulary.weight.to(hidden.dtype),
                         self.head_bias(hidden, ends))
 
-    def loss(self, hidden: Tensor, targets: Tensor, row_weights: Tensor, ends: Ends = None,
-             ) -> Tensor:
-        """Weighted sum of -log p of the targets (M,) behind hidden states (M, D): a scalar."""
+    def loss(self, hidden: Tensor, targets: Tensor | Taught, row_weights: Tensor,
+             ends: Ends = None) -> Tensor:
+        """Weighted sum of -log p of the targets (M,) behind hidden states (M, D), or of the
+        cross-entropies with what a teacher says there: a scalar."""
         return head_loss(hidden, self.vocabulary.weight, self.head_bias(hidden, ends), targets,
                          row_weights)
 

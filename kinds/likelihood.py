@@ -3,7 +3,7 @@ and autoregressive.py, which hide in their own ways.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from corpus.tokens import maskable
 from model import Ends
 from network.attention import Context
 from network.hardware import device_of
+from network.head_loss import Taught
 
 # Numbers of rows (B,) -> their conditions, a batch as their encoder takes it
 ConditionsOf = Callable[[np.ndarray], np.ndarray]
@@ -67,6 +68,12 @@ class Corrupted:
         """(M, D): what the model makes of the M masked positions."""
         return self.read_twice(model, self.ends)
 
+    def parts(self, model: nn.Module) -> Iterator[tuple]:
+        """What the loss is made of, the arguments of a model's `loss`: hidden states (M, D),
+        targets (M,), weights (M,) and, where that is not as the model is made, the special tokens
+        that can be predicted."""
+        yield self.hidden(model), self.tokens[self.masked], self.weight[self.masked], *self.only
+
     def read_twice(self, model: nn.Module, ends: Ends) -> Tensor:
         """The same, of a model with self-conditioning in two passes: see `first_pass`."""
         context = self.context(model)
@@ -110,13 +117,20 @@ def first_pass(model: nn.Module, masked: Tensor, ends: Ends, read: Callable[[Ten
     return {"carried": carried}
 
 
-def weighted_loss(model: nn.Module, batch: Corrupted) -> Tensor:
-    """The sum over masked positions of weight * -log p, a differentiable scalar.
+def weighted_loss(model: nn.Module, batch: Corrupted, teacher: nn.Module | None = None) -> Tensor:
+    """The sum over masked positions of weight * -log p, a differentiable scalar; with a `teacher`
+    of weight * the cross-entropy with what it makes of the same batch (arXiv 1503.02531, eq. 2, at
+    temperature 1).
 
     The vocabulary head runs on these M positions and nowhere else.
     """
-    return model.loss(batch.hidden(model), batch.tokens[batch.masked], batch.weight[batch.masked],
-                      *batch.only)
+    if teacher is None:
+        return sum(model.loss(*part) for part in batch.parts(model))
+    with torch.no_grad():
+        taught = [Taught(hidden, teacher.vocabulary.weight)
+                  for hidden, *_ in batch.parts(teacher)]
+    return sum(model.loss(hidden, said, *more) for (hidden, _, *more), said in zip(
+        batch.parts(model), taught, strict=True))
 
 
 def measure_nats(model: nn.Module, batches: Iterable[np.ndarray],

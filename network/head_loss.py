@@ -1,6 +1,7 @@
 """Vocabulary head and cross-entropy in one, a chunk of positions at a time. A library.
 
     loss = head_loss(hidden, weight, bias, targets, row_weights)     # scalar, differentiable
+    loss = head_loss(hidden, weight, bias, Taught(states, head), row_weights)    # by a teacher
     nats, correct = head_scores(hidden, weight, bias, targets)       # for evaluation, no gradient
 
 Logits are the largest tensors of a small model: 2,000 hidden tokens times 8,192 words are 64 MiB in
@@ -9,12 +10,26 @@ are turned into its share of both gradients at once and forgotten, so that the m
 with the number of positions, and on a CPU a chunk stays in the cache.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Positions at a time: on a CPU as many as fit into the caches, elsewhere enough to fill the device.
 CPU_CHUNK, CHUNK = 256, 4096
+
+
+class Taught(NamedTuple):
+    """What another model says of the same positions, in the place of their tokens."""
+
+    hidden: Tensor  # (M, E), its hidden states
+    weight: Tensor  # (V, E), its vocabulary head
+
+    def probabilities(self, part: slice, bias: Tensor) -> Tensor:
+        """FP32 (m, V) of some positions."""
+        hidden = self.hidden[part]
+        return log_probabilities(hidden, self.weight.to(hidden.dtype), bias.to(hidden.dtype)).exp_()
 
 
 def chunks(hidden: Tensor) -> list[slice]:
@@ -28,10 +43,11 @@ def log_probabilities(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """sum_i w_i (-log softmax(W h_i + b)[y_i]), with d/dz = w_i (softmax(z) - onehot(y_i))."""
+    """sum_i w_i (-log softmax(W h_i + b)[y_i]), with d/dz = w_i (softmax(z) - onehot(y_i)); of
+    what is `Taught` sum_i w_i (-q_i . log softmax(z)) and d/dz = w_i (softmax(z) - q_i)."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor | Taught,
                 row_weights: Tensor) -> Tensor:
         used = weight.to(hidden.dtype)
         # Both gradients are kept in FP32: they are sums, and small ones vanish in FP16.
@@ -40,10 +56,16 @@ class _HeadLoss(torch.autograd.Function):
                      if ctx.needs_input_grad[1] else None)  # a frozen head needs none
         nats = torch.empty_like(row_weights)  # (M,)
         for part in chunks(hidden):
-            h, scale, y = hidden[part], row_weights[part, None], targets[part, None]
+            h, scale = hidden[part], row_weights[part, None]
             p = log_probabilities(h, used, bias)  # (m, V)
-            nats[part] = -p.gather(1, y)[:, 0]
-            slope = p.exp_().scatter_add_(1, y, -torch.ones_like(scale)).to(h.dtype)
+            if isinstance(targets, Taught):
+                q = targets.probabilities(part, bias)
+                nats[part] = -(q * p.clamp_(min=-1e4)).sum(-1)  # 0 times -inf would be no number
+                slope = p.exp_().sub_(q).to(h.dtype)
+            else:
+                y = targets[part, None]
+                nats[part] = -p.gather(1, y)[:, 0]
+                slope = p.exp_().scatter_add_(1, y, -torch.ones_like(scale)).to(h.dtype)
             # The weight joins the side that is smaller by V / D; in FP16 it would lose the slope.
             torch.mul(slope @ used, scale, out=to_hidden[part])
             if to_weight is None:
@@ -61,15 +83,16 @@ class _HeadLoss(torch.autograd.Function):
                 None if to_weight is None else to_weight * gradient, None, None, None)
 
 
-def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, row_weights: Tensor,
-              ) -> Tensor:
-    """The weighted sum of -log p of the targets, a differentiable FP32 scalar in nats.
+def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor | Taught,
+              row_weights: Tensor) -> Tensor:
+    """The weighted sum of -log p of the targets, or of the cross-entropies with what is taught, a
+    differentiable FP32 scalar in nats.
 
     Args:
         hidden: (M, D) hidden states, in the precision to compute in.
         weight: (V, D) FP32; gets a gradient. bias: (V,) in the precision of `hidden`, fixed; -inf
             (-1e4 in FP16) for ids that are never predicted.
-        targets: (M,) int64. row_weights: (M,) FP32.
+        targets: (M,) int64, or what a teacher says there. row_weights: (M,) FP32.
     """
     return _HeadLoss.apply(hidden, weight, bias, targets, row_weights)
 

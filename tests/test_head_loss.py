@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from network.head_loss import CPU_CHUNK, head_loss, head_scores
+from network.head_loss import CPU_CHUNK, Taught, head_loss, head_scores
 
 WIDTH, WORDS = 24, 70
 
@@ -33,6 +33,22 @@ def test_loss_and_gradients_are_those_of_the_plain_cross_entropy(count):
     (3 * loss).backward()  # whatever comes after it is part of the chain rule
     torch.testing.assert_close(loss, expected)
     for tensor, gradient in zip(values[:2], gradients, strict=True):
+        torch.testing.assert_close(tensor.grad, 3 * gradient)
+
+
+@pytest.mark.parametrize("count", [1, CPU_CHUNK, 2 * CPU_CHUNK + 7])
+def test_what_is_taught_takes_the_place_of_the_tokens(count):
+    """A teacher of another width, which forbids the same ids."""
+    hidden, weight, bias, _, row_weights = inputs(count)
+    said = Taught(torch.randn(count, 5), torch.randn(WORDS, 5))
+    q = torch.softmax(said.hidden @ said.weight.T + bias, -1)
+    log_p = torch.log_softmax(F.linear(hidden, weight, bias), -1)
+    expected = -((q * log_p.masked_fill(bias == -math.inf, 0)).sum(-1) * row_weights).sum()
+    gradients = torch.autograd.grad(expected, (hidden, weight))
+    loss = head_loss(hidden, weight, bias, said, row_weights)
+    (3 * loss).backward()
+    torch.testing.assert_close(loss, expected)
+    for tensor, gradient in zip((hidden, weight), gradients, strict=True):
         torch.testing.assert_close(tensor.grad, 3 * gradient)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from corpus.rows import TokenRows, content_hashes, read_tokenizer_file
 from corpus.tokens import load_tokenizer
-from kinds.checkpoints import check_tokenizer, load_checkpoint
+from kinds.checkpoints import check_tokenizer, load_checkpoint, model_from_checkpoint
 from kinds.kind import NETWORK_SETTINGS, Kind
 from kinds.registry import kind_of_run
 from model import DiffusionTransformer
@@ -68,6 +68,8 @@ class StageModel:
         self.average = copy.deepcopy(self.model).eval() if config.ema_decay else self.model
         if checkpoint and self.average is not self.model:
             self.average.load_state_dict(checkpoint.get("ema") or checkpoint["weights"])
+        self.teachers = [open_teacher(path, self.kind, data).set_precision(self.precision)
+                         .for_inference().to(self.device) for path in config.teachers]
         self.distribute()
 
     def distribute(self) -> None:
@@ -84,7 +86,7 @@ class StageModel:
             if config.fsdp:
                 shard(model, self.device)
             model.to(self.device)
-        self.loss_of = LossOf(self.kind, self.model)
+        self.loss_of = LossOf(self.kind, self.model, self.teachers)
         if several and not config.fsdp:
             carry = self.model.carry  # is not used where none of a process's rows has a first pass
             self.loss_of = torch.nn.parallel.DistributedDataParallel(
@@ -145,6 +147,16 @@ def create_stage_model(kind: Kind, config: TrainConfig, data: StageData,
     if begins:
         start_from(model, config, begins)
     model.train_only(kind.trained(config.stage))
+    return model
+
+
+def open_teacher(path: str, kind: Kind, data: StageData) -> DiffusionTransformer:
+    """A model of the same kind and vocabulary, of any size."""
+    checkpoint = load_checkpoint(path, kind.name)
+    check_tokenizer(path, checkpoint, "the data", data.meta)
+    model = model_from_checkpoint(checkpoint)
+    require(model.config.max_len >= data.meta["seq_len"], f"--teachers {path}: its rows have up to "
+            f"{model.config.max_len} tokens, those of the data {data.meta['seq_len']}")
     return model
 
 

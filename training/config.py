@@ -75,6 +75,9 @@ class TrainConfig:
     draft_rank: int = flag(128, "objective draft: rank of the head that is trained")
     draft_size: int = flag(8, "objective draft: tokens of a block that the network drafts, the "
                               "known first one among them")
+    teachers: list[str] = flag([], "checkpoints whose distribution is learned instead of the "
+                                   "text's tokens (distillation): one is asked in each step, in "
+                                   "turns")
     init_from: str | None = flag(None, "checkpoint whose weights stage 1 starts with, of the same "
                                        "size and tokenizer (default: random ones)")
     # optimisation

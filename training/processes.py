@@ -12,7 +12,7 @@ from cli import Stopped, UserError, describe, is_of_the_machine, require
 
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kinds.kind import Kind
-from kinds.likelihood import Corrupted
+from kinds.likelihood import Corrupted, weighted_loss
 from model import DiffusionTransformer
 from network.hardware import pick_device
 from training.optimizers import is_spread, whole
@@ -153,13 +153,20 @@ def start_processes(device: str = "auto") -> Processes:
 # ---- one model in several processes --------------------------------------------------------------
 
 class LossOf(nn.Module):
-    """The training loss as a module's forward, where DDP hooks in."""
+    """The training loss as a module's forward, where DDP hooks in.
 
-    def __init__(self, kind: Kind, model: nn.Module):
+    Of several `teachers` each step asks one, in turns: a cross-entropy is linear in what is taught,
+    so that on average it is the mixture of all of them, for the price of one.
+    """
+
+    def __init__(self, kind: Kind, model: nn.Module, teachers: Sequence[nn.Module] = ()):
         super().__init__()
         self.kind, self.model = kind, model
+        self._teachers = tuple(teachers)  # in a tuple: they are no part of what is trained
 
-    def forward(self, batch: Corrupted) -> Tensor:
+    def forward(self, batch: Corrupted, step: int = 0) -> Tensor:
+        if self._teachers:
+            return weighted_loss(self.model, batch, self._teachers[step % len(self._teachers)])
         return self.kind.loss(self.model, batch)
 
 

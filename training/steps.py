@@ -97,7 +97,8 @@ class Steps:
                                              self.config.grad_accum_steps))
         for i, (part, factor) in enumerate(parts):
             network.synchronise_gradients(i == len(parts) - 1)  # with the last one only
-            share = network.loss_of(batch.corrupted[part].to(network.device)) * factor
+            share = network.loss_of(batch.corrupted[part].to(network.device),
+                                    self.progress.step) * factor
             self.scaler.scale(share).backward()
             shares.append(share.detach())
         for optimizer in self.optimizers:
