@@ -239,12 +239,13 @@ class JointDiffusion(DiscreteDiffusion):
         sizes = read_sizes(config.block_sizes)
         require(any(sizes), f"--block_sizes {config.block_sizes}: whole rows alone are --objective "
                             f"masked_ce; add {CAUSAL} or the size of a block")
-        require(0 in sizes or (config.t_min, config.t_max) == (0, 1), f"--t_min --t_max: times of "
-                f"whole rows, which --block_sizes {config.block_sizes} has not; leave them out")
+        require(0 in sizes or {config.t_min, config.t_max} <= {None, 0, 1}, "--t_min --t_max: "
+                f"times of whole rows, which --block_sizes {config.block_sizes} has not; leave "
+                "them out")
         require(not config.flex_attention or pick_device(config.device).type == "cuda",
                 "--flex_attention: torch trains with it on a CUDA GPU alone; leave it out")
         return cls(sizes, config.causal_share, flex=config.flex_attention,
-                   between=(config.t_min, config.t_max))
+                   between=config.between)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: dict) -> "JointDiffusion":

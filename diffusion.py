@@ -79,7 +79,7 @@ class DiscreteDiffusion(Kind):
 
     @classmethod
     def of_run(cls, config: Any) -> "DiscreteDiffusion":
-        return cls(config.schedule, config.objective, (config.t_min, config.t_max))
+        return cls(config.schedule, config.objective, config.between)
 
     def times(self, count: int, generator: torch.Generator | None = None,
               between: tuple[float, float] = (0.0, 1.0)) -> Tensor:

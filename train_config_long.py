@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep import DataConfig
-from network.layers import OLDER
+from kinds.checkpoints import OLDER_RUN
 from sampling.sampler import Sampler
 from training.config import TrainConfig
 
@@ -127,7 +127,7 @@ class KeptSettings:
             base, self.sessions = stored["settings"], stored["sessions"]
             self.known_data = stored.get("data")
             asked = {name: getattr(config, name) for name in given}
-            config = LongConfig(**{**OLDER, **base, **asked})
+            config = LongConfig(**{**OLDER_RUN, **base, **asked})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} does not hold a run's settings; name another "
                             "--checkpoint_dir, or give --overwrite") from error

@@ -103,6 +103,7 @@ class Bundle:
         context = self.contexts(None if sampler.guidance == 0 else conditions)
 
         carries = session.inputs.get("carried", ([0],))[0][-1]  # 2K of self-conditioning
+        sampler.check_model(carries > 0)
         nothing_sure = options.copy()
         nothing_sure[4] = NO_THRESHOLD
 

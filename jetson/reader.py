@@ -97,6 +97,7 @@ class GraphReader:
         _, self.batch, _, self.size, _ = slots.session.inputs["keys"][0]
         # tokens of a place that self-conditioning carries on
         self.carries = slots.session.inputs.get("carried", ([0],))[0][-1] // 2
+        sampler.check_model(self.carries > 0)
         self.begin(np.zeros(0, np.int64))
 
     # ---- Reader ----

@@ -26,6 +26,7 @@ from network.layers import OLDER
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 3
 READABLE = (2, CHECKPOINT_VERSION)  # 2 knows no other network than that of `OLDER`
+OLDER_RUN = OLDER | {"t_min": 0.0, "t_max": 1.0}  # what a run means whose settings do not say
 # What comes with the repository, for whoever has trained nothing yet
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "stories_small.pt"
 CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
@@ -90,10 +91,28 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
     wrong = wrong_entries(contents)
     require(not wrong, f"{path} was changed after train.py wrote it ({', '.join(wrong)}): name "
                        "another .pt file")
-    for name in ("model_config", "train_config"):
+    for name, older in (("model_config", OLDER), ("train_config", OLDER_RUN)):
         if name in contents:
-            contents[name] = OLDER | contents[name]
+            contents[name] = older | contents[name]
+    leave_older_head(path, contents)
     return contents
+
+
+def leave_older_head(path: str | Path, contents: dict) -> None:
+    """Takes away a draft head that has tables of its own, as it was once written, and says so on
+    stderr. A training of such a head cannot go on (UserError)."""
+    if "draft.before" not in contents["weights"]:
+        return
+    require("optimizer" not in contents or contents["train_config"].get("objective") != "draft",
+            f"{path}: its draft head is of an older form and cannot be trained on; begin again, "
+            "with --objective draft --init_from")
+    contents["model_config"] = contents["model_config"] | {"draft_rank": 0}
+    for name in ("weights", "ema"):
+        if contents.get(name):
+            contents[name] = {key: weight for key, weight in contents[name].items()
+                              if not key.startswith("draft.")}
+    print(f"{path}: its draft head is of an older form and is left out; train.py --objective draft "
+          f"--init_from {path} trains another", file=sys.stderr)
 
 
 def wrong_entries(contents: dict) -> list[str]:
@@ -166,9 +185,6 @@ def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTr
     """The network of a checkpoint, with its averaged (EMA) weights where there are any."""
     average = checkpoint.get("ema") if use_ema else None
     weights = checkpoint["weights"] if average is None else average
-    require("draft.before" not in weights, "the checkpoint's draft head has tables of its own, as "
-            "they were once written: train the head again, with train.py --objective draft "
-            "--init_from and this checkpoint")
     try:
         model = KINDS[checkpoint["kind"]].restore(checkpoint, weights)
         model.load_state_dict(weights)

@@ -59,6 +59,7 @@ class DraftTraining(JointDiffusion):
         require(config.init_from or config.resume, "--objective draft needs a joint model: name "
                                                    "its checkpoint with --init_from")
         require(not config.fsdp, "--fsdp: the draft head is small; leave it out")
+        require(not config.teachers, f"--teachers: {cls.unused_for}; leave it out")
         require(1 <= config.draft_rank <= 4096, f"--draft_rank {config.draft_rank}: must be from 1 "
                                                 "to 4096")
         require(2 <= config.draft_size <= 1024, f"--draft_size {config.draft_size}: must be from 2 "

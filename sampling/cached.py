@@ -4,6 +4,7 @@ library for the kinds that write from the left.
 
 from cli import require
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,8 +37,11 @@ class CachedModel:
         self.numbers = np.zeros(0, np.int64)
         self.given: list[Context | None] = []  # one entry for every evaluation that guidance needs
         self.caches: list[Cache] = []
-        head = getattr(model, "draft", None)
-        self.draft_head = head and DraftHead(head_parts(head))
+
+    @functools.cached_property
+    def draft_head(self) -> DraftHead | None:
+        head = getattr(self.model, "draft", None)
+        return head and DraftHead(head_parts(head))
 
     # ---- Reader ----
 

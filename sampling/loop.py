@@ -42,6 +42,14 @@ def only_hidden(carried: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.where((tokens == MASK)[..., None], carried, 0)
 
 
+def faded(carried: np.ndarray, share: float) -> np.ndarray:
+    """(B, L, 2K) with so much of the probabilities; nothing at all for 0."""
+    if share in (0, 1):
+        return carried if share else np.zeros_like(carried)
+    kept = carried.shape[2] // 2
+    return np.concatenate([carried[..., :kept], carried[..., kept:] * np.float32(share)], 2)
+
+
 @dataclass(frozen=True)
 class State:
     """The batch after a step. Arrays are (B, L) but for the last, and the caller's to keep."""
@@ -89,7 +97,8 @@ def unmask(step: Step, tokens: np.ndarray, sampler: Sampler, seed: int = 0,
         new, confidence = state.tokens.copy(), state.confidence.copy()
         # One place on, what was expected at the place before is out of date: from the left a row is
         # looked at anew for each
-        told = None if carried is None or sampler.order == "left" else carried[active]
+        told = (None if carried is None or sampler.order == "left" else
+                faded(carried[active], sampler.carry))
         new[active], drawn, made = step(state.tokens[active], counts[active], noise, rows[active],
                                         told)
         evaluated = (counts > 0) * (1 + int(sampler.left_share > 0))

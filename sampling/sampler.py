@@ -36,6 +36,9 @@ class Sampler:
                                 "(margin) or the smallest entropy; or from the left")
     left_share: float = flag(0.0, "order left, of a joint model: share of its left-to-right mode; "
                                   "tokens are drawn from p(both sides)^(1 - s) p(left side)^s")
+    carry: float = flag(1.0, "of a model with self-conditioning: how far it trusts what it "
+                             "expected in the step before, which makes stories more likely and "
+                             "more alike; 0 looks anew instead, which takes another evaluation")
     # cosine uncovers few tokens first, as in MaskGIT (arXiv 2202.04200)
     pace: str = flag("cosine", "tokens in a step: cosine (few at first), linear (alike), "
                                "first_hitting (random, as the process itself), or as many as the "
@@ -60,6 +63,7 @@ class Sampler:
                 "left: elsewhere what stands to the left is hidden; leave it out")
         require(not self.left_share or self.pace in PLANNED_PACES, "--left_share: an adaptive "
                 "--pace takes places that it has no left side of; leave it out")
+        require(0 <= self.carry <= 1, f"--carry {self.carry}: must be from 0 to 1")
         require(self.pace in PACES, f"--pace {self.pace}: choose from {', '.join(PACES)}")
         require(self.remask in REMASKS, f"--remask {self.remask}: choose from {', '.join(REMASKS)}")
         require(self.remask == "none" or self.pace in PLANNED_PACES,
@@ -86,9 +90,15 @@ class Sampler:
         """Of a row with a condition."""
         return 1 if self.guidance in (0, 1) else 2
 
+    def check_model(self, carries: bool) -> None:
+        """Refuses what a model without self-conditioning knows nothing of."""
+        require(carries or self.carry == 1, f"--carry {self.carry:g}: this model has no "
+                "self-conditioning and is told nothing; leave it out")
+
     def check_used(self, given: set[str]) -> None:
         """Refuses flags that were given and would change nothing."""
-        for name, used, by in (("threshold", self.pace == "threshold", "--pace threshold"),
+        for name, used, by in (("carry", self.order != "left", "an --order other than left"),
+                               ("threshold", self.pace == "threshold", "--pace threshold"),
                                ("gamma", self.pace == "entropy_bound", "--pace entropy_bound"),
                                ("eta", self.remask != "none", "a --remask other than none")):
             require(used or name not in given, f"--{name} belongs to {by}: add it, or leave "

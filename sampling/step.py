@@ -255,6 +255,7 @@ class Drawing:
     def __init__(self, step: UnmaskStep, model: nn.Module, sampler: Sampler,
                  conditions: np.ndarray | None):
         sampler.check()
+        sampler.check_model(bool(getattr(model, "self_conditioning", 0)))
         self.step, self.device = step, device_of(model)
         self.temperature = torch.tensor(sampler.temperature, dtype=torch.float32,
                                         device=self.device)

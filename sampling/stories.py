@@ -29,8 +29,8 @@ BY_NETWORK = {"block_size": 8, "steps": 1}
 MOST_BLOCK = 1024  # tokens, as in train.py --block_sizes
 
 # Flags without effect
-OF_ORDERS = ("preset", "order", "left_share", "pace", "threshold", "gamma", "remask", "eta",
-             "show_steps")
+OF_ORDERS = ("preset", "order", "left_share", "carry", "pace", "threshold", "gamma", "remask",
+             "eta", "show_steps")
 OF_WHOLE_ROWS = ("infill", "trace")
 
 

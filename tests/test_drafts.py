@@ -237,15 +237,23 @@ def test_training_changes_the_head_alone(trained, headless, capsys):
     assert "tokens a round" in capsys.readouterr().out
 
 
-def test_a_head_with_tables_of_its_own_is_to_be_trained_again(joint_checkpoint, tmp_path, fails):
-    """As it was once written; the model without it stays of use."""
+def test_a_head_with_tables_of_its_own_is_to_be_trained_again(joint_checkpoint, tmp_path, fails,
+                                                              capsys):
+    """As it was once written; the model without it stays of use, but for a training of it."""
     source = load_checkpoint(joint_checkpoint, "joint")
     for name in ("before", "behind"):
         width = source["weights"].pop(f"draft.{name}.weight").shape[0]
         source["weights"][f"draft.{name}"] = torch.zeros(50, width)
     torch.save(source, tmp_path / "older.pt")
-    error = fails(generate.main, "--checkpoint", tmp_path / "older.pt")
-    assert "train the head again" in error and "--objective draft" in error
+    generate.main(["--checkpoint", str(tmp_path / "older.pt"), "--num_samples", "1"])
+    shown = capsys.readouterr()
+    assert "older form and is left out" in shown.err and "--objective draft" in shown.err
+    assert "tokens a round" not in shown.out
+    (tmp_path / "run").mkdir()
+    torch.save(source | {"optimizer": [], "train_config": source["train_config"] | {
+        "objective": "draft"}}, tmp_path / "run/last.pt")
+    assert "cannot be trained on" in fails(train.main, "--resume", "--checkpoint_dir",
+                                           tmp_path / "run")
 
 
 def test_it_resumes(trained, capsys, fails):

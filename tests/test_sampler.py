@@ -18,6 +18,7 @@ from sampling.sampler import Sampler
     {"remask": "remdm_cap", "pace": "threshold"}, {"remask": "corrector", "pace": "entropy_bound"},
     {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0},
     {"top_p": 1.1}, {"left_share": 1.0, "order": "left"}, {"left_share": -0.1, "order": "left"},
+    {"carry": -0.1}, {"carry": 1.1},
     {"left_share": 0.3}, {"left_share": 0.3, "order": "random"},
     {"left_share": 0.3, "order": "left", "pace": "threshold"}])
 def test_nonsense_is_refused(changes):

@@ -281,6 +281,38 @@ def test_the_loop_counts_every_look_at_a_gap(model):
         DiscreteDiffusion().step(model, sampler)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_how_far_a_step_trusts_the_one_before(model, share):
+    """It is told the same tokens with so much of their probabilities; with nothing of them it looks
+    anew, as it does at first, and every look counts."""
+    sampler, told, made = Sampler(steps=5, carry=share), [], []
+    step = numpy_step(model, sampler)
+
+    def watched(*given):
+        told.append(given[-1])
+        *result, carried = step(*given)
+        made.append(carried)
+        return *result, carried
+    *_, last = unmask(watched, blank_story(14)[None], sampler, 3)
+    assert told[0] is None and last.nfe == (10 if share == 0 else 6)
+    for before, now in zip(made, told[1:], strict=False):
+        if share:
+            assert np.array_equal(now[..., :CARRIED], before[..., :CARRIED])
+        np.testing.assert_allclose(now[..., CARRIED:], share * before[..., CARRIED:], rtol=1e-6)
+        assert now.any() == (share > 0)
+    *_, anew = unmask(lambda *given: step(*given[:-1], None), blank_story(14)[None], sampler, 3)
+    assert (anew.tokens == last.tokens).all() == (share == 0)
+
+
+def test_a_trust_that_would_change_nothing_is_refused(trained, tmp_path, fails):
+    def error(name, *more):
+        return fails(generate.main, "--checkpoint", trained / f"{name}/best.pt", *more)
+    assert "no self-conditioning" in error("plain", "--carry", "0.5")
+    assert "--carry belongs to an --order" in error("carried", "--carry", "0.5", "--order", "left")
+    assert "--carry" in error("joint", "--carry", "0.5", "--block_size", "1")
+    assert "--carry" in error("joint", "--carry", "0.5", "--verify")
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_sampler_carries_what_the_step_before_made(model, sampler):
     """Every evaluation is told what the one before expected at the places that were hidden both

@@ -16,6 +16,7 @@ from training.processes import LossOf
 
 VOCAB = 20
 KINDS = {"masked": (DiscreteDiffusion(), {}), "left to right": (Autoregressive(), {"causal": True}),
+         "elbo": (DiscreteDiffusion(objective="elbo"), {}),
          "joint": (JointDiffusion((4, 0, -1)), {}),
          "carried": (JointDiffusion((4, 0, -1)), {"self_conditioning": 1.0})}
 
@@ -81,10 +82,11 @@ def flags(long_data_dir, folder, *more) -> list[str]:
                        "--num_samples", 0, "--device", "cpu", "--precision", "fp32", *more))]
 
 
-def test_a_run_with_teachers_resumes(checkpoint, long_data_dir, tmp_path):
+def test_a_run_with_teachers_resumes(checkpoint, sharp_checkpoint, long_data_dir, tmp_path):
+    """With the teacher whose turn it is, in every part of a step."""
     weights = []
-    steady = ("--teachers", checkpoint, checkpoint, "--dropout", 0.1, "--warmup_steps", 0,
-              "--min_lr_ratio", 1)
+    steady = ("--teachers", checkpoint, sharp_checkpoint, "--dropout", 0.1, "--warmup_steps", 0,
+              "--min_lr_ratio", 1, "--grad_accum_steps", 2)
     for name, stops in (("whole", ()), ("parts", ("--max_steps", "1"))):
         folder = tmp_path / name
         train([*flags(long_data_dir, folder, *steady), *stops])
@@ -93,7 +95,7 @@ def test_a_run_with_teachers_resumes(checkpoint, long_data_dir, tmp_path):
         last = load_checkpoint(folder / "last.pt")
         weights.append(last["weights"])
     assert all(torch.equal(a, weights[1][name]) for name, a in weights[0].items())
-    assert last["train_config"]["teachers"] == [str(checkpoint)] * 2
+    assert last["train_config"]["teachers"] == [str(checkpoint), str(sharp_checkpoint)]
     assert last["weights"].keys() == load_checkpoint(checkpoint)["weights"].keys()
 
 

@@ -26,6 +26,7 @@ import diffusion
 import train
 from corpus import rows, tokens
 from kinds.checkpoints import load_checkpoint
+from kinds.registry import kind_of_run
 from network import hardware
 from train import main
 from training import building, log
@@ -640,6 +641,31 @@ def test_bad_settings(settings, changes, message, fails):
     import re
     assert re.search(message, fails(main, *argv(settings, **changes)))
     assert not Path(settings["checkpoint_dir"]).exists()
+
+
+@pytest.mark.parametrize("changes, times", [
+    ({}, (0.2, 0.7)), ({"objective": "joint"}, (0.2, 0.7)), ({"t_max": 0.9}, (0.2, 0.9)),
+    ({"objective": "elbo"}, (0, 1)), ({"schedule": "cosine"}, (0, 1)),
+    ({"time_conditioning": "sinusoidal"}, (0, 1)), ({"t_min": 0, "t_max": 1}, (0, 1))])
+def test_the_times_of_whole_rows(changes, times):
+    """Those that were chosen, where they were chosen for."""
+    assert TrainConfig(**changes).between == kind_of_run(TrainConfig(**changes)).between == times
+
+
+@pytest.mark.parametrize("more", [{}, {"objective": "joint", "block_sizes": "causal,4"}])
+def test_an_older_run_goes_on_with_all_times(settings, monkeypatch, more):
+    main(argv(settings, max_steps=1, **more))
+    last = Path(settings["checkpoint_dir"]) / "last.pt"
+    contents = torch.load(last)
+    for name in ("t_min", "t_max"):  # as it was written before there were any
+        assert contents["train_config"].pop(name) is None
+    torch.save(contents, last)
+    seen = []
+    run = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: (
+        seen.append(self.network.kind.between), run(self)))
+    main(["--resume", "--checkpoint_dir", settings["checkpoint_dir"], "--max_steps", "2"])
+    assert seen == [(0, 1)] and load_checkpoint(last, None)["step"] == 2
 
 
 def test_missing_data_is_prepared_from_its_source(settings, tmp_path, monkeypatch, capsys, fails):

@@ -157,6 +157,8 @@ def open_teacher(path: str, kind: Kind, data: StageData) -> DiffusionTransformer
     model = model_from_checkpoint(checkpoint)
     require(model.config.max_len >= data.meta["seq_len"], f"--teachers {path}: its rows have up to "
             f"{model.config.max_len} tokens, those of the data {data.meta['seq_len']}")
+    if kind.conditional:  # it reads these conditions, or says why it cannot
+        model.encoder.conditions_of(data.rows, path)
     return model
 
 

@@ -17,6 +17,7 @@ from network.layers import MLPS, PRECISIONS
 from sampling.sampler import ORDERS, Sampler
 from training.optimizers import DEFAULT_LR, OPTIMIZERS
 
+TIMES = 0.2, 0.7  # chosen on validation rows: docs/experiments.md
 STAGE_LR = {1: 1.0, 2: 1.0, 3: 2 / 3}  # share of the default: in stage 3 all has learned already
 # A run cannot go on with another value of these: the weights, the optimizers' state or the place in
 # the data would not fit.
@@ -63,8 +64,11 @@ class TrainConfig:
                                        "autoregressive trains the causal twin, joint one network "
                                        "that writes from left to right, in blocks and whole rows")
     schedule: str = flag("linear", "mask ratio m(t) in training", tuple(SCHEDULES))
-    t_min: float = flag(0.0, "whole rows are trained at times t from here ...")
-    t_max: float = flag(1.0, "... to here: those with few or nearly all tokens hidden teach little")
+    t_min: float | None = flag(None, "whole rows are trained at times t from here ... (default: "
+                                     "0.2; 0 with objective elbo, the cosine schedule or time "
+                                     "conditioning)")
+    t_max: float | None = flag(None, "... to here: those with few or nearly all tokens hidden "
+                                     "teach little (default: 0.7; 1 with those)")
     block_sizes: str = flag("causal,row,row,16,row,row,4,row", "objective joint: how its rows "
                             "take turns: blocks of so many tokens, row (whole), causal (next "
                             "token alone)")
@@ -75,9 +79,9 @@ class TrainConfig:
     draft_rank: int = flag(128, "objective draft: rank of the head that is trained")
     draft_size: int = flag(8, "objective draft: tokens of a block that the network drafts, the "
                               "known first one among them")
-    teachers: list[str] = flag([], "checkpoints whose distribution is learned instead of the "
-                                   "text's tokens (distillation): one is asked in each step, in "
-                                   "turns")
+    teachers: list[str] = flag([], "checkpoints, of the kind of model that is trained and its "
+                                   "tokenizer, whose distribution is learned instead of the text's "
+                                   "tokens (distillation): one is asked in each step, in turns")
     init_from: str | None = flag(None, "checkpoint whose weights stage 1 starts with, of the same "
                                        "size and tokenizer (default: random ones)")
     # optimisation
@@ -126,8 +130,9 @@ class TrainConfig:
                 f"--warmup_steps {self.warmup_steps}: must be 0 or more")
         require(self.encoder_config in (None, *MODEL_CONFIGS), f"--encoder_config "
                 f"{self.encoder_config}: unknown size, choose from {', '.join(MODEL_CONFIGS)}")
-        require(0 <= self.t_min < self.t_max <= 1, f"--t_min {self.t_min} --t_max {self.t_max}: "
-                "must be from 0 to 1, the first the smaller one")
+        first, last = self.between
+        require(0 <= first < last <= 1, f"--t_min {first:g} --t_max {last:g}: must be from 0 to 1, "
+                "the first the smaller one (give both)")
         kind_of_run(self)  # refuses what no kind of model trains
         require(self.stage == 1 or self.decoder_checkpoint or self.resume, f"--stage "
                 f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
@@ -159,6 +164,15 @@ class TrainConfig:
         unused = sorted(given & set(NETWORK_SETTINGS)) if self.stage > 1 else []
         require(not unused, f"--{' --'.join(unused)}: stage {self.stage} goes on with the model of "
                             f"{self.decoder_checkpoint}; leave it out")
+
+    @property
+    def between(self) -> tuple[float, float]:
+        """The times at which whole rows are trained."""
+        chosen_for = (self.objective != "elbo" and self.schedule == "linear"
+                      and self.time_conditioning == "none")
+        first, last = TIMES if chosen_for else (0.0, 1.0)
+        return (first if self.t_min is None else self.t_min,
+                last if self.t_max is None else self.t_max)
 
     @property
     def peak_lr(self) -> float:

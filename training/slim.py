@@ -19,7 +19,8 @@ from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 KEPT = ("format", "format_version", "kind", "model_config", "encoder", "encoder_config",
         "tokenizer", "tokenizer_sha256", "length_histogram", "step", "tokens_seen", "seconds",
         "torch_version", "data", "data_source", "licence")
-FOLDERS = ("data_dir", "checkpoint_dir", "init_from", "decoder_checkpoint", "data_source")
+FOLDERS = ("data_dir", "checkpoint_dir", "init_from", "decoder_checkpoint", "data_source",
+           "teachers")
 
 
 @dataclass(frozen=True)
