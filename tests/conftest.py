@@ -139,7 +139,7 @@ def checkpoint(long_data_dir, tmp_path_factory) -> Path:
         trainer.Trainer(config.TrainConfig(
             data_dir=str(long_data_dir), checkpoint_dir=str(folder), model_config="tiny",
             max_steps=12, batch_tokens=1024, precision="fp32", device="cpu", valid_every=6,
-            valid_rows=8, num_samples=0)).run()
+            valid_rows=8, num_samples=0, t_min=0.0, t_max=1.0)).run()
     return folder / "best.pt"
 
 

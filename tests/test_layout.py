@@ -46,7 +46,7 @@ WITHOUT_TORCH = {"cli": (), "corpus": (), "sampling": ("sampling.step", "samplin
 HEAVY = {"torch", "onnx", "onnxruntime", "datasets", "matplotlib"}
 # The standard library alone, so that a command that does little starts at once
 LIGHT = "cli"
-MOST_ENTRIES, MOST_SCRIPTS = 25, 12  # at the top of the repository
+MOST_ENTRIES, MOST_SCRIPTS = 26, 12  # at the top of the repository
 MOST_LINES = {ast.FunctionDef: 60, ast.AsyncFunctionDef: 60, ast.ClassDef: 250}
 
 
