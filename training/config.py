@@ -200,6 +200,7 @@ def refuse_changes(stored: dict, changed: dict, folder: str) -> None:
 
 QUICK = dict(data_dir="quick_run/data", data_source=["sample"], checkpoint_dir="quick_run",
              model_config="micro", max_steps=600, batch_tokens=3072, lr=0.02, valid_every=300,
+             t_min=0.0, t_max=1.0,  # its stories follow patterns, of which the ends teach much
              valid_rows=128, num_samples=3, sample_steps=256, sample_temperature=0.3,
              sample_order="confidence")
 QUICK_DATA = dict(vocab_size=2048, seq_len=128)
