@@ -48,7 +48,7 @@ class DraftTraining(JointDiffusion):
     keeps_settings = (*NETWORK_SETTINGS, "block_sizes")  # the model stays what it is
     own = frozenset(("draft_rank", "draft_size"))
     unused = frozenset((*JointDiffusion.unused, *keeps_settings, "causal_share", "dropout",
-                        "t_min", "t_max", "teachers"))
+                        "t_min", "t_max"))
     unused_for = "the draft head alone is trained"
 
     def __init__(self, size: int):
