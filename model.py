@@ -43,6 +43,8 @@ from network.draft_head import DraftHead
 from network.encoders import ConditionEncoder, TextEncoder, reading_bias
 from network.head_loss import Taught, chunks, head_loss, head_scores
 from network.layers import CARRIED, Linear, ModelConfig, likeliest, rms_norm
+from network.lora import PART as ADAPTER
+from network.lora import add_adapters
 from network.transformer import Block, Known, Transformer
 
 # The special tokens that can be predicted
@@ -89,6 +91,7 @@ class DiffusionTransformer(Transformer):
         self.draft = None
         if config.draft_rank:
             self.draft = DraftHead(self.embedding, self.vocabulary, config.draft_rank)
+        add_adapters(list(self.blocks), config)
         # In the twin the end of the story has to be predicted; in diffusion it is always visible.
         impossible = torch.zeros(config.vocab_size)
         impossible[:EOS if config.causal else EOS + 1] = -math.inf
@@ -232,7 +235,7 @@ class ConditionalTransformer(DiffusionTransformer):
         encoder.check_decoder(config)
         super().__init__(config)
         for block in self.blocks:
-            block.cross = CrossAttention(config, encoder.width)
+            block.cross = CrossAttention(config, encoder.width, encoder.placed)
         self.encoder = encoder
 
     @property
@@ -247,9 +250,11 @@ class ConditionalTransformer(DiffusionTransformer):
         states, positions, given = self.encoder(condition)
         none = ~given.any(1)  # (B,)
         depth = (len(states) - 1) / max(1, len(self.blocks) - 1)
-        frequencies = rope_frequencies(self.config).to(positions.device)
-        angles = positions[:, None, :, None].float() * frequencies  # (B, 1, S, D/H/2)
-        where = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
+        where: tuple[Tensor | None, Tensor | None] = None, None
+        if self.encoder.placed:
+            frequencies = rope_frequencies(self.config).to(positions.device)
+            angles = positions[:, None, :, None].float() * frequencies  # (B, 1, S, D/H/2)
+            where = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
         keys, values = map(torch.stack, zip(*(
             block.cross.keys_values(states[round(i * depth)], *where)
             for i, block in enumerate(self.blocks)), strict=True))
@@ -275,7 +280,7 @@ class ConditionalTransformer(DiffusionTransformer):
                     name: other[name] for name in own.keys() & other.keys()})
 
     def freeze_decoder(self) -> None:
-        """Leaves only the encoder and the cross-attention to be trained."""
+        """Leaves only the encoder, the cross-attention and adapters to be trained."""
         self.train_only(is_of_condition)
 
     def unfreeze(self) -> None:
@@ -283,8 +288,9 @@ class ConditionalTransformer(DiffusionTransformer):
 
 
 def is_of_condition(name: str) -> bool:
-    """Whether a parameter of that name belongs to the encoder or the cross-attention."""
-    return name.startswith("encoder.") or ".cross." in name
+    """Whether a parameter of that name belongs to the encoder, the cross-attention or an adapter:
+    what is trained while the denoiser stays as it is."""
+    return name.startswith("encoder.") or ".cross." in name or ADAPTER in name
 
 
 def create_conditional_model(encoder_config: str = "small", decoder_config: str = "small",

@@ -305,20 +305,23 @@ class Heads(nn.Module):
             shape = (config.heads, 1, config.width // config.heads)
             self.query_bias, self.key_bias = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, L, D) -> (B, H, L, D/H), turned to their positions."""
+    def queries(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """(B, L, D) -> (B, H, L, D/H), turned to their positions, where they have any."""
         return self._turned(self.query(x), self.query_bias, cos, sin)
 
-    def keys_values(self, read: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, read: Tensor, cos: Tensor | None, sin: Tensor | None,
+                    ) -> tuple[Tensor, Tensor]:
         """(B, S, E) -> keys, turned to their positions, and values, (B, H, S, D/H) each."""
         return (self._turned(self.key(read), self.key_bias, cos, sin),
                 split_heads(self.value(read), self.heads))
 
-    def _turned(self, x: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def _turned(self, x: Tensor, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+                ) -> Tensor:
         x = split_heads(x, self.heads)
         if bias is not None:
             x = x + bias.to(x.dtype)
-        return rotate(rms_norm(x) if self.qk_norm else x, cos, sin)
+        x = rms_norm(x) if self.qk_norm else x
+        return x if cos is None or sin is None else rotate(x, cos, sin)
 
 
 class Attention(Heads):
@@ -344,7 +347,7 @@ class Attention(Heads):
         values of all tokens, (B, H, L, D/H) each."""
         flat = view.at is not None and view.at.ndim == 1  # too ragged for attention itself
         asked = view._replace(at=None) if flat else view
-        if view.cache is not None and view.at is None and not self.query.weight.requires_grad:
+        if view.cache is not None and view.at is None and self.are_plain():
             q, *own = self.together(x, view)
         else:
             q = self.queries(asked.wanted(x), *asked.wanted_rotation)
@@ -363,6 +366,12 @@ class Attention(Heads):
         y = y.flatten(2)
         return self.out(view.wanted(y) if flat else y), tuple(own)
 
+    def are_plain(self) -> bool:
+        """Whether the three maps are their matrices, which no training changes, and nothing more.
+        """
+        return all(part.lora is None and not part.weight.requires_grad
+                   for part in (self.query, self.key, self.value))
+
     def together(self, x: Tensor, view: View) -> list[Tensor]:
         """Queries, keys and values by one product of three matrices in one, which is kept until
         one of them changes: a token at a time, the number of calls counts."""
@@ -379,20 +388,23 @@ class Attention(Heads):
 
 
 class CrossAttention(Heads):
-    """Queries from the story, keys and values from the encoder, whose width E may differ.
+    """Queries from the story, keys and values from the encoder, whose width E may differ. What is
+    not `placed` (a picture) stands at no distance from any token: nothing is turned.
 
     Every head has a gate, closed at first, so that nothing is added (arXiv 2204.14198, section 2.2,
     here without tanh). The output projection behind it need not start at zero: it can have what
     self-attention has learned.
     """
 
-    def __init__(self, config: ModelConfig, read_width: int):
+    def __init__(self, config: ModelConfig, read_width: int, placed: bool = True):
         super().__init__(config, read_width)
+        self.placed = placed
         nn.init.normal_(self.out.weight, std=config.width ** -0.5)
         self.gate = nn.Parameter(torch.zeros(config.heads, 1, 1))  # in units of 1 / GATE_SPEED
 
     def forward(self, x: Tensor, view: View, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """The wanted tokens (B, C, D), and the condition's keys, values and bias -> (B, C, D)."""
-        y = attention(self.queries(x, *view.wanted_rotation), k, v, mask=bias)
+        where = view.wanted_rotation if self.placed else (None, None)
+        y = attention(self.queries(x, *where), k, v, mask=bias)
         y = y * (GATE_SPEED * self.gate.to(y.dtype))  # rounded first, as `for_inference` keeps it
         return self.out(y.transpose(1, 2).flatten(2))

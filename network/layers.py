@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from corpus.tokens import EOS
 
 MLPS = ("swiglu", "relu2")
+# The matrices of a block beside which there can be an adapter: of self-attention, and of the MLP
+LORA_TARGETS = ("query", "key", "value", "out", "up", "gate", "down")
 CARRIED = 8  # likeliest tokens of a place that self-conditioning tells the next pass of
 # What an older checkpoint means that does not say
 OLDER = {"mlp": "relu2", "value_residual": False, "head_gates": False, "self_conditioning": 0.0}
@@ -39,6 +41,9 @@ class ModelConfig:
     draft_rank: int = 0  # of a DraftHead; 0: none
     # Share of the rows that are trained to read what an earlier pass made of them; 0: nothing can
     self_conditioning: float = 0.0
+    lora_rank: int = 0  # of the adapters beside the matrices of the blocks; 0: none
+    lora_alpha: float = 0.0  # what they add is multiplied by alpha / rank
+    lora_targets: str = ""  # which matrices have one, by their names, with commas
 
     def __post_init__(self):
         require(self.width % self.heads == 0 and self.width // self.heads % 2 == 0,
@@ -47,8 +52,16 @@ class ModelConfig:
                 f"time_conditioning {self.time_conditioning!r}: use none or sinusoidal")
         require(not (self.causal and self.self_conditioning), "self_conditioning: a causal model "
                 "hides nothing, of which an earlier pass could tell; leave it out")
+        require(bool(self.lora_rank) == bool(self.lora_targets) and self.lora_rank >= 0,
+                f"lora_rank {self.lora_rank} with lora_targets {self.lora_targets!r}: give both")
+        require(set(self.adapted) <= set(LORA_TARGETS), f"lora_targets {self.lora_targets}: choose "
+                f"from {', '.join(LORA_TARGETS)}")
         require(self.mlp in MLPS, f"mlp {self.mlp!r}: use {' or '.join(MLPS)}")
         require(self.vocab_size > EOS + 1, f"vocab_size {self.vocab_size} leaves no ordinary token")
+
+    @property
+    def adapted(self) -> list[str]:
+        return [name for name in self.lora_targets.split(",") if name]
 
     @property
     def mlp_width(self) -> int:
@@ -58,14 +71,17 @@ class ModelConfig:
 
 
 class Linear(nn.Linear):
-    """A linear map without bias whose FP32 weight is used in the precision of its input."""
+    """A linear map without bias whose FP32 weight is used in the precision of its input; with an
+    adapter (network/lora.py) beside it, what that one makes of the input is added."""
 
     def __init__(self, inputs: int, outputs: int, std: float | None = None):
         super().__init__(inputs, outputs, bias=False)
         nn.init.normal_(self.weight, std=inputs ** -0.5 if std is None else std)
+        self.lora: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype))
+        return y if self.lora is None else y + self.lora(x)
 
 
 def rms_norm(x: Tensor) -> Tensor:

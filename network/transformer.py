@@ -50,7 +50,59 @@ class Block(nn.Module):
 Known = list[tuple[Tensor, Tensor]]
 
 
-class Transformer(nn.Module):
+class BlockStack(nn.Module):
+    """Blocks one behind the other, whatever they read. Who inherits makes `config` and, by
+    `make_blocks`, `blocks`."""
+
+    config: ModelConfig
+    blocks: nn.ModuleList
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        return list(self.blocks)
+
+    def through_blocks(self, x: Tensor, view: View, context: Context | None = None,
+                       states: list[Tensor] | None = None, known: Known | None = None,
+                       kept: Known | None = None, added: Tensor | None = None) -> Tensor:
+        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised, or (B, C, D) or
+        (M, D) for the tokens that `view` wants.
+
+        What each block reads, (B, L, D), is appended to `states`, and its keys and values to
+        `kept`; those in `known` are seen as if their tokens stood before these. `added`, (B, L, D),
+        joins the tokens once they are normalised.
+        """
+        count = x.shape[1]
+        x = rms_norm(x)
+        if added is not None:
+            x = x + added
+        seeds = [None] * len(self.blocks)
+        if self.config.dropout and self.training:
+            seeds = torch.randint(2**62, (len(seeds), 2))  # on the CPU, from its global generator
+        everything = view._replace(at=None)
+        for i, (block, own) in enumerate(zip(self.blocks, seeds, strict=True)):
+            if states is not None:
+                states.append(rms_norm(x))
+            read = None if context is None else (context.keys[i], context.values[i], context.bias)
+            # The other positions of the last block would be worked out for nobody.
+            seen = view if block is self.blocks[-1] else everything
+            x, pair = block(x, seen if known is None else seen._replace(known=known[i]), own, read)
+            if kept is not None:
+                kept.append(pair)
+            if i == 0:
+                view, everything = (v._replace(first=pair[1]) for v in (view, everything))
+        if view.cache is not None:
+            view.cache.advance(count)
+        return rms_norm(x)
+
+
+def make_blocks(config: ModelConfig) -> nn.ModuleList:
+    blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+    first = blocks[0].attention  # whose values are the first
+    first.own_share = first.first_share = None
+    return blocks
+
+
+class Transformer(BlockStack):
     """Embedding and blocks: what the denoiser and the encoder of its condition have in common."""
 
     def __init__(self, config: ModelConfig):
@@ -58,18 +110,12 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        first = self.blocks[0].attention  # whose values are the first
-        first.own_share = first.first_share = None
+        self.blocks = make_blocks(config)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)  # (D/H/2,)
         angles = torch.arange(config.max_len).float()[:, None] * self.frequencies
         self.register_buffer("cos", angles.cos(), persistent=False)  # (max_len, D/H/2)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self.compute_dtype = torch.float32
-
-    @property
-    def all_blocks(self) -> list[Block]:
-        return list(self.blocks)
 
     def set_precision(self, precision: str) -> "Transformer":
         """Sets what activations are computed in ("fp32", "bf16", "fp16"); weights stay FP32."""
@@ -134,50 +180,25 @@ class Transformer(nn.Module):
         cos, sin = (table.to(self.compute_dtype) for table in tables)
         return View(cos, sin, mask, cache, causal=causal)
 
-    def through_blocks(self, x: Tensor, view: View, context: Context | None = None,
-                       states: list[Tensor] | None = None, known: Known | None = None,
-                       kept: Known | None = None, added: Tensor | None = None) -> Tensor:
-        """(B, L, D) embedded tokens -> (B, L, D) final hidden states, normalised, or (B, C, D) or
-        (M, D) for the tokens that `view` wants.
-
-        What each block reads, (B, L, D), is appended to `states`, and its keys and values to
-        `kept`; those in `known` are seen as if their tokens stood before these. `added`, (B, L, D),
-        joins the tokens once they are normalised.
-        """
-        count = x.shape[1]
-        x = rms_norm(x)
-        if added is not None:
-            x = x + added
-        seeds = [None] * len(self.blocks)
-        if self.config.dropout and self.training:
-            seeds = torch.randint(2**62, (len(seeds), 2))  # on the CPU, from its global generator
-        everything = view._replace(at=None)
-        for i, (block, own) in enumerate(zip(self.blocks, seeds, strict=True)):
-            if states is not None:
-                states.append(rms_norm(x))
-            read = None if context is None else (context.keys[i], context.values[i], context.bias)
-            # The other positions of the last block would be worked out for nobody.
-            seen = view if block is self.blocks[-1] else everything
-            x, pair = block(x, seen if known is None else seen._replace(known=known[i]), own, read)
-            if kept is not None:
-                kept.append(pair)
-            if i == 0:
-                view, everything = (v._replace(first=pair[1]) for v in (view, everything))
-        if view.cache is not None:
-            view.cache.advance(count)
-        return rms_norm(x)
-
 
 def check_size(config: ModelConfig, weights: dict[str, Tensor]) -> None:
     """Raises TypeError, KeyError or RuntimeError, before memory is taken, for settings that do not
     belong to the weights of a Transformer."""
+    check_blocks(config, weights)
+    if (weights["embedding.weight"].shape != (config.vocab_size, config.width)
+            or not 1 <= config.max_len <= 2**20):
+        raise RuntimeError("the weights are of another size")
+
+
+def check_blocks(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """The same for those of a BlockStack."""
     for field in dataclasses.fields(config):
         kind = type(getattr(config, field.name))
         if kind is not field.type and (kind, field.type) != (int, float):
             raise TypeError(f"{field.name} is not of {field.type}")
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    hidden = weights["blocks.0.up.weight"].shape[0]
-    if (len(blocks) != config.layers or hidden != config.mlp_width
-            or weights["embedding.weight"].shape != (config.vocab_size, config.width)
-            or not 1 <= config.max_len <= 2**20):
+    hidden, width = weights["blocks.0.up.weight"].shape
+    ranks = {len(weight) for name, weight in weights.items() if name.endswith(".lora.down.weight")}
+    if (len(blocks) != config.layers or hidden != config.mlp_width or width != config.width
+            or ranks != ({config.lora_rank} if config.lora_rank else set())):
         raise RuntimeError("the weights are of another size")

@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import SMALL
 
-from model import DiffusionTransformer
-from training.optimizers import Muon, make_optimizers, orthogonalise
+from model import DiffusionTransformer, create_conditional_model
+from training.optimizers import Muon, Part, in_parts, make_optimizers, orthogonalise, parts_of
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 24, 96), (2, 96, 24)])
@@ -77,3 +77,37 @@ def test_every_parameter_is_updated_once_and_only_matrices_decay(name, kinds):
         assert all((id(p) in matrices) == (group["weight_decay"] > 0) for p in group["params"])
     # FP16 lacks the range: Muon then works in FP32
     assert name == "adamw" or optimizers[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dim, size", [(0, 4), (1, 4), (0, 12), (1, 20)])
+def test_parts_are_orthogonalised_each_on_its_own(dim, size):
+    x = torch.randn(3, 12, 20, generator=torch.Generator().manual_seed(0))
+    result = in_parts(x, Part(dim, size))
+    for matrix, made in zip(x, result, strict=True):
+        for piece, own in zip(matrix.split(size, dim), made.split(size, dim), strict=True):
+            torch.testing.assert_close(own, orthogonalise(piece[None])[0])
+
+
+def test_attention_is_cut_by_heads_and_the_mlp_into_even_parts():
+    for name, hidden in (("micro", 160), ("small", 128), ("medium", 168)):
+        model = create_conditional_model("micro", name, vocab_size=64)
+        for block in model.all_blocks:
+            parts = parts_of(block)
+            matrices = [p for p in block.parameters() if p.ndim == 2]
+            gates = [p for p in matrices if p.shape[0] < 16]  # one row a head
+            assert parts.keys() == {*matrices} - {*gates}
+            assert parts[block.attention.value.weight] == (0, 64)
+            assert parts[block.attention.out.weight] == (1, 64)
+        block = model.blocks[0]
+        assert parts_of(block)[block.cross.key.weight] == (0, 64)
+        assert parts_of(block)[block.up.weight] == (0, hidden)
+        assert parts_of(block)[block.down.weight] == (1, hidden)
+
+
+def test_a_part_moves_as_far_as_adamw_would_move_it():
+    """Root mean square 0.2 of the learning rate, whatever the parts (arXiv 2502.16982, eq. 4)."""
+    for part in (None, Part(0, 8), Part(1, 16)):
+        p = torch.nn.Parameter(torch.zeros(32, 64))
+        p.grad = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+        Muon([p], lr=1.0, parts={p: part} if part else None).step()
+        assert 0.15 < float(p.detach().square().mean().sqrt()) < 0.25
