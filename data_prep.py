@@ -34,6 +34,7 @@ from itertools import islice
 from pathlib import Path
 
 from corpus.files import missing_separator
+from corpus.pictures import PictureRows
 from corpus.rows import (
     SPLITS,
     TokenRows,
@@ -154,7 +155,8 @@ def verify(data_dir: str) -> None:
     meta = load_meta(data_dir)
     read_tokenizer_file(data_dir, meta)
     for split, summary in meta["splits"].items():
-        TokenRows(data_dir, split)
+        pictures = split.endswith("_condition") and meta["condition"].get("encoder") == "image"
+        (PictureRows if pictures else TokenRows)(data_dir, split)
         for shard in summary["shards"]:
             for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
                 path = Path(data_dir) / (shard["name"] + suffix)

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 
 from corpus.files import read_json_lines
-from corpus.rows import SPLITS, TokenRows, load_meta, read_tokenizer_file
+from corpus.rows import SPLITS, load_meta, read_tokenizer_file, stories_of
 from corpus.sentences import first_sentence
 from corpus.shards import (
     TEST_FRACTION,
@@ -38,7 +38,7 @@ from corpus.shards import (
     unchanged,
 )
 from corpus.sources import check_source, describe_files, describe_source, read_stories, side_of
-from corpus.tokens import EOS, decode, load_tokenizer, split_row
+from corpus.tokens import load_tokenizer, split_row
 from corpus.vocabulary import tokenize_batches
 
 
@@ -89,17 +89,6 @@ class PairConfig:
                                                              "a validation split; leave it out")
         require("test_fraction" not in given or self.pairs or self.source,
                 "--test_fraction: the stories of --data_dir keep their splits; leave it out")
-
-
-def stories_of(data_dir: str, split: str, tokenizer) -> Iterator[str]:
-    """The stories of a data folder, those of several rows put together again."""
-    rows = TokenRows(data_dir, split)
-    ids: list[int] = []
-    for i in range(len(rows)):
-        ids.extend(rows[i])
-        if ids[-1] == EOS:
-            yield decode(tokenizer, ids)
-            ids = []
 
 
 def read_pairs(config: PairConfig, tokenizer, dropped: dict[str, Counter],

@@ -6,6 +6,9 @@
     sample_stories.py  the story maker
     sentences.py       where the sentences of a text begin and end
     conditions.py      conditions in words as rows of ids
+    image_files.py     pictures of files
+    pictures.py        the pictures of the rows, written and read
+    scenes.py          emoji: stories about them, and scenes composed of them
     vocabulary.py      a vocabulary learned, and texts cut into it
     shards.py          the writer of a data folder
     rows.py            its reader, and batches of rows of like length

@@ -82,9 +82,10 @@ def read_jsonl(path: Path) -> Iterator[str | None]:
     return (text for text, in read_json_lines(path, ("text",)))
 
 
-def read_json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
-    """The strings, or None for null, of these keys of every line of a file; empty lines are passed
-    over."""
+def read_json_lines(path: Path, keys: tuple[str, ...], optional: tuple[str, ...] = (),
+                    ) -> Iterator[tuple[str | None, ...]]:
+    """The strings, or None for null, of these keys of every line of a file, then those of the
+    `optional` ones, None also where they are not there; empty lines are passed over."""
     with open(path, encoding="utf-8-sig") as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
@@ -95,7 +96,7 @@ def read_json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str | N
                 continue
             try:
                 entry = json.loads(line)
-                texts = tuple(entry[key] for key in keys)
+                texts = (*(entry[key] for key in keys), *(entry.get(key) for key in optional))
                 # half a surrogate pair is no text
                 "".join(text for text in texts if text is not None).encode()
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -12,13 +12,22 @@ from cli import require
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corpus.tokens import ROW_KINDS, is_count, is_length_histogram, pad_rows, round_up, sha256
+from corpus.tokens import (
+    EOS,
+    ROW_KINDS,
+    decode,
+    is_count,
+    is_length_histogram,
+    pad_rows,
+    round_up,
+    sha256,
+)
 
 SPLITS = ("train", "val", "test")
 FORMAT, FORMAT_VERSION = "diffusion-llm data", 1
@@ -66,6 +75,12 @@ def wrong_entries(meta: dict) -> list[str]:
             "sha256" not in source or source["sha256"] is None
             or isinstance(source["sha256"], str) and type(source.get("bytes")) is int)
 
+    def is_condition(condition: dict) -> bool:
+        size, sort = condition.get("size"), condition.get("encoder", "text")
+        if sort == "image":
+            return type(size) is int and 8 <= size <= 1024 and size % 8 == 0
+        return sort != "text" or is_count(condition.get("max_len"))
+
     splits, condition, sources = meta["splits"], meta.get("condition"), meta.get("sources", [])
     size = meta["bytes_per_token"]
     right = {
@@ -76,8 +91,7 @@ def wrong_entries(meta: dict) -> list[str]:
         "length_histogram": is_length_histogram(meta["length_histogram"], ROW_KINDS),
         "splits": isinstance(splits, dict) and all(map(is_split, splits.values())),
         "sources": isinstance(sources, list) and all(map(is_source, sources)),
-        "condition": condition is None or isinstance(condition, dict) and (
-            is_count(condition.get("max_len")) or condition.get("encoder", "text") != "text")}
+        "condition": condition is None or isinstance(condition, dict) and is_condition(condition)}
     return [key for key, fine in right.items() if not fine]
 
 
@@ -173,6 +187,17 @@ class TokenRows:
     def batch(self, indices: Iterable[int]) -> np.ndarray:
         """Rows as (B, L) int64, padded with [PAD] to a multiple of 16."""
         return pad_rows([self[i] for i in indices])
+
+
+def stories_of(data_dir: str | Path, split: str, tokenizer: Any) -> Iterator[str]:
+    """The stories of a data folder, those of several rows put together again."""
+    rows = TokenRows(data_dir, split)
+    ids: list[int] = []
+    for i in range(len(rows)):
+        ids.extend(rows[i])
+        if ids[-1] == EOS:
+            yield decode(tokenizer, ids)
+            ids = []
 
 
 def reported_split(meta: dict) -> str:
