@@ -6,6 +6,7 @@
     python evaluate.py infilling --checkpoint checkpoints/best.pt --twin checkpoints_ar/best.pt
     python evaluate.py blocks --checkpoint joint/best.pt --twin ar/best.pt --judge ar2/best.pt
     python evaluate.py condition --checkpoint conditional/best.pt --twin checkpoints_ar/best.pt
+    python evaluate.py pictures --checkpoint pictures/best.pt --data_dir data_emoji
     python evaluate.py curves --compare checkpoints checkpoints_ar
 
 likelihood  bits/byte, nats/token and perplexity of held-out stories, diversity of generated ones
@@ -13,6 +14,7 @@ samplers    what each sampler gives for its network evaluations
 infilling   how well the middle sentence of real stories is filled in
 blocks      what each way of writing costs and gives: left to right, in blocks, verified, by rows
 condition   what its condition is worth to a conditional model
+pictures    what a picture is worth to a model that reads pictures
 curves      the training curves of one run, or the validations of several in one figure
 
 What was chosen (the best checkpoint, learning rates, presets) was chosen on the validation split;
@@ -24,7 +26,7 @@ from cli import choose, run
 
 MEASUREMENTS = {name: f"measuring.{name}"
                 for name in ("likelihood", "samplers", "infilling", "blocks", "condition",
-                         "curves")}
+                         "pictures", "curves")}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -57,16 +57,16 @@ from cli import UserError, check_writable, flag, parse, preset, print_json, requ
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from corpus.conditions import condition_rows, read_conditions
+from corpus.conditions import read_conditions
+from corpus.image_files import data_uri, load_picture
 from corpus.tokens import MASK, decode
 from sampling.loop import Choice, State, Step, unmask_rows
 from sampling.rows import (
@@ -78,14 +78,15 @@ from sampling.rows import (
     warn_of_cuts,
     warn_of_text,
 )
-from sampling.sampler import GAP, PRESETS, Sampler
+from sampling.sampler import GAP, PRESETS
+from sampling.source import Source
 from sampling.stories import FromLeft, Live, Tally, Written, begin, opening, write_stories
-from sampling.viewer import TRACE_FORMATS, Trace
+from sampling.viewer import TRACE_FORMATS, Picture, Trace
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from sampling.left_to_right import Reader
+SHOWN = 128  # pixels across of a picture on a page
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ class GenerateConfig(FromLeft):
                                        "--stage 2 or 3")
     conditions: str | None = flag(None, "file of conditions, .txt (one a line) or .jsonl; "
                                         "--num_samples stories of each (default: one)")
+    image: list[str] = flag([], "pictures to tell of, for a model of train.py --stage 2 on data of "
+                                "prep_image_data.py; --num_samples stories of each (default: one)")
+    adapter: list[str] = flag([], "adapters (of training/slim.py) on the --checkpoint that they "
+                                  "were trained beside: stories with each of them, in turn")
     length: int | None = flag(None, "tokens in the story (default: drawn from the data's lengths); "
                                     "the most of one that is written from the left (default: what "
                                     "a row holds)")
@@ -137,8 +142,11 @@ class GenerateConfig(FromLeft):
                 f"--trace {self.trace}: needs matplotlib, which is not here; take .html")
         sources = [name for name in ("checkpoint", "onnx", "engine") if getattr(self, name)]
         require(len(sources) < 2, f"--{' and --'.join(sources)}: give one of them")
-        require(self.condition is None or self.conditions is None,
-                "--condition and --conditions: give one of them")
+        given = [name for name in ("condition", "conditions", "image")
+                 if getattr(self, name) not in (None, [])]
+        require(len(given) < 2, f"--{' and --'.join(given)}: give one of them")
+        require(not (self.adapter and (self.onnx or self.engine)),
+                "--adapter: an exported step has its own; leave it out")
         require(self.conditions is None or Path(self.conditions).is_file(),
                 f"--conditions {self.conditions}: no such file")
         for name in ("prompt", "infill", "condition"):
@@ -148,9 +156,8 @@ class GenerateConfig(FromLeft):
 
     def check_used(self, given: set[str]) -> None:
         super().check_used(given)
-        given_one = self.condition is not None or self.conditions is not None
-        require(given_one or "guidance" not in given, "--guidance belongs to --condition and "
-                                                 "--conditions: add one, or leave it out")
+        require(self.given_sort or "guidance" not in given, "--guidance belongs to --condition, "
+                "--conditions and --image: add one, or leave it out")
         unused = sorted(given & {"device", "precision"}) if self.onnx or self.engine else []
         require(not unused, f"--{' --'.join(unused)}: an exported step has its own; leave it out")
         require(not (self.verify_with and (self.onnx or self.engine)),
@@ -160,13 +167,24 @@ class GenerateConfig(FromLeft):
                 "--heal: an exported step gives no probabilities to choose by; leave it out, or "
                 "use --checkpoint")
 
+    @property
+    def given_sort(self) -> str | None:
+        """The sort of the conditions that are given; None: none are."""
+        texts = self.condition is not None or self.conditions is not None
+        return "image" if self.image else "text" if texts else None
+
+    def given_conditions(self) -> list[str]:
+        """The texts, or the names of the pictures' files."""
+        return (self.image or (read_conditions(Path(self.conditions)) if self.conditions else
+                               [] if self.condition is None else [self.condition]))
+
 
 def given_text(config: GenerateConfig) -> Given:
     """--infill or --prompt. As in training there is no white space around a story, but what follows
-    a condition begins with some."""
-    conditional = config.condition is not None or config.conditions is not None
+    a condition in words begins with some."""
     text = (config.prompt or "") if config.infill is None else config.infill.rstrip()
-    return Given(text if conditional else text.lstrip(), config.infill is not None)
+    return Given(text if config.given_sort == "text" else text.lstrip(),
+                 config.infill is not None)
 
 
 def fills_from_the_left(config: GenerateConfig, given: set[str]) -> bool:
@@ -188,17 +206,26 @@ def read_flags(argv: list[str] | None) -> tuple[GenerateConfig, set[str]]:
         raise UserError(f"{error}" + f" (--preset {config.preset} sets{settings})" * bool(settings)
                         ) from error
     config.check_used(given)
-    return preset(config, {"num_samples": 1}, given) if config.conditions else config, given
+    several = config.conditions or config.image
+    return preset(config, {"num_samples": 1}, given) if several else config, given
 
 
 def main(argv: list[str] | None = None) -> None:
     config, given = read_flags(argv)
-    texts = (read_conditions(Path(config.conditions)) if config.conditions else
-             [config.condition] if config.condition is not None else [])
     if config.trace:
         check_writable(Path(config.trace).parent, "--trace")
-    source = open_exported(config, bool(texts)) if config.onnx or config.engine else open_torch(
-        config, bool(texts))
+    for adapter in config.adapter or [None]:
+        tell(replace(config, adapter=adapter), given)
+
+
+def tell(config: GenerateConfig, given: set[str]) -> None:
+    """The stories of one source."""
+    texts, sort = config.given_conditions(), config.given_sort
+    if config.onnx or config.engine:
+        source = open_exported(config, sort)
+    else:
+        from kinds.opening import open_checkpoint
+        source = open_checkpoint(config, sort)
     if fills_from_the_left(config, given):
         config = preset(config, dict(steps=1024, **source.gap), given)
     config = config.for_model(given, source.name, source.step is not None,
@@ -207,10 +234,12 @@ def main(argv: list[str] | None = None) -> None:
                            axis=0) if texts else None
     texts = [text for text in texts for _ in range(config.num_samples)]
     warn_of_text({"prompt": [config.prompt or ""], "infill": [config.infill or ""],
-                  "conditions" if config.conditions else "condition": texts})
+                  "conditions" if config.conditions else "condition":
+                  texts if sort == "text" else []})
 
     def print_line(i: int, row: np.ndarray, nfe: int) -> None:
-        given = {"condition": texts[i], "guidance": config.guidance} if texts else {}
+        name = "image" if sort == "image" else "condition"
+        given = {name: texts[i], "guidance": config.guidance} if texts else {}
         with tqdm.external_write_mode():  # the bar makes room on a terminal
             print_json({**given, "text": decode(source.tokenizer, row), "tokens": row.tolist(),
                         "nfe": nfe, "seed": config.seed, "row": i, "checkpoint": source.name})
@@ -222,62 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     print(written.line(source.name), file=sys.stderr if config.json else sys.stdout)
 
 
-class Source(NamedTuple):
-    """What writes the stories: a checkpoint, or exported graphs."""
-
-    name: str
-    tokenizer: "Tokenizer"
-    histogram: dict  # of lengths
-    max_len: int
-    read_conditions: Callable[[list[str], "Tokenizer"], np.ndarray]
-    step: Callable[[Sampler, np.ndarray | None], Step] | None  # None: fills no rows in any order
-    choice: Callable[[Sampler, np.ndarray | None], Choice] | None  # an exported step has none
-    reader: "Callable[[Sampler, np.ndarray | None], Reader] | None" = None  # writes from the left
-    has_head: bool = False  # for drafts
-    gap: dict = {}  # the Sampler that fills a gap best
-    verifier: "Callable[[Sampler, np.ndarray | None], Reader] | None" = None  # of --verify_with
-
-
-def open_torch(config: GenerateConfig, conditional: bool) -> Source:
-    from kinds.checkpoints import find_checkpoint, tokenizer_from_checkpoint
-    from kinds.registry import kinds_that
-    # The newest that does what is asked; one that is named may be of any kind that writes.
-    usual = kinds_that(lambda kind: (kind.conditional or not conditional)
-                       and (kind.unmasks if config.verify or not config.asks_for else True)
-                       and (kind.from_left if config.asks_for else True))
-    path = find_checkpoint(config.checkpoint, usual)
-    checkpoint, kind, model = load(path, config, conditional)
-    verifier = None
-    if config.verify_with:
-        other, its_kind, its_model = load(Path(config.verify_with), config, conditional)
-        require(its_kind.from_left, f"--verify_with {config.verify_with}: a {its_kind.name} model "
-                                    "does not write from the left; take the twin")
-        require(other["tokenizer_sha256"] == checkpoint["tokenizer_sha256"],
-                f"--verify_with {config.verify_with} has another tokenizer than {path}: take a "
-                "model that was trained on the same data")
-        verifier = partial(its_kind.reader, its_model)
-    return Source(str(path), tokenizer_from_checkpoint(checkpoint),
-                  checkpoint["length_histogram"], model.config.max_len,
-                  model.encoder.read if conditional else None,
-                  partial(kind.step, model) if kind.unmasks else None,
-                  partial(kind.choice, model) if kind.unmasks else None,
-                  partial(kind.reader, model) if kind.from_left else None,
-                  getattr(model, "draft", None) is not None, kind.gap, verifier)
-
-
-def load(path: Path, config: GenerateConfig, conditional: bool) -> tuple[dict, Any, Any]:
-    """A checkpoint, its kind and its network."""
-    from kinds.checkpoints import load_checkpoint, model_from_checkpoint
-    from kinds.registry import kind_of, kinds_that
-    from network.hardware import pick_device
-    device = pick_device(config.device)
-    checkpoint = load_checkpoint(path, kinds_that(lambda kind: (
-        kind.unmasks or kind.from_left) and (kind.conditional or not conditional)))
-    model = model_from_checkpoint(checkpoint).to(device).set_precision(config.precision)
-    return checkpoint, kind_of(checkpoint), model.for_inference()
-
-
-def open_exported(config: GenerateConfig, conditional: bool) -> Source:
+def open_exported(config: GenerateConfig, sort: str | None) -> Source:
     """No torch is imported on this way."""
     from jetson.engine_runtime import Bundle
     path = config.onnx or config.engine
@@ -285,10 +259,13 @@ def open_exported(config: GenerateConfig, conditional: bool) -> Source:
     require(Path(path).suffix == suffix, f"--{suffix[1:]} {path}: name a file that ends in "
                                          f"{suffix}")
     bundle = Bundle(path)
-    require(not conditional or bundle.conditional, f"{path}: {bundle.kind} model; what is "
+    require(sort is None or bundle.conditional, f"{path}: {bundle.kind} model; what is "
             "needed here is of the kind: conditional model")
+    require(sort in (None, bundle.sort), f"{path} reads " + (
+        "pictures: give it --image" if bundle.sort == "image" else
+        "conditions in words: give it --condition or --conditions"))
     return Source(path, bundle.tokenizer, bundle.contents["length_histogram"], bundle.max_len,
-                  partial(condition_rows, max_len=bundle.condition_len), bundle.step, None,
+                  bundle.read_conditions, bundle.step, None,
                   (lambda config, conditions: bundle.reader(config, conditions, config.block_size))
                   if bundle.contents.get("cached") else None,
                   has_head="draft_head" in bundle.contents["files"], gap=GAP)
@@ -311,7 +288,8 @@ def fill_rows(config: GenerateConfig, source: Source, conditions: np.ndarray | N
         warn_of_cuts(given, tokenizer, source.max_len)
     choice = source.choice(config, conditions) if heal else None
     started = time.perf_counter()
-    trace = Trace(tokenizer, [start.row for start in starts]) if config.trace else None
+    trace = Trace(tokenizer, [start.row for start in starts],
+                  pictures_of(config, texts)) if config.trace else None
     filled, row_evaluations, evaluations = generate(
         step, choice, starts, config, tokenizer, trace,
         config.evaluations_per_step if texts else 1, done)
@@ -322,6 +300,15 @@ def fill_rows(config: GenerateConfig, source: Source, conditions: np.ndarray | N
                                   f"{config.pace} pace, temperature {config.temperature:g}")
     return Written(filled, sum(int((start.row == MASK).sum()) for start in starts), evaluations,
                    seconds)
+
+
+def pictures_of(config: GenerateConfig, texts: list[str]) -> list[Picture] | None:
+    """What a page shows beside each story; None where there are no pictures."""
+    if config.given_sort != "image":
+        return None
+    pictures = {path: Picture(data_uri(load_picture(path, SHOWN)), Path(path).name)
+                for path in set(texts)}
+    return [pictures[path] for path in texts]
 
 
 def write_from_left(config: GenerateConfig, source: Source, conditions: np.ndarray | None,

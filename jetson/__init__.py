@@ -14,7 +14,7 @@ Jetson.
     reader.py          a cached pass and its cache, for the writers of sampling/left_to_right.py
 
 For export_jetson.py, generate.py and measuring/device.py. settings.py, engine_builder.py and the
-last three go into the bundle: Python 3.10, no torch, nothing of ours but cli, corpus.tokens and the
-part of sampling without torch. The others import kinds and what is below them; they are
-read only where something is exported.
+last three go into the bundle: Python 3.10, no torch, nothing of ours but cli, the readers of tokens
+and conditions in corpus, and the part of sampling without torch. The others import kinds and what
+is below them; they are read only where something is exported.
 """

@@ -15,7 +15,15 @@ import numpy as np
 
 from corpus.tokens import round_up
 from jetson.engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, CACHED, OnnxSession
-from jetson.graphs import OPSET, cached_graph, encoder_graph, operators, step_graph, without_logits
+from jetson.graphs import (
+    OPSET,
+    cached_graph,
+    encoder_graph,
+    largest_condition,
+    operators,
+    step_graph,
+    without_logits,
+)
 from jetson.reader import GraphReader, HostSlots
 from jetson.report import NoisyRows, compare, compare_cached, line_of
 from jetson.settings import ExportConfig
@@ -23,6 +31,7 @@ from sampling.sampler import PRESETS, Sampler
 
 if TYPE_CHECKING:
     from model import DiffusionTransformer
+    from network.encoders import ConditionEncoder
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = (
@@ -30,9 +39,10 @@ SCRIPTS = (
     "cli/__init__.py", "cli/commands.py", "cli/errors.py", "cli/files.py", "cli/flags.py",
     "cli/locks.py", "cli/streams.py",
     "corpus/__init__.py", "corpus/tokens.py", "corpus/files.py", "corpus/conditions.py",
+    "corpus/image_files.py",
     "sampling/__init__.py", "sampling/sampler.py", "sampling/noise.py", "sampling/paces.py",
     "sampling/loop.py", "sampling/rows.py", "sampling/viewer.py", "sampling/viewer.html",
-    "sampling/stories.py", "sampling/left_to_right.py", "sampling/drawing.py",
+    "sampling/source.py", "sampling/stories.py", "sampling/left_to_right.py", "sampling/drawing.py",
     "sampling/draft_head.py",
     "jetson/__init__.py", "jetson/settings.py", "jetson/engine_runtime.py",
     "jetson/tensorrt_session.py", "jetson/reader.py", "jetson/engine_builder.py",
@@ -56,7 +66,8 @@ class Source(NamedTuple):
     checkpoint: dict
     model: "DiffusionTransformer"  # in FP32, as it is judged against
     length: int  # tokens of a row
-    condition_len: int | None  # tokens of a condition; None: the model takes none
+    condition_len: int | None  # places of a condition; None: the model takes none
+    reads: dict | None  # what a condition is, as bundle.json has it
     cached: dict | None  # slots and most tokens of a pass behind a cache, where there is one
     judged: NoisyRows | None  # of the report, where there is to be one
     calibration: NoisyRows | None  # for INT8's scales, where they are needed
@@ -83,26 +94,33 @@ def open_source(config: ExportConfig) -> Source:
     from diffusion import DiscreteDiffusion
     from kinds.checkpoints import find_checkpoint, load_checkpoint, model_from_checkpoint
     from kinds.registry import kind_of, kinds_that
+    from network.lora import merge
     kinds = kinds_that(lambda kind: kind.unmasks)
     path = find_checkpoint(config.checkpoint, kinds)
     checkpoint = load_checkpoint(path, kinds)
-    model = model_from_checkpoint(checkpoint).for_inference()
+    model = merge(model_from_checkpoint(checkpoint)).for_inference()
     kind = kind_of(checkpoint)
     require(type(kind).step is DiscreteDiffusion.step, f"{path}: a {kind.name} model draws by a "
             "step of its own, which has no graph")
-    conditional = kind.conditional
-    if conditional:
-        require(model.encoder.sort == "text", f"{path} takes conditions of the sort "
-                f"{model.encoder.sort!r}: an exported step takes text alone")
-    else:
-        require(not config.guided, f"--guided: {path} is a model without a condition")
+    encoder = model.encoder if kind.conditional else None
+    require(encoder or not config.guided, f"--guided: {path} is a model without a condition")
+    reads = encoder and reads_of(path, encoder)
     length = config.length or model.config.max_len
     require(length <= model.config.max_len, f"--length {length}: {path} has rows of at most "
                                             f"{model.config.max_len}")
     return Source(checkpoint, model, length,
-                  model.encoder.config.max_len if conditional else None,
-                  cached_of(config, length) if kind.from_left and not conditional else None,
-                  *open_noisy_rows(config, path, checkpoint, length, conditional))
+                  encoder and encoder.places(largest_condition(encoder)), reads,
+                  cached_of(config, length) if kind.from_left and not encoder else None,
+                  *open_noisy_rows(config, path, checkpoint, length, encoder))
+
+
+def reads_of(path: Path, encoder: "ConditionEncoder") -> dict:
+    """The entry of bundle.json that says what a condition is."""
+    readers = {"text": lambda: {"max_len": encoder.config.max_len},
+               "image": lambda: {"size": encoder.size}}
+    require(encoder.sort in readers, f"{path} takes conditions of the sort {encoder.sort!r}: an "
+            f"exported step takes those of the sorts {' and '.join(readers)} alone")
+    return {"sort": encoder.sort, **readers[encoder.sort]()}
 
 
 def cached_of(config: ExportConfig, length: int) -> dict:
@@ -113,20 +131,27 @@ def cached_of(config: ExportConfig, length: int) -> dict:
 
 
 def open_noisy_rows(config: ExportConfig, path: Path, checkpoint: dict, length: int,
-                    conditional: bool) -> tuple[NoisyRows | None, NoisyRows | None]:
+                    encoder: "ConditionEncoder | None",
+                    ) -> tuple[NoisyRows | None, NoisyRows | None]:
     """The rows of the report and those for INT8's scales, each where the settings need them."""
     from corpus.rows import TokenRows, open_rows
     from kinds.checkpoints import check_tokenizer
     judged = calibration = None
+
+    def noisy(rows: TokenRows, count: int, **settings: int) -> NoisyRows:
+        # all pictures must be of the encoder's size; of texts those alone that are taken
+        named = path if encoder and encoder.sort == "image" else None
+        return NoisyRows(rows, count, length, encoder and encoder.conditions_of(rows, named),
+                         **settings)
+
     if config.report_rows or "int8" in config.precisions:
         data_dir = config.data_dir or checkpoint.get("train_config", {}).get("data_dir", "data")
         rows = open_rows(data_dir, None)
         check_tokenizer(path, checkpoint, data_dir, rows.meta)
         if config.report_rows:
-            judged = NoisyRows(rows, config.report_rows, length, conditional)
+            judged = noisy(rows, config.report_rows)
         if "int8" in config.precisions:  # never of the rows that it is judged on
-            calibration = NoisyRows(TokenRows(data_dir, "train"), config.calibration_rows, length,
-                                    conditional, draws=1)
+            calibration = noisy(TokenRows(data_dir, "train"), config.calibration_rows, draws=1)
     for what, used in (("judged on", judged), ("INT8's scales are from", calibration)):
         if used:
             print(f"{what} {used.count} rows of {used.split}", flush=True)
@@ -198,7 +223,7 @@ def describe(config: ExportConfig, source: Source, files: dict, reports: dict) -
     return {
         "format": BUNDLE_FORMAT, "format_version": BUNDLE_VERSION, "kind": checkpoint["kind"],
         "files": files, "batch": config.batch, "length": source.length, "dynamic": config.dynamic,
-        "condition_len": source.condition_len, "cached": source.cached,
+        "condition_len": source.condition_len, "encoder": source.reads, "cached": source.cached,
         "guided": config.guided, "likeliest": LIKELIEST, "reports": reports,
         "judged_on": source.judged.split if source.judged else None,
         "calibrated_on": source.calibration.split if source.calibration else None,
@@ -219,13 +244,18 @@ def write_device_files(folder: Path, tokenizer: str, contents: dict) -> None:
         shutil.copyfile(ROOT / script, folder / script)
     write_text(folder / "requirements-jetson.txt", REQUIREMENTS + (
         "onnxruntime  # for the encoder of the condition\n"
-        if contents["condition_len"] is not None else ""))
+        if contents["condition_len"] is not None else "") + (
+        "pillow>=9.1  # for the pictures\n" if is_of_pictures(contents) else ""))
     write_text(folder / "README.md", device_readme(contents))
 
 
 def write_text(path: Path, text: str) -> None:
     with atomic_file(path, "w") as file:
         file.write(text)
+
+
+def is_of_pictures(contents: dict) -> bool:
+    return (contents["encoder"] or {}).get("sort") == "image"
 
 
 def device_readme(contents: dict) -> str:
@@ -239,6 +269,9 @@ def device_readme(contents: dict) -> str:
         write = (f", or from the left, token by token\n   (`--block_size 1`), in blocks of up to "
                  f"{contents['cached']['tokens']} tokens (`--block_size 4 --steps 4`) or in\n"
                  f"   verified drafts: `python generate.py --engine {cached} --verify --stream`")
+    if is_of_pictures(contents):
+        write += ("; of a picture:\n   "
+                  f"`python generate.py --engine {engine} --preset fast --image cat.png`")
     return f"""# A story model for a Jetson
 
 1. `python3 -m venv --system-site-packages env && . env/bin/activate`

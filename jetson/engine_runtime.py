@@ -13,19 +13,24 @@ from cli import UserError, require, sha256_of
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from corpus.conditions import condition_rows
+from corpus.image_files import load_picture
 from corpus.tokens import PAD, is_count, is_length_histogram, load_tokenizer
 from jetson.reader import DeviceSlots, GraphReader, HostSlots
 from jetson.tensorrt_session import TensorRTSession, building
 from sampling.draft_head import DraftHead
 from sampling.loop import Carried, RowCache, Step
 from sampling.sampler import ORDERS, PLANNED_PACES, Sampler
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BUNDLE_FORMAT, BUNDLE_VERSION = "diffusion-llm bundle", 3
 BUNDLE_KEYS = ("kind", "files", "batch", "length", "dynamic", "condition_len", "guided",
@@ -34,6 +39,7 @@ CACHED = "cached_"  # names of the graphs behind a cache, before the precision
 RESIDENT = ("keys", "values", "new_keys", "new_values")  # what of theirs never leaves the GPU
 NO_THRESHOLD = 2.0  # no probability reaches it
 AGAIN = "export it again, or copy the whole folder again"
+LARGEST_PICTURE = 4096  # pixels across
 
 
 # ---- the bundle ----------------------------------------------------------------------------------
@@ -55,8 +61,22 @@ class Bundle:
         self.max_len, self.batch = self.contents["length"], self.contents["batch"]
         self.condition_len, self.kind = self.contents["condition_len"], self.contents["kind"]
         self.conditional = self.condition_len is not None
+        # what a condition is; a bundle that does not say so is older, and reads text
+        self.reads = self.conditional and (self.contents.get("encoder") or {
+            "sort": "text", "max_len": self.condition_len})
         self.dynamic = self.contents["dynamic"]
         self.encoder = None
+
+    @property
+    def sort(self) -> str | None:
+        """Of its conditions; None: it takes none."""
+        return self.reads["sort"] if self.reads else None
+
+    def read_conditions(self, texts: Sequence[str], tokenizer: "Tokenizer") -> np.ndarray:
+        """The batch for these texts, (N, S), or files of pictures, (N, size, size, 4) uint8."""
+        if self.sort == "image":
+            return np.stack([load_picture(path, self.reads["size"]) for path in texts])
+        return condition_rows(texts, tokenizer, self.reads["max_len"])
 
     @cached_property
     def session(self) -> "OnnxSession | TensorRTSession":
@@ -91,7 +111,7 @@ class Bundle:
     def step(self, sampler: Sampler, conditions: np.ndarray | None = None) -> Step:
         """The step of this graph and sampler for the loop of sampling/loop.py.
 
-        `conditions` (N, S) int64 belong to the rows with the numbers 0 to N - 1.
+        `conditions`, of `read_conditions`, belong to the rows with the numbers 0 to N - 1.
         """
         self.check(sampler, conditions is not None)
         session = self.session
@@ -194,8 +214,7 @@ class Bundle:
         if conditions is None:
             return lambda rows, size: without(size)
         if self.encoder is None:
-            path = self.folder / self.contents["files"]["encoder"]["name"]
-            self.encoder = OnnxSession(checked_path(path, self.contents))
+            self.encoder = self.open_encoder()
         encoded = RowCache(lambda row: self.encoder.run({"condition": conditions[row:row + 1]}))
 
         def context(rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
@@ -207,6 +226,18 @@ class Bundle:
             return inputs
 
         return context
+
+    def open_encoder(self) -> "OnnxSession":
+        """On the CPU, beside an engine too. Raises UserError for one whose conditions are not what
+        bundle.json says."""
+        path = self.folder / self.contents["files"]["encoder"]["name"]
+        session = OnnxSession(checked_path(path, self.contents))
+        across = self.reads.get("size")
+        shape = [1, across, across, 4] if self.sort == "image" else [1, self.reads["max_len"]]
+        found = session.inputs.get("condition", (None, None))[0]
+        require(found == shape, f"{path} takes conditions of shape {found}, its bundle.json says "
+                                f"{shape}: {AGAIN}")
+        return session
 
 
 def read_bundle(folder: Path) -> dict:
@@ -236,6 +267,15 @@ def wrong_entries(contents: dict) -> list[str]:
                 and all(isinstance(entry.get(key), str) for key in ("name", "sha256"))
                 and re.fullmatch(r"\w[\w.]*", entry["name"], re.ASCII) is not None)
 
+    def is_read(entry: Any) -> bool:  # what a condition is; not in older bundles
+        sizes = {"text": ("max_len", 2**20), "image": ("size", LARGEST_PICTURE)}
+        if entry is None:
+            return True
+        if not (isinstance(entry, dict) and entry.get("sort") in tuple(sizes)):
+            return False
+        name, most = sizes[entry["sort"]]
+        return is_count(entry.get(name), most)
+
     files, condition_len = contents["files"], contents["condition_len"]
     cached = contents.get("cached")  # only of models that write from the left
     right = {
@@ -245,6 +285,7 @@ def wrong_entries(contents: dict) -> list[str]:
         "files": isinstance(files, dict) and all(map(is_file, files.values()))
         and (condition_len is None or "encoder" in files),
         "condition_len": condition_len is None or is_count(condition_len, 2**20),
+        "encoder": is_read(contents.get("encoder")),
         "length_histogram": is_length_histogram(contents["length_histogram"]),
         "tokenizer_sha256": isinstance(contents["tokenizer_sha256"], str),
         **{key: is_count(contents[key], 2**20) for key in ("batch", "length", "likeliest")},

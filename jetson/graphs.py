@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
+from corpus.tokens import BOS, EOS, MASK
 from jetson.engine_builder import DYNAMIC_AXES
 from jetson.report import NoisyRows, block_runs, calibration_runs
 from jetson.settings import ExportConfig
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from model import DiffusionTransformer
+    from network.encoders import ConditionEncoder
 
 OPSET, NEWEST_IR = 20, 10  # what TensorRT 10 reads; opset 23 has operators that it lacks
 # Those that it takes: onnx-tensorrt, docs/operators.md of its release for TensorRT 10.1
@@ -37,11 +39,18 @@ Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Un
 Where Xor""".split())
 
 
+def largest_condition(encoder: "ConditionEncoder") -> "torch.Tensor":
+    """(1, ...) int32: what the graph of the encoder reads."""
+    import torch
+    if encoder.sort == "text":
+        return torch.full((1, encoder.config.max_len), EOS + 1, dtype=torch.int32)
+    return encoder.example(1).int()
+
+
 def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"]:
     """Inputs of the shapes that the graph will have."""
     import torch
 
-    from corpus.tokens import BOS, EOS, MASK
     from network.layers import CARRIED
     tokens = torch.full((batch, length), MASK, dtype=torch.int32)
     tokens[:, 0], tokens[:, -1] = BOS, EOS
@@ -51,7 +60,7 @@ def step_inputs(model: Any, batch: int, length: int) -> dict[str, "torch.Tensor"
         inputs["carried"] = torch.zeros(batch, length, 2 * CARRIED)
     encoder = getattr(model, "encoder", None)
     if encoder is not None:
-        config, condition_len = model.config, encoder.config.max_len
+        config, condition_len = model.config, encoder.places(largest_condition(encoder))
         shape = (config.layers, batch, config.heads, condition_len, config.width // config.heads)
         inputs |= dict(keys=torch.zeros(shape), values=torch.zeros(shape),
                        bias=torch.zeros(batch, 1, 1, condition_len))
@@ -113,7 +122,8 @@ def without_logits(graph: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def encoder_graph(model: Any) -> "onnx.ModelProto":
-    """The model's encoder: condition (1, S) int32 -> what the blocks attend to, in FP32."""
+    """The model's encoder: condition (1, S) int32, or (1, size, size, 4) int32 of a picture, ->
+    what the blocks attend to, in FP32."""
     import torch
 
     class Encode(torch.nn.Module):
@@ -123,8 +133,8 @@ def encoder_graph(model: Any) -> "onnx.ModelProto":
 
         def forward(self, condition):
             return tuple(part.float() for part in self.model.encode(condition.long()))
-    condition = torch.full((1, model.encoder.config.max_len), 5, dtype=torch.int32)
-    return to_onnx(Encode(), dict(condition=condition), ["keys", "values", "bias"])
+    return to_onnx(Encode(), dict(condition=largest_condition(model.encoder)),
+                   ["keys", "values", "bias"])
 
 
 def step_graph(config: ExportConfig, checkpoint: dict, precision: str, length: int,
@@ -163,12 +173,14 @@ def cached_graph(config: ExportConfig, checkpoint: dict, precision: str, cached:
 def in_precision(checkpoint: dict, precision: str,
                  export: Callable[["DiffusionTransformer"], "onnx.ModelProto"],
                  runs: Callable[["DiffusionTransformer"], Iterable[Callable]]) -> "onnx.ModelProto":
-    """What `export` makes of the model; INT8 takes its scales from the `runs`."""
+    """What `export` makes of the model, its adapters merged; INT8 takes its scales from the `runs`.
+    """
     import onnx
 
     from jetson.int8 import activation_scales, balance, quantize
     from kinds.checkpoints import model_from_checkpoint
-    model = model_from_checkpoint(checkpoint)
+    from network.lora import merge
+    model = merge(model_from_checkpoint(checkpoint))
     if precision == "int8":
         balance(model, runs(model))
         balanced = copy.deepcopy(model).for_inference()  # in FP32

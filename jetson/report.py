@@ -16,6 +16,7 @@ from sampling.noise import GAP_STREAM
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from network.encoders import Conditions
     from sampling.left_to_right import Reader
 
 
@@ -27,13 +28,15 @@ class NoisyRow(NamedTuple):
     masked: np.ndarray  # (W,) bool, what is hidden
     hidden: int  # how many are
     maskable: int  # how many could be
-    condition: np.ndarray | None  # (1, S) int64
+    condition: np.ndarray | None  # (1, ...), as the model's encoder takes it
 
 
 class NoisyRows:
-    """Rows of a split with some of their tokens hidden, the same for every precision."""
+    """Rows of a split with some of their tokens hidden, the same for every precision; with
+    `conditions`, those of the split's rows."""
 
-    def __init__(self, rows: Any, count: int, length: int, conditional: bool, draws: int = 4):
+    def __init__(self, rows: Any, count: int, length: int, conditions: "Conditions | None",
+                 draws: int = 4):
         import torch
 
         from corpus.rows import evenly_spread
@@ -43,7 +46,6 @@ class NoisyRows:
         require(len(usable), f"{rows.data_dir} has no row of at most {length} tokens in its "
                              f"{rows.split} split")
         self.split, self.count = rows.split, min(count, len(usable))
-        conditions = rows.conditions() if conditional else None
         self.items: list[NoisyRow] = []
         self.plain = [rows[i].astype(np.int64) for i in usable[evenly_spread(count, len(usable))]]
         for i in usable[evenly_spread(count, len(usable))]:
@@ -145,8 +147,11 @@ def encoded(model: Any, row: NoisyRow, condition_len: int | None) -> Any:
     import torch
 
     from corpus.tokens import pad_rows
-    return None if row.condition is None else model.encode(
-        torch.from_numpy(pad_rows(list(row.condition), condition_len)))
+    if row.condition is None:
+        return None
+    text = model.encoder.sort == "text"
+    return model.encode(torch.from_numpy(
+        pad_rows(list(row.condition), condition_len) if text else row.condition))
 
 
 def twice(model: Any, row: NoisyRow, context: Any) -> "Tensor":

@@ -7,6 +7,8 @@
     drafts.py          a joint model whose draft head is in training
     likelihood.py      batches with hidden tokens, their loss and the nats measured on them
     checkpoints.py     the .pt files of every kind
+    adapters.py        those with what a condition adds to a model, without the model
+    opening.py         a checkpoint as what writes stories
 
 diffusion.py, the kind that this is all about, and block_diffusion.py belong to this layer. For
 training, measuring, jetson and the scripts. It imports cli, corpus, network, model.py and sampling,

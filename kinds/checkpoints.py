@@ -13,6 +13,7 @@ from cli import UserError, atomic_file, require
 import dataclasses
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from corpus.tokens import is_length_histogram, load_tokenizer, sha256
+from kinds.adapters import ADAPTER_FORMAT, ADAPTER_VERSION, beside, check_adapter, on_its_base
 from kinds.registry import KINDS
 from model import DiffusionTransformer
 from network.layers import OLDER
@@ -29,6 +31,7 @@ READABLE = (2, CHECKPOINT_VERSION)  # 2 knows no other network than that of `OLD
 OLDER_RUN = OLDER | {"t_min": 0.0, "t_max": 1.0}  # what a run means whose settings do not say
 # What comes with the repository, for whoever has trained nothing yet
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "stories_small.pt"
+PRETRAINED_PICTURES = PRETRAINED.with_name("pictures_small.pt")  # an adapter beside it
 CHECKPOINT_KEYS = ("kind", "model_config", "weights", "tokenizer", "tokenizer_sha256",
                    "length_histogram")
 
@@ -62,22 +65,10 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
     this `kind` ("diffusion", "conditional", "autoregressive" or several; None takes all).
     """
     path = Path(path)
-    require(not path.is_dir(), f"{path} is a folder; name a .pt file in it")
-    require(path.is_file(), f"no checkpoint {path}: train one first, `python train.py`")
-    contents, cause = None, None
-    if zipfile.is_zipfile(path):  # as torch.save writes; anything else is refused unopened
-        try:
-            with zipfile.ZipFile(path) as archive:
-                # torch looks at no checksum, and would unpack what is larger than the file.
-                if archive.testzip() is None and not any(
-                        entry.compress_type for entry in archive.infolist()):
-                    contents = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle can raise nearly anything
-            cause = error
-    if contents is None:
-        raise UserError(f"{path} is not a checkpoint of this program, or is damaged; name a .pt "
-                        "file that train.py wrote") from cause
-    require(isinstance(contents, dict) and contents.get("format") == CHECKPOINT_FORMAT,
+    contents = read_file(path)
+    if contents.get("format") == ADAPTER_FORMAT:
+        contents = on_its_base(path, contents, bases(path), base_in)
+    require(contents.get("format") == CHECKPOINT_FORMAT,
             f"{path} is a torch file but not a checkpoint of this program; name a .pt file that "
             "train.py wrote")
     version = contents.get("format_version")
@@ -96,6 +87,55 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
             contents[name] = older | contents[name]
     leave_older_head(path, contents)
     return contents
+
+
+def load_adapted(path: str | Path, base: str | Path,
+                 kind: str | tuple[str, ...] | None = None) -> dict:
+    """An adapter (kinds/adapters.py) on that base, as one checkpoint; as `load_checkpoint`."""
+    path, base = Path(path), Path(base)
+    adapter = read_file(path)
+    require(adapter.get("format") == ADAPTER_FORMAT, f"{path} is not an adapter: train.py --stage "
+            "2 and python -m training.slim --adapter make one")
+    check_adapter(path, adapter)
+    contents = beside(path, adapter, load_checkpoint(base, None), base)
+    kinds = (kind,) if isinstance(kind, str) else kind
+    require(kinds is None or contents["kind"] in kinds, f"{path}: {contents['kind']} model; "
+            f"what is needed here is of the kind: {' or '.join(kinds or ())} model")
+    return contents
+
+
+def read_file(path: Path) -> dict:
+    """What torch.save wrote into a file, a dict, without running code from it. UserError for
+    anything else."""
+    require(not path.is_dir(), f"{path} is a folder; name a .pt file in it")
+    require(path.is_file(), f"no checkpoint {path}: train one first, `python train.py`")
+    contents, cause = None, None
+    if zipfile.is_zipfile(path):  # as torch.save writes; anything else is refused unopened
+        try:
+            with zipfile.ZipFile(path) as archive:
+                # torch looks at no checksum, and would unpack what is larger than the file.
+                if archive.testzip() is None and not any(
+                        entry.compress_type for entry in archive.infolist()):
+                    contents = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            cause = error
+    if contents is None:
+        raise UserError(f"{path} is not a checkpoint of this program, or is damaged; name a .pt "
+                        "file that train.py wrote") from cause
+    return contents if isinstance(contents, dict) else {}
+
+
+def bases(path: Path) -> Iterator[Path]:
+    """Where the model is looked for that an adapter in this file was trained beside: the folder of
+    the file, what comes with the repository, and the folders here."""
+    others = [other for other in sorted(path.parent.glob("*.pt")) if other != path]
+    yield from dict.fromkeys([*others, PRETRAINED, *sorted(Path().glob("*/best.pt"))])
+
+
+def base_in(path: Path) -> dict | None:
+    """The checkpoint in a file, if it is one without a condition."""
+    found = described(path)
+    return None if found is None or found[1] else load_checkpoint(path, None)
 
 
 def leave_older_head(path: str | Path, contents: dict) -> None:
@@ -136,47 +176,58 @@ def are_tensors(weights: Any) -> bool:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
 
 
-def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None) -> Path:
+def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None,
+                    pictures: bool | None = None) -> Path:
     """The checkpoint of that name, or the newest best.pt of this `kind` (as in load_checkpoint) in
     a folder beside the scripts' output; newer ones that had to be passed over are named on stderr.
-    Where there is none at all, the one that comes with the repository.
+    Where there is none at all, one that comes with the repository. With `pictures` only models
+    count that read pictures, or (False) only those that do not.
     """
     if name is not None:
         return Path(name)
-    found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     kinds = (kind,) if isinstance(kind, str) else kind
-    if not found and PRETRAINED.is_file() and (kinds is None or kind_in(PRETRAINED) in kinds):
-        there, here = PRETRAINED, Path.cwd()
+
+    def fits(path: Path) -> bool:
+        has = described(path)
+        return (has is not None and (kinds is None or has[0] in kinds)
+                and pictures in (None, has[1] == "image"))
+
+    found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    ours = [path for path in (PRETRAINED, PRETRAINED_PICTURES) if path.is_file() and fits(path)]
+    if ours and (not found or pictures and not any(map(fits, found))):
+        there, here = ours[0], Path.cwd()
         there = there.relative_to(here) if there.is_relative_to(here) else there
-        print(f"no */best.pt here: this is {there}, which comes with the repository",
-              file=sys.stderr)
+        print(f"no */best.pt here{' reads pictures' * bool(pictures)}: this is {there}, "
+              "which comes with the repository", file=sys.stderr)
         return there
     require(found, "no */best.pt here: train a model first (`python train.py --quick`) or name "
                    "one with --checkpoint")
     passed = []
     for path in found:
-        if kinds is None:
+        if kinds is None and pictures is None:
             return path
-        has = kind_in(path)
-        if has is not None and has in kinds:
+        if fits(path):
             if passed:
                 print(f"using {path}; newer, but not what is needed here: {', '.join(passed)}",
                       file=sys.stderr)
             return path
-        passed.append(f"{path} ({f'{has} model' if has else 'not to be read'})")
+        has = described(path)
+        passed.append(f"{path} ({f'{has[0]} model' if has else 'not to be read'})")
     raise UserError(f"no */best.pt here is of the kind that is needed: "
-                    f"{' or '.join(kinds)} model; found "
+                    f"{' or '.join(kinds or ('any',))} model"
+                    + " that reads pictures" * bool(pictures) + "; found "
                     f"{', '.join(passed)}: train one first or name one with --checkpoint")
 
 
-def kind_in(path: Path) -> str | None:
-    """The kind of model in a checkpoint, whose weights stay on the disk; None if it cannot be read.
-    """
+def described(path: Path) -> tuple[str, str | None] | None:
+    """The kind of model in a checkpoint or an adapter, and the sort of its encoder (None: it has
+    none), whose weights stay on the disk; None if it cannot be read."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        ours = (isinstance(contents, dict) and contents["format"] == CHECKPOINT_FORMAT
-                and contents["format_version"] in READABLE)
-        return contents["kind"] if ours else None
+        version, kind = contents["format_version"], contents["kind"]
+        ours = (contents["format"] == CHECKPOINT_FORMAT and version in READABLE
+                or contents["format"] == ADAPTER_FORMAT and version == ADAPTER_VERSION)
+        return (kind, contents.get("encoder")) if ours else None
     except Exception:  # a damaged pickle can raise nearly anything
         return None
 

@@ -5,7 +5,8 @@
     python train.py --stage 2 --objective joint --decoder_checkpoint joint/best.pt ...
 
 Stage 2 starts from a model without a condition (or from one that has an encoder already), and
-trains the encoder and the cross-attention alone; stage 3 then trains everything.
+trains the encoder, the cross-attention and, with --lora_rank, adapters alone; stage 3 then trains
+everything.
 """
 
 from cli import require
@@ -22,6 +23,7 @@ from kinds.kind import Kind
 from model import ConditionalTransformer, is_of_condition, size_of
 from network.encoders import ENCODERS, ConditionEncoder
 from network.layers import ModelConfig
+from network.lora import PART as ADAPTER
 from network.transformer import check_size
 
 
@@ -42,8 +44,11 @@ class Conditional(Kind):
         require(meta.get("condition"), f"{config.data_dir} has no conditions: prepare them with "
                                      "prep_conditional_data.py and name that folder")
         path = config.decoder_checkpoint
-        decoder = dataclasses.replace(ModelConfig(**source["model_config"]),
-                                      dropout=config.dropout)
+        decoder = ModelConfig(**source["model_config"])
+        require(resumed or not (decoder.lora_rank and config.lora_rank), f"--lora_rank: {path} has "
+                "adapters already, which are trained on; leave it out")
+        decoder = dataclasses.replace(decoder, dropout=config.dropout, **(
+            {} if decoder.lora_rank else adapter_settings(config)))
         require(meta["seq_len"] <= decoder.max_len, f"{config.data_dir} has rows of up to "
                 f"{meta['seq_len']} tokens, {path} was trained on at most {decoder.max_len}")
         weights = source["weights"] if source.get("ema") is None else source["ema"]
@@ -57,9 +62,13 @@ class Conditional(Kind):
             encoder = encoder_class(meta["condition"].get("encoder", "text")).create(
                 decoder, meta["condition"], size)
         model = self.network(decoder, encoder)
-        if has_one and not resumed:
-            model.load_state_dict(weights)
-        elif not has_one:
+        if resumed:
+            return model
+        if has_one:
+            missing, strange = model.load_state_dict(weights, strict=False)
+            if strange or not all(ADAPTER in name for name in missing):
+                raise RuntimeError(f"{path}: these are not the weights of this model")
+        else:
             model.load_decoder(weights)
             if not config.encoder_config:
                 model.start_encoder()
@@ -73,6 +82,14 @@ class Conditional(Kind):
 
     def trained(self, stage: int) -> Callable[[str], bool]:
         return is_of_condition if stage == 2 else super().trained(stage)
+
+
+def adapter_settings(config: Any) -> dict[str, Any]:
+    """Fields of the ModelConfig for the adapters of a run with these settings (a TrainConfig)."""
+    rank = config.lora_rank
+    return {} if not rank else {
+        "lora_rank": rank, "lora_alpha": 2.0 * rank if config.lora_alpha is None else
+        config.lora_alpha, "lora_targets": ",".join(config.lora_targets)}
 
 
 class ConditionalDiffusion(Conditional, DiscreteDiffusion):

@@ -7,6 +7,7 @@
     blocks.py          left to right, in blocks, verified, by rows: what each costs and gives
     condition.py       what a condition is worth, by condition_pairs.py (texts and conditions),
                        condition_likelihood.py (by reader) and condition_texts.py (at each guidance)
+    pictures.py        what a picture is worth
     curves.py          the curves of training runs, and several in one figure
     quality.py         perplexity under the twin as a judge, diversity
     coherence.py       repetition, names from nowhere, sentences that are improbable

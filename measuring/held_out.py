@@ -29,6 +29,7 @@ from kinds.kind import Kind
 from kinds.registry import kind_of, kinds_that
 from network.hardware import device_of, pick_device, pick_precision
 from network.layers import PRECISIONS
+from network.lora import merge
 from sampling.sampler import Sampler
 
 # What a model that does not unmask knows of a sampler
@@ -91,10 +92,11 @@ class ScoringConfig(Sampler, HeldOutConfig):
 # ---- before the work -----------------------------------------------------------------------------
 
 def find_measurable(name: str | None, refused: Callable[[type[Kind]], str] = lambda kind: "",
-                    ) -> tuple[Path, dict]:
+                    pictures: bool | None = None) -> tuple[Path, dict]:
     """Path and contents of the checkpoint of that name, by default the newest */best.pt of a kind
-    that is not refused. `refused` says why a kind cannot be measured so; nothing: it can."""
-    path = find_checkpoint(name, kinds_that(lambda kind: not refused(kind)))
+    that is not refused; `pictures` as in find_checkpoint. `refused` says why a kind cannot be
+    measured so; nothing: it can."""
+    path = find_checkpoint(name, kinds_that(lambda kind: not refused(kind)), pictures)
     checkpoint = load_checkpoint(path, kind=None)
     reason = refused(type(kind_of(checkpoint)))
     require(not reason, f"{path} is {checkpoint['kind']}: {reason}")
@@ -149,7 +151,8 @@ def open_model(config: HeldOutConfig, path: Path, checkpoint: dict) -> tuple:
     warn_of_other_rows(path, checkpoint, rows)
     device = pick_device(config.device)
     precision = pick_precision(device, config.precision)
-    model = model_from_checkpoint(checkpoint).to(device).set_precision(precision).for_inference()
+    model = merge(model_from_checkpoint(checkpoint)).to(device).set_precision(
+        precision).for_inference()
     if kind_of(checkpoint).conditional:
         model.encoder.conditions_of(rows, path)  # refuses those that it cannot read
     longest = int(rows.lengths.max())

@@ -4,7 +4,8 @@
     attention.py    attention to a row and to a condition, with rotary positions
     dropout.py      dropout that keeps nothing for the backward pass
     transformer.py  the block; embedding and blocks
-    encoders.py     what reads a condition: the seam for other sorts than text
+    encoders.py     what reads a condition, text or pictures: the seam for other sorts
+    lora.py         low-rank adapters beside the matrices
     head_loss.py    vocabulary head and cross-entropy in one, in chunks
     draft_head.py   drafts of what a model would write
     hardware.py     the device to compute on and in which precision

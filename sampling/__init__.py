@@ -7,6 +7,7 @@
     drawing.py   distributions over tokens, exact draws, and drafts that are verified
     draft_head.py  drafts of a model's draft head
     left_to_right.py  writing from the left: token by token, in blocks, in verified drafts
+    source.py    what writes stories, however it was opened
     stories.py   stories from the left: what is asked, prompts, batches, text while it grows
     rows.py      the rows to fill: blank stories, prompts, gaps, words that they cut
     viewer.py    how a story was uncovered, as a page or a GIF

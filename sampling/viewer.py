@@ -12,7 +12,7 @@ from cli import atomic_file
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -29,11 +29,20 @@ GIF_WIDTH, GIF_FRAMES = 72, 80  # characters a line; frames at most
 GIF_FRAME, GIF_END = 120, 3000  # milliseconds
 
 
-class Trace:
-    """Collects the states of rows (length,) as the sampling loop yields them."""
+class Picture(NamedTuple):
+    """What a story tells of."""
 
-    def __init__(self, tokenizer: "Tokenizer", rows: list[np.ndarray]):
-        self.tokenizer = tokenizer
+    source: str  # a data: URI
+    name: str
+
+
+class Trace:
+    """Collects the states of rows (length,) as the sampling loop yields them; with `pictures`, that
+    of each row."""
+
+    def __init__(self, tokenizer: "Tokenizer", rows: list[np.ndarray],
+                 pictures: list[Picture] | None = None):
+        self.tokenizer, self.pictures = tokenizer, pictures
         self.shown = [np.flatnonzero(~np.isin(row, (PAD, BOS, EOS))) for row in rows]
         # tokens as ids; `steps` has (place, id, probability) of what was drawn
         self.stories = [{"start": row[shown], "last": row[shown], "steps": []}
@@ -86,12 +95,21 @@ class Trace:
         if path.suffix == ".gif":
             self._write_gif(path, title)
             return
-        data = json.dumps({"title": title, "stories": [self._with_texts(s) for s in self.stories]},
-                          ensure_ascii=False)
+        data = json.dumps({"title": title, "stories": [self._with_texts(s) for s in self.stories],
+                           **self._shown_pictures()}, ensure_ascii=False)
         # "</script>" and "<!--" in a story must not end the data
         page = VIEWER.read_text(encoding="utf-8").replace("{{DATA}}", data.replace("<", "\\u003c"))
         with atomic_file(path, "w") as file:
             file.write(page)
+
+    def _shown_pictures(self) -> dict:
+        """Each picture once, and which of them each story has; nothing where there are none."""
+        if self.pictures is None:
+            return {}
+        places = {picture: place for place, picture in enumerate(dict.fromkeys(self.pictures))}
+        return {"pictures": [{"src": picture.source, "alt": f"What is told of: {picture.name}"}
+                             for picture in places],
+                "shown": [places[picture] for picture in self.pictures]}
 
     def _frames(self) -> list[str]:
         """The text of the first story at the start and after every step, hidden tokens as blocks,

@@ -344,6 +344,7 @@ def small_bundle(folder, tmp_path) -> tuple[Path, dict]:
         "format": BUNDLE_FORMAT, "format_version": BUNDLE_VERSION, "kind": "diffusion",
         "files": {"fp32": {"name": "step_fp32.onnx", "bytes": 5, "sha256": sha256(b"graph")}},
         "batch": 1, "length": 16, "dynamic": False, "condition_len": None, "guided": False,
+        "encoder": {"sort": "image", "size": 64},
         "likeliest": 64, "length_histogram": load_meta(folder / "data")["length_histogram"],
         "tokenizer_sha256": sha256(text.encode())}
 

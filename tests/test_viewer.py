@@ -1,5 +1,7 @@
 """The page that plays the unmasking, in a real browser (Debian's chromium and chromium-driver)."""
 
+import base64
+import io
 import json
 import shutil
 import socket
@@ -12,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import made_up_data
+from PIL import Image
 
+from corpus.image_files import data_uri, load_picture
 from corpus.tokens import BOS, EOS, MASK, load_tokenizer
-from generate import main
+from generate import SHOWN, GenerateConfig, main, pictures_of
 from sampling.loop import State
-from sampling.viewer import Trace, break_lines
+from sampling.viewer import Picture, Trace, break_lines
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +44,13 @@ def states(tokenizer, texts: list[str]) -> tuple[np.ndarray, list[State]]:
 
 @pytest.fixture
 def trace(tokenizer) -> Trace:
+    return traced(tokenizer, 2)
+
+
+def traced(tokenizer, count: int, pictures: list[Picture] | None = None) -> Trace:
+    """So many stories, of which the second has all steps and the first one."""
     row, all_states = states(tokenizer, ["a____", "ab__c", "ab_dc", "a_edc", "agedc"])
-    trace = Trace(tokenizer, [row, row])
+    trace = Trace(tokenizer, [row] * count, pictures)
     for state in all_states:
         trace.add([1], state)
     for state in (all_states[0], all_states[1]):
@@ -67,10 +76,39 @@ def test_the_page_holds_every_step(trace, tmp_path):
         {"drawn": [[3, "d", 0.25]], "hidden": []}, {"drawn": [[2, "e", 0.25]], "hidden": [1]},
         {"drawn": [[1, "g", 0.25]], "hidden": []}]
     assert len(first["steps"]) == 1
+    assert data.keys() == {"title", "stories"}  # nothing of pictures where there are none
+
+
+PICTURES = [Picture(data_uri(np.full((8, 8, 4), shade, np.uint8)), name) for shade, name in (
+    (40, "cat.png"), (90, '"><dog>.png'))]
+
+
+def test_the_page_has_each_picture_once(tokenizer, tmp_path):
+    path = tmp_path / "story.html"
+    traced(tokenizer, 3, [PICTURES[0], PICTURES[1], PICTURES[0]]).write(path, "A story")
+    page, data = path.read_text(), data_of(path)
+    assert data["shown"] == [0, 1, 0] and page.count("data:image/png;base64,") == 2
+    assert data["pictures"] == [
+        {"src": source, "alt": f"What is told of: {name}"} for source, name in PICTURES]
+    assert page.count("</script>") == 2 and "<dog>" not in page
+
+
+def test_generate_gives_the_page_the_pictures(tmp_path):
+    paths = []
+    for shade, name in ((40, "one.png"), (90, "two.png")):
+        paths.append(str(tmp_path / name))
+        Image.new("RGB", (20, 10), (shade,) * 3).save(paths[-1])
+    one, two = paths
+    made = pictures_of(GenerateConfig(image=paths, num_samples=2), [one, one, two, two])
+    assert [picture.name for picture in made] == ["one.png", "one.png", "two.png", "two.png"]
+    for picture, path in zip(made, [one, one, two, two], strict=True):
+        content = base64.b64decode(picture.source.removeprefix("data:image/png;base64,"))
+        with Image.open(io.BytesIO(content)) as image:
+            assert np.array_equal(image, load_picture(path, SHOWN)[..., :3])
+    assert pictures_of(GenerateConfig(condition="Tom ran."), ["Tom ran."]) is None
 
 
 def test_an_animation_has_a_frame_for_every_step(trace, tmp_path):
-    from PIL import Image
     trace.stories.reverse()
     trace.write(tmp_path / "story.gif", "a $ title")
     with Image.open(tmp_path / "story.gif") as image:
@@ -257,4 +295,23 @@ def test_the_page_plays_in_a_browser(trace, tmp_path, browser):
     # every control has a name for a screen reader
     assert browser.run("return [...document.querySelectorAll('button, input, select')].every("
                        "c => c.textContent.trim() || c.ariaLabel || c.labels.length)")
+    assert browser.call("POST", "/se/log", {"type": "browser"}) == []
+
+
+def test_the_picture_stands_beside_its_story(trace, tokenizer, tmp_path, browser):
+    def open_page(page: Trace) -> None:
+        page.write(tmp_path / "story.html", "A story")
+        browser.call("POST", "/url", {"url": (tmp_path / "story.html").as_uri()})
+
+    shown = ("const p = document.getElementById('picture'), s = document.getElementById('story');"
+             "return [p.checkVisibility(), p.alt, p.naturalWidth,"
+             " p.getBoundingClientRect().top < s.getBoundingClientRect().bottom]")
+    open_page(traced(tokenizer, 2, PICTURES))
+    assert browser.run(shown) == [True, "What is told of: cat.png", 8, True]
+    assert browser.run("return document.body.scrollWidth <= innerWidth")
+    browser.run("const w = document.getElementById('which'); w.value = 1;"
+                "w.dispatchEvent(new Event('change'))")
+    assert browser.run(shown)[:2] == [True, 'What is told of: "><dog>.png']
+    open_page(trace)
+    assert browser.run(shown)[:2] == [False, ""]
     assert browser.call("POST", "/se/log", {"type": "browser"}) == []

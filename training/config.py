@@ -13,7 +13,7 @@ from diffusion import SCHEDULES
 from kinds.kind import NETWORK_SETTINGS
 from kinds.registry import KINDS, kind_of_run, objectives, trained_kinds
 from model import MODEL_CONFIGS
-from network.layers import MLPS, PRECISIONS
+from network.layers import LORA_TARGETS, MLPS, PRECISIONS
 from sampling.sampler import ORDERS, Sampler
 from training.optimizers import DEFAULT_LR, OPTIMIZERS
 
@@ -22,7 +22,8 @@ STAGE_LR = {1: 1.0, 2: 1.0, 3: 2 / 3}  # share of the default: in stage 3 all ha
 # A run cannot go on with another value of these: the weights, the optimizers' state or the place in
 # the data would not fit.
 FIXED = (*NETWORK_SETTINGS, "stage", "encoder_config", "decoder_checkpoint", "optimizer", "seed",
-         "batch_tokens", "block_sizes", "causal_share", "draft_rank", "draft_size")
+         "batch_tokens", "block_sizes", "causal_share", "draft_rank", "draft_size", "lora_rank",
+         "lora_alpha", "lora_targets")
 
 
 @dataclass
@@ -56,9 +57,15 @@ class TrainConfig:
                                                 "of stage 2")
     encoder_config: str | None = flag(None, "stage 2: size of the encoder (default: that of the "
                                             "model, and it starts with the model's weights)")
-    condition_dropout: float = flag(0.1, "stage 3: share of the rows that are trained without "
-                                         "their condition, for guidance (in stage 2 the model "
-                                         "without it cannot change)")
+    condition_dropout: float = flag(0.1, "stage 3, or stage 2 with adapters: share of the rows "
+                                         "that are trained without their condition, for guidance "
+                                         "(else the model without it cannot change)")
+    lora_rank: int = flag(0, "stage 2: rank of adapters beside the model's matrices, which stay as "
+                             "they are; 0: none")
+    lora_alpha: float | None = flag(None, "what they add is multiplied by alpha / rank (default: "
+                                          "twice the rank)")
+    lora_targets: list[str] = flag(["query", "key", "value", "out"], "which matrices of a block "
+                                   "have one: " + ", ".join(LORA_TARGETS))
     # diffusion
     objective: str = flag("masked_ce", f"training loss: {', '.join(objectives())}; "
                                        "autoregressive trains the causal twin, joint one network "
@@ -145,15 +152,24 @@ class TrainConfig:
             self.sampler().check()
         except UserError as error:  # whose flags have other names here
             raise UserError(str(error).replace("--", "--sample_", 1)) from error
+        require(0 <= self.lora_rank <= 1024 and set(self.lora_targets) <= set(LORA_TARGETS)
+                and self.lora_targets, f"--lora_rank {self.lora_rank} --lora_targets "
+                f"{' '.join(self.lora_targets)}: a rank of 0 to 1024, and some of "
+                f"{', '.join(LORA_TARGETS)}")
+        require(self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
+                f"--lora_alpha {self.lora_alpha}: must be positive")
         require(self.lr is None or 0 < self.lr < math.inf, f"--lr {self.lr}: must be positive")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
 
     def check_used(self, given: set[str]) -> None:
         """Refuses flags that were given and would change nothing."""
         for name, stages in (("decoder_checkpoint", (2, 3)), ("encoder_config", (2,)),
-                             ("condition_dropout", (3,)), ("init_from", (1,))):
+                             ("condition_dropout", (2, 3) if self.lora_rank else (3,)),
+                             ("lora_rank", (2,)), ("init_from", (1,))):
             require(name not in given or self.stage in stages, f"--{name} belongs to --stage "
                     f"{' or '.join(map(str, stages))}: leave it out of stage {self.stage}")
+        require(self.lora_rank or not given & {"lora_alpha", "lora_targets"}, "--lora_alpha and "
+                "--lora_targets belong to --lora_rank: give it a rank")
         kind = kind_of_run(self)
         for other in trained_kinds():
             strange = sorted(given & (other.own - kind.own))
@@ -173,6 +189,12 @@ class TrainConfig:
         first, last = TIMES if chosen_for else (0.0, 1.0)
         return (first if self.t_min is None else self.t_min,
                 last if self.t_max is None else self.t_max)
+
+    @property
+    def drops_conditions(self) -> float:
+        """The share of the rows that are trained without their condition."""
+        changes = self.stage == 3 or self.stage == 2 and self.lora_rank
+        return self.condition_dropout if changes else 0.0
 
     @property
     def peak_lr(self) -> float:

@@ -2,19 +2,18 @@
 takes them, of which the next is prepared while a step runs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from corpus.rows import TokenRows, bucket_batches
 from corpus.tokens import PAD
 from kinds.likelihood import Corrupted
-from network.encoders import Conditions
+from network.encoders import ConditionEncoder, Conditions
 
 
 class BatchStream:
@@ -73,16 +72,16 @@ class BatchLoader:
     """Endless training batches from (seed, step): no state but the cursor of the last batch given.
 
     `corrupt` makes a Corrupted of tokens (B, L) and a generator. The whole batch is corrupted at
-    once, so that t is stratified over all of it. `conditions` are those of all rows; a share
-    `dropout` of them is taken away, by the encoder's `without`.
+    once, so that t is stratified over all of it. `conditions` are those of all rows, which the
+    `encoder` varies where it does so; a share `dropout` of them it takes away.
     """
 
     def __init__(self, rows: TokenRows, batch_tokens: int, seed: int, corrupt: Any, step: int = 0,
                  cursor: dict | None = None, conditions: Conditions | None = None,
-                 dropout: float = 0.0, without: Callable[[Tensor, Tensor], Tensor] | None = None):
+                 dropout: float = 0.0, encoder: ConditionEncoder | None = None):
         self.stream = BatchStream(rows, batch_tokens, seed, **(cursor or {}))
         self.seed, self.corrupt, self.step = seed, corrupt, step
-        self.conditions, self.dropout, self.without = conditions, dropout, without
+        self.conditions, self.dropout, self.encoder = conditions, dropout, encoder
         self.cursor, self.epochs = self._position()
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._coming = None
@@ -98,7 +97,8 @@ class BatchLoader:
         if self.conditions is not None:
             conditions = torch.from_numpy(self.conditions.batch(self.stream.indices))
             dropped = torch.rand(len(conditions), generator=generator) < self.dropout
-            corrupted.condition = self.without(conditions, dropped)
+            corrupted.condition = self.encoder.vary(self.encoder.without(conditions, dropped),
+                                                    generator)
         return Batch(corrupted, int((tokens != PAD).sum()), corrupted.predicted,
                      *self._position())
 

@@ -1,8 +1,10 @@
 """A checkpoint with nothing in it but what writes stories: its averaged weights in BF16.
 
     python -m training.slim --checkpoint story/best.pt --output pretrained/stories_small.pt
+    python -m training.slim --adapter --checkpoint pictures/best.pt --output mine.pt
 
 Programs read it as any other checkpoint; a training can begin with it (--init_from), but not go on.
+With --adapter only what stage 2 has trained, for the model that it was trained beside.
 """
 
 from cli import atomic_file, check_writable, flag, parse, require, run
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kinds.adapters import adapter_of
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 
 # What else is kept: how it came about, without the names of folders
@@ -27,6 +30,8 @@ FOLDERS = ("data_dir", "checkpoint_dir", "init_from", "decoder_checkpoint", "dat
 class SlimConfig:
     checkpoint: str = flag("", "checkpoint to make smaller")
     output: str = flag("", "file to write")
+    adapter: bool = flag(False, "of a model of train.py --stage 2: encoder, cross-attention and "
+                                "low-rank adapters alone")
 
 
 def slim(checkpoint: dict) -> dict:
@@ -35,11 +40,13 @@ def slim(checkpoint: dict) -> dict:
 
     def half(weight: Tensor) -> Tensor:
         return halved.setdefault(weight.data_ptr(), weight.to(torch.bfloat16))
-    settings = {name: value for name, value in checkpoint.get("train_config", {}).items()
-                if name not in FOLDERS}
     return {**{name: checkpoint[name] for name in KEPT if name in checkpoint},
-            "train_config": settings,
+            "train_config": without_folders(checkpoint.get("train_config", {})),
             "weights": {name: half(weight) for name, weight in model.state_dict().items()}}
+
+
+def without_folders(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name not in FOLDERS}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,8 +56,17 @@ def main(argv: list[str] | None = None) -> None:
     require(target.parent.is_dir() and not target.is_dir(),
             f"--output {target}: name a file in a folder that exists")
     check_writable(target.parent, "--output")
+    checkpoint = load_checkpoint(config.checkpoint, None)
+    if config.adapter:
+        require(checkpoint.get("encoder") and checkpoint["train_config"].get("stage") == 2,
+                f"--adapter: {config.checkpoint} is not of train.py --stage 2, which alone leaves "
+                "the model beside it as it was")
+        contents = adapter_of(checkpoint)
+        contents["train_config"] = without_folders(contents["train_config"])
+    else:
+        contents = slim(checkpoint)
     with atomic_file(target) as file:
-        torch.save(slim(load_checkpoint(config.checkpoint, None)), file)
+        torch.save(contents, file)
     print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB")
 
 

@@ -42,8 +42,8 @@ class Steps:
         self.loader = BatchLoader(
             data.rows, config.batch_tokens, config.seed, network.kind.corrupt_batch, progress.step,
             checkpoint["cursor"] if checkpoint else None, network.conditions,
-            config.condition_dropout if config.stage == 3 else 0.0,
-            network.model.encoder.without if network.conditions is not None else None)
+            config.drops_conditions,
+            network.model.encoder if network.conditions is not None else None)
         self.speed = Speedometer(math.inf)  # the machine's peak is measured when the run begins
 
     def learning_rate(self, step: int) -> float:

@@ -1,0 +1,319 @@
+"""Models that read pictures: the encoder, its training, what is measured and told."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import evaluate
+import generate
+import prep_image_data
+import train
+from kinds.checkpoints import load_checkpoint, model_from_checkpoint
+from kinds.likelihood import Nelbo
+from measuring import pictures as measured
+from model import ConditionalTransformer, create_model
+from network.encoders import ENCODERS, ImageEncoder, varied
+from network.layers import ModelConfig
+
+EMOJI = Path(__file__).parent / "data/emoji"
+CAT = Path(__file__).parent / "data/cat.png"
+SHORT = ["--batch_tokens", "512", "--valid_every", "3", "--valid_rows", "8", "--num_samples", "1",
+         "--sample_steps", "2", "--device", "cpu", "--precision", "fp32"]
+
+
+def encoder(size: int = 16, **settings) -> ImageEncoder:
+    torch.manual_seed(0)
+    return ImageEncoder.create(ModelConfig(**settings), {"size": size, "encoder": "image"})
+
+
+def some_pictures(count: int, size: int = 16) -> torch.Tensor:
+    pictures = torch.randint(0, 256, (count, size, size, 4), dtype=torch.uint8,
+                             generator=torch.Generator().manual_seed(1))
+    pictures[..., 3] = 255
+    return pictures
+
+
+# ---- the encoder ---------------------------------------------------------------------------------
+
+def test_a_place_reads_its_own_patch_alone_before_the_blocks():
+    """Which pixels stand in which patch, row by row."""
+    reader, pictures = encoder(), some_pictures(1)
+    changed = pictures.clone()
+    changed[0, 3, 12, 1] ^= 128  # in the second patch of the first row
+    with torch.no_grad():
+        before, after = (reader(batch).states[0] for batch in (pictures, changed))
+    assert before.shape == (1, 4, reader.width)
+    assert [bool((a != b).any()) for a, b in zip(before[0], after[0], strict=True)] == [
+        False, True, False, False]
+
+
+def test_where_a_patch_stands_is_told_in_two_dimensions():
+    """Two patches exchanged are another picture, in rows as in columns, and the rotary turn of two
+    places depends on both of their distances."""
+    reader = encoder(32)
+    turns = torch.complex(reader.cos, reader.sin).view(4, 4, -1)
+    pairs = turns.shape[-1]
+    assert torch.allclose(turns[2, 1] * turns[1, 1].conj(), turns[1, 1] * turns[0, 1].conj())
+    assert torch.allclose(turns[3, 1, pairs // 2:], turns[0, 1, pairs // 2:])
+    assert torch.allclose(turns[3, 1, :pairs // 2], turns[3, 2, :pairs // 2])
+    nn.init.normal_(reader.blocks[0].attention.out.weight, std=0.1)
+    pictures = some_pictures(1, 32)
+    exchanged = pictures.clone()
+    exchanged[:, :8, :8], exchanged[:, :8, 8:16] = pictures[:, :8, 8:16], pictures[:, :8, :8]
+    with torch.no_grad():
+        one, other = (reader(batch).states[-1] for batch in (pictures, exchanged))
+    assert not torch.allclose(one[0, 0], other[0, 1], atol=1e-3)
+
+
+def test_no_picture_is_the_denoiser_alone_to_the_bit_whatever_the_pixels():
+    torch.manual_seed(0)
+    plain = create_model("micro", vocab_size=64, max_len=32).eval()
+    model = ConditionalTransformer(plain.config, encoder()).eval()
+    model.load_decoder(plain.state_dict())
+    tokens = torch.randint(4, 64, (3, 32))
+    pictures = some_pictures(3)
+    with torch.no_grad():
+        expected = plain.hidden(tokens)
+        # at first no picture says anything, for every gate is closed
+        assert torch.equal(model.hidden(tokens, context=model.encode(pictures)), expected)
+        for block in model.blocks:
+            nn.init.constant_(block.cross.gate, 0.1)
+        seen = model.hidden(tokens, context=model.encode(pictures))
+        none = pictures * torch.tensor([1, 1, 1, 0], dtype=torch.uint8)
+        assert torch.equal(model.hidden(tokens, context=model.encode(none)), expected)
+        dropped = model.encoder.without(pictures, torch.tensor([True, False, True]))
+        mixed = model.hidden(tokens, context=model.encode(dropped))
+    assert not torch.allclose(seen, expected, atol=1e-3)
+    assert torch.equal(mixed[[0, 2]], expected[[0, 2]])
+    torch.testing.assert_close(mixed[1], seen[1])
+
+
+def test_a_picture_stands_at_no_distance_from_any_token():
+    """The same token looks at it alike wherever it stands."""
+    torch.manual_seed(0)
+    model = ConditionalTransformer(ModelConfig(width=64, heads=2, layers=1, vocab_size=64,
+                                               max_len=32), encoder()).eval()
+    cross, context = model.blocks[0].cross, model.encode(some_pictures(1))
+    nn.init.constant_(cross.gate, 0.1)
+    x = torch.randn(1, 1, 64).expand(1, 32, 64)
+    with torch.no_grad():
+        seen = cross(x, model.view(32), context.keys[0], context.values[0], context.bias)
+    torch.testing.assert_close(seen, seen[:, :1].expand_as(seen))
+
+
+def test_variations_are_those_of_the_seed_and_leave_none_alone():
+    pictures = torch.full((6, 32, 32, 4), 255, dtype=torch.uint8)
+    pictures[:, 8:24, 8:24, :3] = torch.tensor([200, 30, 30], dtype=torch.uint8)
+    pictures[5] = 0
+    made, again, other = (varied(pictures, torch.Generator().manual_seed(seed))
+                          for seed in (0, 0, 1))
+    assert made.dtype == torch.uint8 and made.shape == pictures.shape
+    assert torch.equal(made, again) and not torch.equal(made, other)
+    assert not made[5].any() and (made[:5, ..., 3] == 255).all()
+    inside = (made[:5, ..., 0].int() - made[:5, ..., 1].int()) > 60  # what is red
+    sizes = inside.flatten(1).sum(1)
+    assert (sizes > 16 * 16 * 0.5).all() and (sizes < 16 * 16 * 1.35).all()
+    assert len(set(sizes.tolist())) > 2
+    # turned neither over nor round: the left of a picture stays left of its right
+    pictures[:5, 8:24, 16:24, :3] = torch.tensor([30, 30, 200], dtype=torch.uint8)
+    made = varied(pictures, torch.Generator().manual_seed(3))[:5].int()
+    columns = torch.arange(32.0)
+    for picture in made:
+        red, blue = ((picture[..., a] - picture[..., b] > 60).float().sum(0) for a, b in (
+            (0, 2), (2, 0)))
+        assert (red * columns).sum() / red.sum() < (blue * columns).sum() / blue.sum()
+
+
+def test_settings_that_do_not_belong_to_the_weights_are_refused():
+    reader = encoder()
+    settings, weights = reader.settings(), reader.state_dict()
+    again = ENCODERS["image"].restore(settings, weights)
+    again.load_state_dict(weights)
+    for change in ({"size": 24}, {"patch": 16}, {"size": 2**20}, {"patch": 0}, {"size": "16"},
+                   {"config": settings["config"] | {"layers": 9}},
+                   {"config": settings["config"] | {"width": 64}}):
+        with pytest.raises((KeyError, RuntimeError, TypeError)):
+            ENCODERS["image"].restore(settings | change, weights)
+
+
+# ---- trained, measured and told ------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def picture_dir(long_data_dir, tmp_path_factory):
+    """Sentences about the pictures of tests/data/emoji, in three versions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = [json.loads(line) for line in (EMOJI / "pairs.jsonl").read_text().splitlines()]
+    with open(folder / "pairs.jsonl", "w") as file:
+        for i, line in enumerate(lines):
+            shutil.copy(EMOJI / line["image"], folder / f"{i}.png")
+            for k in range(2):
+                file.write(json.dumps({"image": f"{i}.png", "story": line["name"], "text": (
+                    "Once upon a time there was a ", "Look at the ")[k] + line["name"] + ".",
+                    "split": "val" if i % 3 == 0 else "train"}) + "\n")
+    prep_image_data.main(["--pairs", str(folder / "pairs.jsonl"), "--data_dir", str(long_data_dir),
+                          "--output_dir", str(folder / "data"), "--image_size", "16"])
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def picture_checkpoint(joint_checkpoint, picture_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("picture_run")
+    train.main(["--stage", "2", "--objective", "joint", "--decoder_checkpoint",
+                str(joint_checkpoint), "--data_dir", str(picture_dir), "--checkpoint_dir",
+                str(folder / "run"), "--lora_rank", "2", "--max_steps", "6", "--encoder_config",
+                "micro", *SHORT])
+    return folder / "run/best.pt"
+
+
+def test_only_what_reads_pictures_is_trained(picture_checkpoint, joint_checkpoint):
+    run, base = load_checkpoint(picture_checkpoint, None), load_checkpoint(joint_checkpoint, None)
+    assert run["kind"] == "conditional_joint" and run["encoder"] == "image"
+    for name, weight in run["weights"].items():
+        if name in base["weights"]:
+            assert torch.equal(weight, base["weights"][name]), name
+    model = model_from_checkpoint(run)
+    assert isinstance(model.encoder, ImageEncoder)
+    assert all(block.cross.gate.any() for block in model.blocks)
+
+
+def test_it_goes_on_with_adapters_that_it_had_not(picture_checkpoint, joint_checkpoint, picture_dir,
+                                                  tmp_path, fails):
+    """First encoder and cross-attention alone, then adapters beside them."""
+    start = ["--stage", "2", "--objective", "joint", "--data_dir", str(picture_dir), *SHORT,
+             "--max_steps", "3"]
+    train.main([*start, "--decoder_checkpoint", str(joint_checkpoint), "--checkpoint_dir",
+                str(tmp_path / "one")])
+    train.main([*start, "--decoder_checkpoint", str(tmp_path / "one/best.pt"), "--checkpoint_dir",
+                str(tmp_path / "two"), "--lora_rank", "1"])
+    two = load_checkpoint(tmp_path / "two/last.pt", None)
+    assert two["model_config"]["lora_rank"] == 1
+    assert any(".lora.up." in name and weight.any() for name, weight in two["weights"].items())
+    assert "has adapters already" in fails(
+        train.main, *start, "--decoder_checkpoint", picture_checkpoint, "--checkpoint_dir",
+        tmp_path / "three", "--lora_rank", "1")
+
+
+def test_several_pictures_in_one_batch_are_each_told_as_alone(picture_checkpoint, capsys):
+    own = ["--checkpoint", str(picture_checkpoint), "--json", "--length", "12", "--temperature",
+           "1", "--device", "cpu"]
+    told = [*own, "--block_size", "1"]
+    images = [str(EMOJI / json.loads(line)["image"]) for line in
+              (EMOJI / "pairs.jsonl").read_text().splitlines()[:3]]
+    generate.main([*told, "--image", *images])
+    together = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    together.sort(key=lambda line: line["row"])
+    assert [line["image"] for line in together] == images
+    generate.main([*told, "--image", images[0]])
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["tokens"] == together[0]["tokens"] and alone["guidance"] == 1.0
+    for flags in (["--prompt", "Look"], ["--block_size", "4", "--steps", "2"],
+                  ["--block_size", "0", "--steps", "3"], ["--guidance", "2"],
+                  ["--verify", "--steps", "1", "--block_size", "4"]):
+        generate.main([*own, *flags, "--image", *images[:2]])
+        assert len(capsys.readouterr().out.splitlines()) == 2, flags
+
+
+def test_what_is_refused(picture_checkpoint, conditional_checkpoint, tmp_path, fails):
+    own = ["--checkpoint", str(picture_checkpoint)]
+    assert "give it --image" in fails(generate.main, *own, "--condition", "A cat.")
+    assert "--condition" in fails(generate.main, "--checkpoint", conditional_checkpoint, "--image",
+                                  CAT)
+    assert "nowhere.png" in fails(generate.main, *own, "--image", tmp_path / "nowhere.png")
+    (tmp_path / "text.png").write_text("no picture")
+    assert "text.png" in fails(generate.main, *own, "--image", CAT, tmp_path / "text.png")
+    assert "give one of them" in fails(generate.main, *own, "--image", CAT, "--condition", "A cat.")
+    assert "--guidance belongs to" in fails(generate.main, *own, "--guidance", "2")
+    assert "python evaluate.py condition" in fails(
+        evaluate.main, "pictures", "--checkpoint", conditional_checkpoint)
+
+
+def test_pictures_of_another_size_are_refused(picture_checkpoint, picture_dir, tmp_path, fails,
+                                              long_data_dir):
+    prep_image_data.main(["--pairs", str(picture_dir.parent / "pairs.jsonl"), "--data_dir",
+                          str(long_data_dir), "--output_dir", str(tmp_path / "large"),
+                          "--image_size", "24"])
+    assert "--image_size 16" in fails(evaluate.main, "pictures", "--checkpoint", picture_checkpoint,
+                                      "--data_dir", tmp_path / "large")
+
+
+def test_its_worth_is_measured(picture_checkpoint, picture_dir, tmp_path, capsys):
+    target = tmp_path / "pictures.json"
+    evaluate.main(["pictures", "--checkpoint", str(picture_checkpoint), "--data_dir",
+                   str(picture_dir), "--output", str(target), "--num_samples", "4", "--device",
+                   "cpu", "--precision", "fp32"])
+    out, result = capsys.readouterr().out, json.loads(target.read_text())
+    value = result["value"]
+    assert value["gain_over_none"] == pytest.approx(value["none"] - value["own"])
+    assert result["mode"] == "causal" and result["retrieval"]["chance"] == 0.125
+    assert len(result["stories"]) == 4 and result["naming"] is None  # nobody said what is shown
+    assert "own better than another's" in out
+    page = target.with_suffix(".html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and target.with_suffix(".png").is_file()
+
+
+# ---- the measures by hand ------------------------------------------------------------------------
+
+class Known:
+    """Pairs of eight subjects twice, whose numbers are their places."""
+
+    def __init__(self):
+        self.numbers = list(range(16))
+        self.subjects = [[f"thing{i % 8}"] for i in range(16)]
+        self.rows = type("Rows", (), {
+            "lengths": np.full(16, 5), "data_dir": "here", "split": "val",
+            "batch": lambda _, rows: np.array(rows)[:, None]})()
+        self.pictures = type("Pictures", (), {"batch": lambda _, rows: np.array(rows)})()
+
+    apart, another, groups = (getattr(measured.Pairs, name)
+                              for name in ("apart", "another", "groups"))
+
+
+class Told:
+    """A kind whose text i costs `nats[i]` with no picture, `less` with one of the same subject, and
+    `nats[i]` with any other."""
+
+    def __init__(self, less: float):
+        self.less, self.nats = less, np.linspace(10, 20, 16)
+
+    def nelbo(self, model, batches, seed, draws, numbers, conditions):
+        rows = np.concatenate([batch[:, 0] for batch in batches])
+        assert (rows == np.concatenate(numbers)).all()
+        nats = self.nats[rows].copy()
+        if conditions is not None:
+            shown = np.concatenate([conditions(part) for part in numbers])
+            nats[shown % 8 == rows % 8] -= self.less
+        five = np.full(len(rows), 5.0)
+        return Nelbo(rows, five, five, nats, five)
+
+
+def test_a_picture_that_is_worth_something_is_found_and_one_that_is_not_is_guessed():
+    for less, share in ((3.0, 1.0), (-1.0, 0.0)):
+        likelihood = measured.Likelihood(Told(less), None, Known(), 1, 0)
+        value = measured.value_of_pictures(likelihood, 0)
+        assert value["gain_over_none"] == pytest.approx(less / 5)
+        assert value["gain_over_another"] == pytest.approx(less / 5)
+        assert value["gain_over_none_standard_error"] == pytest.approx(0, abs=1e-9)
+        found = measured.retrieval(likelihood, 0)
+        assert found["groups"] == 2
+        assert found["picture_of_text"]["share"] == found["text_of_picture"]["share"] == share
+
+
+def test_groups_and_others_show_other_things():
+    pairs = Known()
+    for group in pairs.groups(0):
+        assert len({pairs.subjects[i][0] for i in group}) == 8
+    assert all(pairs.subjects[i] != pairs.subjects[j] for i, j in enumerate(pairs.another(3)))
+
+
+def test_naming_by_hand():
+    stories = ["A cat saw two dogs.", "The category.", "Cats ran to a dog."]
+    result = measured.naming(stories, [["cat"], ["cat"], ["dog"]])
+    assert result["own"] == pytest.approx(2 / 3)
+    # story 1 against dog: yes; 2 against dog: no; 3 against the two cats: yes, yes
+    assert result["another"] == pytest.approx(3 / 4)
+    assert not measured.names("cat", "concatenate") and measured.names("cat", "CATS!")
