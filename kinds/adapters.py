@@ -53,8 +53,8 @@ def adapter_of(checkpoint: dict, dtype: torch.dtype = torch.bfloat16) -> dict:
             "lora": {name: checkpoint["model_config"][name] for name in LORA
                      if name in checkpoint["model_config"]},
             "train_config": settings,
-            "weights": {name: weight.to(dtype) for name, weight in weights.items()
-                        if is_of_condition(name)}}
+            "weights": {name: weight.to(dtype) if weight.is_floating_point() else weight
+                        for name, weight in weights.items() if is_of_condition(name)}}
 
 
 def wrong_entries(adapter: dict) -> list[str]:

@@ -24,6 +24,7 @@ from corpus.tokens import is_length_histogram, load_tokenizer, sha256
 from kinds.adapters import ADAPTER_FORMAT, ADAPTER_VERSION, beside, check_adapter, on_its_base
 from kinds.registry import KINDS
 from model import DiffusionTransformer
+from network.encoders import reads_pictures
 from network.layers import OLDER
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "diffusion-llm checkpoint", 3
@@ -190,7 +191,7 @@ def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None,
     def fits(path: Path) -> bool:
         has = described(path)
         return (has is not None and (kinds is None or has[0] in kinds)
-                and pictures in (None, has[1] == "image"))
+                and pictures in (None, reads_pictures(has[1])))
 
     found = sorted(Path().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     ours = [path for path in (PRETRAINED, PRETRAINED_PICTURES) if path.is_file() and fits(path)]

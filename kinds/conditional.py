@@ -21,7 +21,7 @@ from block_diffusion import JointDiffusion
 from diffusion import DiscreteDiffusion
 from kinds.kind import Kind
 from model import ConditionalTransformer, is_of_condition, size_of
-from network.encoders import ENCODERS, ConditionEncoder
+from network.encoders import ENCODERS, ConditionEncoder, FrozenEncoder
 from network.layers import ModelConfig
 from network.lora import PART as ADAPTER
 from network.transformer import check_size
@@ -54,13 +54,12 @@ class Conditional(Kind):
         weights = source["weights"] if source.get("ema") is None else source["ema"]
         has_one = source["kind"] == self.name
         if has_one:
-            require(config.encoder_config is None or resumed, f"--encoder_config: {path} has an "
-                                                              "encoder already; leave it out")
+            for name in ("encoder_config", "image_encoder"):
+                require(getattr(config, name) is None or resumed, f"--{name}: {path} has an "
+                                                                  "encoder already; leave it out")
             encoder = restored_encoder(source, weights)
         else:
-            size = size_of(config.encoder_config) if config.encoder_config else None
-            encoder = encoder_class(meta["condition"].get("encoder", "text")).create(
-                decoder, meta["condition"], size)
+            encoder = new_encoder(config, decoder, meta["condition"])
         model = self.network(decoder, encoder)
         if resumed:
             return model
@@ -102,6 +101,17 @@ class ConditionalJoint(Conditional, JointDiffusion):
     """The joint model that attends to a condition: in both passes, and in every mode."""
 
     name, denoiser = "conditional_joint", JointDiffusion
+
+
+def new_encoder(config: Any, decoder: ModelConfig, condition: dict) -> ConditionEncoder:
+    """For this denoiser and data, as a run with these settings (a TrainConfig) has it."""
+    sort = encoder_class(condition.get("encoder", "text"))
+    if config.image_encoder:
+        require(sort.of_pictures, f"--image_encoder: {config.data_dir} has no pictures; leave it "
+                                  "out")
+        return FrozenEncoder.from_file(config.image_encoder, decoder, condition)
+    return sort.create(decoder, condition,
+                       size_of(config.encoder_config) if config.encoder_config else None)
 
 
 def restored_encoder(checkpoint: dict, weights: dict[str, Tensor]) -> ConditionEncoder:

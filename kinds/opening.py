@@ -36,8 +36,8 @@ def open_checkpoint(config: Any, sort: str | None) -> Source:
     checkpoint, kind, model = load(path, config, conditional, config.adapter)
     if conditional:
         has = model.encoder.sort
-        require((has == "image") == (sort == "image"), f"{path} reads "
-                + ("pictures: give it --image" if has == "image" else
+        require(model.encoder.of_pictures == (sort == "image"), f"{path} reads "
+                + ("pictures: give it --image" if model.encoder.of_pictures else
                    f"conditions of the sort {has!r}: give it --condition or --conditions"))
     verifier = None
     if config.verify_with:

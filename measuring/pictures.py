@@ -36,6 +36,7 @@ from kinds.kind import Kind
 from kinds.likelihood import ratio_error
 from kinds.registry import kind_of
 from measuring.held_out import HeldOutConfig, find_measurable, open_model, output_file
+from network.encoders import reads_pictures
 from sampling.sampler import Sampler
 
 GROUP = 8  # texts, and pictures, that are told apart
@@ -291,7 +292,7 @@ def main(argv: list[str]) -> None:
     path, checkpoint = find_measurable(config.checkpoint, lambda kind: (
         "" if kind.conditional else "it reads no pictures; use `python evaluate.py likelihood`"),
         pictures=True)
-    require(checkpoint["encoder"] == "image", f"{path} reads conditions of the sort "
+    require(reads_pictures(checkpoint["encoder"]), f"{path} reads conditions of the sort "
             f"{checkpoint['encoder']}: use `python evaluate.py condition`")
     target = output_file(config.output, path, "pictures.json")
     model, rows, tokenizer = open_model(config, path, checkpoint)

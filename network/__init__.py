@@ -4,13 +4,15 @@
     attention.py    attention to a row and to a condition, with rotary positions
     dropout.py      dropout that keeps nothing for the backward pass
     transformer.py  the block; embedding and blocks
-    encoders.py     what reads a condition, text or pictures: the seam for other sorts
+    conditioning.py  what an encoder of conditions is: the seam for their sorts
+    encoders.py     those that there are, and the one of text
+    image_encoders.py  those of pictures
     lora.py         low-rank adapters beside the matrices
     head_loss.py    vocabulary head and cross-entropy in one, in chunks
     draft_head.py   drafts of what a model would write
     hardware.py     the device to compute on and in which precision
 
 For model.py and whatever runs a network. Nothing here knows of diffusion: it imports cli and
-corpus.tokens (encoders.py more of corpus, whose conditions it reads), and never model.py, which
+corpus.tokens (what reads conditions more of corpus), and never model.py, which
 puts the parts together.
 """

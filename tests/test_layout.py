@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "corpus": ("cli",),
     "network": ("cli", "corpus.tokens"),
     "network.encoders": ("cli", "corpus"),
+    "network.conditioning": ("cli", "corpus"),
+    "network.image_encoders": ("cli", "corpus"),
     "model": ("cli", "corpus.tokens", "network"),
     "sampling": ("cli", "corpus.tokens"),
     "sampling.step": ("cli", "corpus.tokens", "network"),

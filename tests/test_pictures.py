@@ -17,7 +17,7 @@ from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 from kinds.likelihood import Nelbo
 from measuring import pictures as measured
 from model import ConditionalTransformer, create_model
-from network.encoders import ENCODERS, ImageEncoder, varied
+from network.encoders import ENCODERS, FrozenEncoder, ImageEncoder, varied
 from network.layers import ModelConfig
 
 EMOJI = Path(__file__).parent / "data/emoji"
@@ -317,3 +317,90 @@ def test_naming_by_hand():
     # story 1 against dog: yes; 2 against dog: no; 3 against the two cats: yes, yes
     assert result["another"] == pytest.approx(3 / 4)
     assert not measured.names("cat", "concatenate") and measured.names("cat", "CATS!")
+
+
+# ---- an encoder that somebody else has trained ---------------------------------------------------
+
+@pytest.fixture
+def vision(tmp_path):
+    """A stand-in: mean colours of a grid of 2 x 2, as (N, 4, 3); with `batch` for so many alone."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    def write(name: str = "vision.onnx", channels: int = 3, batch: int | str = "N", flat=False):
+        nodes = [helper.make_node("AveragePool", ["x"], ["pooled"], kernel_shape=[4, 4],
+                                  strides=[4, 4]),
+                 helper.make_node("Reshape", ["pooled", "shape"], ["cut"]),
+                 helper.make_node("Transpose", ["cut"], ["turned"], perm=[0, 2, 1]),
+                 helper.make_node("ReduceMean" if flat else "Identity", ["turned"], ["y"],
+                                  **({"axes": [1], "keepdims": 0} if flat else {}))]
+        graph = helper.make_graph(
+            nodes, "vision", [helper.make_tensor_value_info("x", TensorProto.FLOAT,
+                                                            [batch, channels, 8, 8])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            [helper.make_tensor("shape", TensorProto.INT64, [3], [0, channels, -1])])
+        path = tmp_path / name
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)],
+                                    ir_version=8), path)
+        return path
+    return write
+
+
+def test_a_frozen_encoder_gives_what_its_graph_says(vision):
+    decoder = ModelConfig(width=64, heads=2)
+    pictures = torch.full((2, 16, 16, 4), 255, dtype=torch.uint8)
+    pictures[0, :8, 8:, :3] = torch.tensor([255, 0, 0], dtype=torch.uint8)
+    for batch in ("N", 1):
+        reader = FrozenEncoder.from_file(str(vision(batch=batch)), decoder, {"size": 16})
+        nn.init.eye_(reader.project.weight)
+        with torch.no_grad():
+            state, = reader(pictures).states
+        assert state.shape == (2, 4, 64) and reader.places(pictures) == 4
+        # a red quarter is (1, 0, 0), normalised twice; a white one three alike
+        assert state[0, 1, 0] > 4 and abs(float(state[0, 1, 1])) < 0.7
+        torch.testing.assert_close(state[1, :, :3], state[1, :, :1].expand(4, 3))
+    assert FrozenEncoder.from_file(str(vision(flat=True)), decoder, {"size": 16}).count == 1
+
+
+def test_it_is_trained_beside_and_kept_in_the_checkpoint(vision, joint_checkpoint, picture_dir,
+                                                         tmp_path, capsys, fails):
+    from training import slim
+    start = ["--stage", "2", "--objective", "joint", "--decoder_checkpoint", str(joint_checkpoint),
+             "--data_dir", str(picture_dir), *SHORT, "--max_steps", "3"]
+    path = vision()
+    train.main([*start, "--checkpoint_dir", str(tmp_path / "run"), "--image_encoder", str(path)])
+    content = path.read_bytes()
+    path.unlink()  # nobody needs it any more
+    run = load_checkpoint(tmp_path / "run/best.pt", None)
+    assert run["encoder"] == "image_frozen"
+    model = model_from_checkpoint(run)
+    assert model.encoder.graph.numpy().tobytes() == content
+    slim.main(["--adapter", "--checkpoint", str(tmp_path / "run/best.pt"), "--output",
+               str(tmp_path / "adapter.pt")])
+    shutil.copy(joint_checkpoint, tmp_path / "base.pt")
+    told = ["--image", str(CAT), "--json", "--length", "8", "--block_size", "1", "--device", "cpu"]
+    capsys.readouterr()
+    generate.main(["--checkpoint", str(tmp_path / "run/best.pt"), *told])
+    generate.main(["--checkpoint", str(tmp_path / "adapter.pt"), *told])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    train.main(["--resume", "--checkpoint_dir", str(tmp_path / "run"), "--max_steps", "4"])
+    for error, name, content in (("name an .onnx file", "nowhere.onnx", None),
+                                 ("no graph", "text.onnx", b"no graph")):
+        if content:
+            (tmp_path / name).write_bytes(content)
+        assert error in fails(train.main, *start, "--checkpoint_dir", tmp_path / "x",
+                              "--image_encoder", tmp_path / name)
+    assert "not pictures" in fails(train.main, *start, "--checkpoint_dir", tmp_path / "x",
+                                   "--image_encoder", vision("grey.onnx", channels=1))
+    assert "encoder already" in fails(
+        train.main, *start, "--checkpoint_dir", tmp_path / "x", "--image_encoder", vision(),
+        "--decoder_checkpoint", tmp_path / "run/best.pt")
+    assert "give one of them" in fails(
+        train.main, *start, "--checkpoint_dir", tmp_path / "x", "--image_encoder", vision(),
+        "--encoder_config", "micro")
+
+
+def test_words_are_not_for_it(vision, checkpoint, pairs_dir, tmp_path, fails):
+    assert "has no pictures" in fails(
+        train.main, "--stage", "2", "--decoder_checkpoint", checkpoint, "--data_dir", pairs_dir,
+        "--checkpoint_dir", tmp_path / "x", "--image_encoder", vision(), *SHORT)

@@ -21,7 +21,8 @@ TIMES = 0.2, 0.7  # chosen on validation rows: docs/experiments.md
 STAGE_LR = {1: 1.0, 2: 1.0, 3: 2 / 3}  # share of the default: in stage 3 all has learned already
 # A run cannot go on with another value of these: the weights, the optimizers' state or the place in
 # the data would not fit.
-FIXED = (*NETWORK_SETTINGS, "stage", "encoder_config", "decoder_checkpoint", "optimizer", "seed",
+FIXED = (*NETWORK_SETTINGS, "stage", "encoder_config", "image_encoder",
+         "decoder_checkpoint", "optimizer", "seed",
          "batch_tokens", "block_sizes", "causal_share", "draft_rank", "draft_size", "lora_rank",
          "lora_alpha", "lora_targets")
 
@@ -57,6 +58,8 @@ class TrainConfig:
                                                 "of stage 2")
     encoder_config: str | None = flag(None, "stage 2: size of the encoder (default: that of the "
                                             "model, and it starts with the model's weights)")
+    image_encoder: str | None = flag(None, "stage 2: .onnx file of a vision model that reads the "
+                                           "pictures and stays as it is (default: one is trained)")
     condition_dropout: float = flag(0.1, "stage 3, or stage 2 with adapters: share of the rows "
                                          "that are trained without their condition, for guidance "
                                          "(else the model without it cannot change)")
@@ -140,6 +143,8 @@ class TrainConfig:
         first, last = self.between
         require(0 <= first < last <= 1, f"--t_min {first:g} --t_max {last:g}: must be from 0 to 1, "
                 "the first the smaller one (give both)")
+        require(self.encoder_config is None or self.image_encoder is None, "--encoder_config and "
+                "--image_encoder: give one of them")
         kind_of_run(self)  # refuses what no kind of model trains
         require(self.stage == 1 or self.decoder_checkpoint or self.resume, f"--stage "
                 f"{self.stage} starts from a trained model: name it with --decoder_checkpoint")
@@ -164,6 +169,7 @@ class TrainConfig:
     def check_used(self, given: set[str]) -> None:
         """Refuses flags that were given and would change nothing."""
         for name, stages in (("decoder_checkpoint", (2, 3)), ("encoder_config", (2,)),
+                             ("image_encoder", (2,)),
                              ("condition_dropout", (2, 3) if self.lora_rank else (3,)),
                              ("lora_rank", (2,)), ("init_from", (1,))):
             require(name not in given or self.stage in stages, f"--{name} belongs to --stage "

@@ -39,7 +39,8 @@ def slim(checkpoint: dict) -> dict:
     model, halved = model_from_checkpoint(checkpoint), {}
 
     def half(weight: Tensor) -> Tensor:
-        return halved.setdefault(weight.data_ptr(), weight.to(torch.bfloat16))
+        return halved.setdefault(weight.data_ptr(), weight.to(torch.bfloat16)
+                                 if weight.is_floating_point() else weight)
     return {**{name: checkpoint[name] for name in KEPT if name in checkpoint},
             "train_config": without_folders(checkpoint.get("train_config", {})),
             "weights": {name: half(weight) for name, weight in model.state_dict().items()}}
