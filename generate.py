@@ -145,12 +145,14 @@ class GenerateConfig(FromLeft):
         given = [name for name in ("condition", "conditions", "image")
                  if getattr(self, name) not in (None, [])]
         require(len(given) < 2, f"--{' and --'.join(given)}: give one of them")
+        require(not self.trace or len(self.adapter) < 2, "--trace: one file, and the stories of "
+                f"{len(self.adapter)} adapters; give one of them")
         require(not (self.adapter and (self.onnx or self.engine)),
                 "--adapter: an exported step has its own; leave it out")
         require(self.conditions is None or Path(self.conditions).is_file(),
                 f"--conditions {self.conditions}: no such file")
-        for name in ("prompt", "infill", "condition"):
-            text = getattr(self, name) or ""
+        for name in ("prompt", "infill", "condition", "image"):
+            text = "".join(getattr(self, name) or "")
             require(text.isascii() or text.encode(errors="replace").decode() == text,
                     f"--{name} is not valid Unicode; check the encoding of the terminal")
 

@@ -25,7 +25,7 @@ ADAPTER_FORMAT, ADAPTER_VERSION = "diffusion-llm adapter", 1
 # Of the model's settings those that are the adapter's
 LORA = ("lora_rank", "lora_alpha", "lora_targets")
 # What else it takes over from its checkpoint, and a checkpoint from it
-KEPT = ("kind", "encoder", "encoder_config", "tokenizer_sha256", "length_histogram", "step",
+KEPT = ("kind", "data", "encoder", "encoder_config", "tokenizer_sha256", "length_histogram", "step",
         "tokens_seen", "seconds", "torch_version", "data_source", "licence")
 
 
@@ -63,13 +63,15 @@ def wrong_entries(adapter: dict) -> list[str]:
         return isinstance(weights, dict) and all(
             isinstance(name, str) and is_of_condition(name) and isinstance(weight, Tensor)
             for name, weight in weights.items())
-    right = {"kind": adapter.get("kind") in KINDS and KINDS[adapter["kind"]].conditional,
+    kind = adapter.get("kind")
+    right = {"kind": isinstance(kind, str) and kind in KINDS and KINDS[kind].conditional,
              "encoder": isinstance(adapter.get("encoder"), str),
              "encoder_config": isinstance(adapter.get("encoder_config"), dict),
              "base_sha256": isinstance(adapter.get("base_sha256"), str),
              "tokenizer_sha256": isinstance(adapter.get("tokenizer_sha256"), str),
              "length_histogram": is_length_histogram(adapter.get("length_histogram")),
-             "lora": isinstance(adapter.get("lora"), dict) and set(adapter["lora"]) <= set(LORA),
+             "lora": isinstance(adapter.get("lora"), dict) and set(adapter["lora"]) <= set(LORA)
+             and all(isinstance(value, int | float | str) for value in adapter["lora"].values()),
              "train_config": isinstance(adapter.get("train_config"), dict),
              "weights": are_tensors(adapter.get("weights"))}
     return [name for name, fine in right.items() if not fine]
@@ -96,7 +98,8 @@ def beside(path: Path, adapter: dict, base: dict, base_path: Path) -> dict:
                 "ema", "optimizer", "scaler", "data")},
             **{name: adapter[name] for name in KEPT if name in adapter},
             "model_config": base["model_config"] | adapter["lora"],
-            "train_config": base.get("train_config", {}) | adapter["train_config"],
+            "train_config": {name: value for name, value in base.get("train_config", {}).items()
+                             if name != "data_dir"} | adapter["train_config"],
             "weights": weights | adapter["weights"]}
 
 

@@ -4,8 +4,9 @@ whatever writes or reads them.
     checkpoint = load_checkpoint("checkpoints/best.pt")
     model = model_from_checkpoint(checkpoint)                   # with the averaged weights
 
-Stages meet in these files alone. Nothing in one is ever run, and one that is damaged, foreign or
-changed is refused in a line.
+Stages meet in these files alone. No Python code in one is ever run (ONNX Runtime runs the graph of
+a vision model that a frozen encoder brings), and one that is damaged, foreign or changed is refused
+in a line.
 """
 
 from cli import UserError, atomic_file, require
@@ -86,6 +87,8 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
     for name, older in (("model_config", OLDER), ("train_config", OLDER_RUN)):
         if name in contents:
             contents[name] = older | contents[name]
+    if KINDS[contents["kind"]].conditional:
+        contents["encoder"] = contents.get("encoder") or "text"  # older ones do not say
     leave_older_head(path, contents)
     return contents
 
@@ -134,9 +137,14 @@ def bases(path: Path) -> Iterator[Path]:
 
 
 def base_in(path: Path) -> dict | None:
-    """The checkpoint in a file, if it is one without a condition."""
+    """The checkpoint in a file, if it is one without a condition; a damaged one is none."""
     found = described(path)
-    return None if found is None or found[1] else load_checkpoint(path, None)
+    if found is None or found[1]:
+        return None
+    try:
+        return load_checkpoint(path, None)
+    except UserError:
+        return None
 
 
 def leave_older_head(path: str | Path, contents: dict) -> None:

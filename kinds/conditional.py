@@ -45,8 +45,9 @@ class Conditional(Kind):
                                      "prep_conditional_data.py and name that folder")
         path = config.decoder_checkpoint
         decoder = ModelConfig(**source["model_config"])
-        require(resumed or not (decoder.lora_rank and config.lora_rank), f"--lora_rank: {path} has "
-                "adapters already, which are trained on; leave it out")
+        require(resumed or not decoder.lora_rank or config.lora_rank in (0, decoder.lora_rank),
+                f"--lora_rank {config.lora_rank}: {path} has adapters already, of rank "
+                f"{decoder.lora_rank}, which are trained on; leave it out")
         decoder = dataclasses.replace(decoder, dropout=config.dropout, **(
             {} if decoder.lora_rank else adapter_settings(config)))
         require(meta["seq_len"] <= decoder.max_len, f"{config.data_dir} has rows of up to "

@@ -29,14 +29,13 @@ def open_checkpoint(config: Any, sort: str | None) -> Source:
     usual = kinds_that(lambda kind: (kind.conditional or not conditional)
                        and (kind.unmasks if config.verify or not config.asks_for else True)
                        and (kind.from_left if config.asks_for else True))
-    if config.adapter:
-        path = find_checkpoint(config.checkpoint, kinds_that(lambda kind: not kind.conditional))
-    else:
-        path = find_checkpoint(config.checkpoint, usual, sort == "image" if conditional else None)
-    checkpoint, kind, model = load(path, config, conditional, config.adapter)
+    path = (Path(config.adapter) if config.adapter and config.checkpoint is None else
+            find_checkpoint(config.checkpoint, usual, sort == "image" if conditional else None))
+    beside = config.adapter if config.checkpoint else None  # else it finds its own base
+    checkpoint, kind, model = load(path, config, conditional, beside)
     if conditional:
         has = model.encoder.sort
-        require(model.encoder.of_pictures == (sort == "image"), f"{path} reads "
+        require(model.encoder.of_pictures == (sort == "image"), f"{beside or path} reads "
                 + ("pictures: give it --image" if model.encoder.of_pictures else
                    f"conditions of the sort {has!r}: give it --condition or --conditions"))
     verifier = None
@@ -48,7 +47,7 @@ def open_checkpoint(config: Any, sort: str | None) -> Source:
                 f"--verify_with {config.verify_with} has another tokenizer than {path}: take a "
                 "model that was trained on the same data")
         verifier = partial(its_kind.reader, its_model)
-    name = f"{path} with {config.adapter}" if config.adapter else str(path)
+    name = f"{path} with {beside}" if beside else str(path)
     return Source(name, tokenizer_from_checkpoint(checkpoint),
                   checkpoint["length_histogram"], model.config.max_len,
                   model.encoder.read if conditional else None,

@@ -178,7 +178,8 @@ def main(argv: list[str]) -> None:
     config, given = parse(ConditionConfig, __doc__, argv)
     config.check()
     path, checkpoint = find_measurable(config.checkpoint, lambda kind: (
-        "" if kind.conditional else "it has no condition; use `python evaluate.py likelihood`"))
+        "" if kind.conditional else "it has no condition; use `python evaluate.py likelihood`"),
+        pictures=False)
     config.check_used_by(kind_of(checkpoint), given)
     target = output_file(config.output, path, "evaluation.json", sheet_beside)
     require(target != sheet_beside(target), f"--output {target}: the sheet of texts gets that "

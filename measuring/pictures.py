@@ -287,19 +287,26 @@ def tables(result: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    config, _ = parse(PicturesConfig, __doc__, argv)
+    config, given = parse(PicturesConfig, __doc__, argv)
     config.check()
+    require(config.num_samples or not given & {"guidance", "temperature"}, "--guidance and "
+            "--temperature are of the stories: leave them out, or raise --num_samples")
     path, checkpoint = find_measurable(config.checkpoint, lambda kind: (
         "" if kind.conditional else "it reads no pictures; use `python evaluate.py likelihood`"),
         pictures=True)
     require(reads_pictures(checkpoint["encoder"]), f"{path} reads conditions of the sort "
             f"{checkpoint['encoder']}: use `python evaluate.py condition`")
-    target = output_file(config.output, path, "pictures.json")
+    target = output_file(config.output, path, "pictures.json",
+                         lambda target: target.with_suffix(".html"))
+    require(target.suffix not in (".html", ".png"), f"--output {target}: the sheet gets that name; "
+            "use .json")
     model, rows, tokenizer = open_model(config, path, checkpoint)
     kind = kind_of(checkpoint)
     require(kind.modes or config.mode is None, f"--mode {config.mode}: {path} has one mode only")
     if kind.modes:
         kind = kind.in_mode(config.mode or kind.modes[0])
+    require(not kind.exact or "draws" not in given, "--draws: without effect for an exact mode; "
+            "leave it out")
     pairs = Pairs.of(rows, model.encoder.conditions_of(rows), config.max_rows)
     likelihood = Likelihood(kind, model, pairs, 1 if kind.exact else config.draws, config.seed)
     result = {"checkpoint": str(path), "step": checkpoint.get("step"), "split": rows.split,

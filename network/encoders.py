@@ -72,6 +72,10 @@ class TextEncoder(Transformer, ConditionEncoder):
         return True
 
     def conditions_of(self, rows: TokenRows, path: Any = None) -> TokenRows:
+        sort = rows.meta.get("condition", {}).get("encoder", "text")
+        require(sort != "image", f"{rows.data_dir} has pictures, and "
+                f"{path or 'the model'} reads conditions in words: prepare them with "
+                "prep_conditional_data.py and name that folder")
         conditions = rows.conditions()
         longest = int(conditions.lengths.max())
         most = self.config.max_len

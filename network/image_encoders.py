@@ -5,7 +5,6 @@ library of encoders.py.
 from cli import UserError, require
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,6 +170,7 @@ class FrozenEncoder(PictureReader):
         self.size, self.across, self.features, self.count = size, across, features, count
         self.width, self.compute_dtype = width, torch.float32
         self.project = Linear(features, width)
+        self._session: tuple[int, Any] | None = None
         self.register_buffer("graph", torch.frombuffer(bytearray(graph), dtype=torch.uint8))
 
     @classmethod
@@ -180,12 +180,18 @@ class FrozenEncoder(PictureReader):
                 "name an .onnx file of a vision model")
         graph = Path(path).read_bytes()
         session = session_of(sha256(graph), graph, path)
-        shapes = [entry.shape for entry in session.get_inputs()]
-        good = (len(shapes) == 1 and len(shapes[0]) == 4 and shapes[0][1] == 3
-                and shapes[0][2] == shapes[0][3] and isinstance(shapes[0][2], int))
-        require(good, f"--image_encoder {path}: takes {shapes}, not pictures (N, 3, S, S)")
-        across = shapes[0][2]
-        found = run(session, np.zeros((1, 3, across, across), np.float32))
+        inputs = [(entry.type, entry.shape) for entry in session.get_inputs()]
+        kind, shape = inputs[0] if len(inputs) == 1 else ("", [])
+        good = (kind == "tensor(float)" and len(shape) == 4 and shape[1] == 3
+                and shape[2] == shape[3] and isinstance(shape[2], int)
+                and (shape[0] == 1 or not isinstance(shape[0], int)))
+        require(good, f"--image_encoder {path}: takes {inputs}, not pictures (N, 3, S, S) in FP32, "
+                "any number of them or one")
+        across = shape[2]
+        try:
+            found = run(session, np.zeros((1, 3, across, across), np.float32))
+        except Exception as error:  # ONNX Runtime's exceptions have no common class
+            raise UserError(f"--image_encoder {path}: does not run ({error})") from error
         require(found.ndim in (2, 3) and len(found) == 1, f"--image_encoder {path}: gives "
                 f"{found.shape}, not (N, places, features) or (N, features)")
         return cls(condition["size"], across, found.shape[-1],
@@ -213,28 +219,49 @@ class FrozenEncoder(PictureReader):
     def places(self, batch: Tensor) -> int:
         return self.count
 
+    def session(self) -> Any:
+        """That of the graph, which is read anew only when other weights have been put in."""
+        if self._session is None or self._session[0] != self.graph._version:
+            graph = self.graph.cpu().numpy().tobytes()
+            self._session = (self.graph._version,
+                             session_of(sha256(graph), graph, "the checkpoint's encoder"))
+        return self._session[1]
+
+    def __deepcopy__(self, memo: dict) -> "FrozenEncoder":
+        other = type(self)(*self.settings().values(), self.graph.cpu().numpy().tobytes())
+        other.load_state_dict(self.state_dict())
+        other.compute_dtype = self.compute_dtype
+        return other.train(self.training).to(self.graph.device)
+
     def forward(self, batch: Tensor) -> Reading:
         given = batch[..., 3].flatten(1).amax(1) > 0  # (B,)
         colours = batch[..., :3].permute(0, 3, 1, 2).float() / 255
         colours = F.interpolate(colours, (self.across, self.across), mode="bilinear",
                                 antialias=True, align_corners=False)
-        graph = self.graph.cpu().numpy().tobytes()
-        found = run(session_of(sha256(graph), graph, "the checkpoint's encoder"),
-                    colours.cpu().numpy())
+        found = run(self.session(), colours.cpu().numpy())
         found = torch.from_numpy(found).reshape(len(batch), self.count, self.features)
         states = self.project(rms_norm(found.to(batch.device, self.compute_dtype)))
         places = torch.zeros(states.shape[:2], dtype=torch.int64, device=batch.device)
         return Reading([rms_norm(states)], places, given[:, None].expand(places.shape))
 
 
-@functools.lru_cache(maxsize=4)
+SESSIONS: dict[str, Any] = {}  # by the checksum of their graphs; those in use
+
+
 def session_of(digest: str, graph: bytes, path: str) -> Any:
     """A graph in ONNX Runtime on the CPU; from its bytes, so that it can refer to no other file."""
-    import onnxruntime
+    if digest in SESSIONS:
+        return SESSIONS[digest]
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{path} needs ONNX Runtime: pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        SESSIONS[digest] = onnxruntime.InferenceSession(graph, options,
+                                                        providers=["CPUExecutionProvider"])
+        return SESSIONS[digest]
     except Exception as error:  # its exceptions have no common class
         raise UserError(f"{path} is no graph that ONNX Runtime can run") from error
 

@@ -52,10 +52,13 @@ class ModelConfig:
                 f"time_conditioning {self.time_conditioning!r}: use none or sinusoidal")
         require(not (self.causal and self.self_conditioning), "self_conditioning: a causal model "
                 "hides nothing, of which an earlier pass could tell; leave it out")
-        require(bool(self.lora_rank) == bool(self.lora_targets) and self.lora_rank >= 0,
+        require(isinstance(self.lora_targets, str) and isinstance(self.lora_rank, int)
+                and bool(self.lora_rank) == bool(self.lora_targets) and self.lora_rank >= 0,
                 f"lora_rank {self.lora_rank} with lora_targets {self.lora_targets!r}: give both")
         require(set(self.adapted) <= set(LORA_TARGETS), f"lora_targets {self.lora_targets}: choose "
                 f"from {', '.join(LORA_TARGETS)}")
+        require("gate" not in self.adapted or self.mlp == "swiglu", f"lora_targets "
+                f"{self.lora_targets}: an MLP of the sort {self.mlp} has no gate; leave it out")
         require(self.mlp in MLPS, f"mlp {self.mlp!r}: use {' or '.join(MLPS)}")
         require(self.vocab_size > EOS + 1, f"vocab_size {self.vocab_size} leaves no ordinary token")
 

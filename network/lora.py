@@ -47,9 +47,8 @@ def add_adapters(blocks: list[Block], config: ModelConfig) -> None:
     for block in blocks:
         for name in config.adapted:
             linear = getattr(block.attention, name, None) or getattr(block, name)
-            if linear is not None:  # a squared ReLU has no gate
-                linear.lora = LoRA(linear.in_features, linear.out_features, config.lora_rank,
-                                   config.lora_alpha)
+            linear.lora = LoRA(linear.in_features, linear.out_features, config.lora_rank,
+                               config.lora_alpha)
     torch.random.set_rng_state(state)
 
 

@@ -60,8 +60,9 @@ def test_every_target_has_its_matrices_and_no_other():
         names = [name for name, _ in model.named_parameters() if ".lora." in name]
         assert len(names) == 2 * model.config.layers
         assert all(f".{target}.lora." in name for name in names)
-    # a squared ReLU has no gate, and cross-attention is trained whole
-    assert not list(adapted(toy("gate", mlp="relu2")))
+    with pytest.raises(UserError, match="has no gate"):
+        toy("query,gate", mlp="relu2")
+    # cross-attention is trained whole
     conditional = create_conditional_model("micro", "micro", 64, lora_rank=2, lora_alpha=2.0,
                                            lora_targets=ALL)
     assert not [name for name, _ in conditional.named_parameters()
@@ -196,7 +197,9 @@ def test_with_its_base_it_is_the_checkpoint_again(adapter_run, checkpoint, tmp_p
             "--json"]
     generate.main(["--checkpoint", "some/mine.pt", *told])
     generate.main(["--checkpoint", "some/any.pt", "--adapter", "some/mine.pt", *told])
-    one, two = capsys.readouterr().out.splitlines()
+    generate.main(["--adapter", "some/mine.pt", "some/mine.pt", *told])  # in turn, its own base
+    one, two, three, four = capsys.readouterr().out.splitlines()
+    assert one == three == four
     assert one.replace("some/mine.pt", "X") == two.replace("some/any.pt with some/mine.pt", "X")
     # and refused beside anything else
     other = load_checkpoint("some/any.pt")
@@ -206,6 +209,8 @@ def test_with_its_base_it_is_the_checkpoint_again(adapter_run, checkpoint, tmp_p
     assert "was not trained beside" in fails(
         generate.main, "--checkpoint", "some/any.pt", "--adapter", "some/mine.pt", *told)
     assert "not here" in fails(generate.main, "--checkpoint", "some/mine.pt", *told)
+    assert "give one of them" in fails(generate.main, "--trace", "x.html", "--adapter",
+                                       "some/mine.pt", "some/mine.pt", *told)
     assert "not an adapter" in fails(
         generate.main, "--checkpoint", "some/any.pt", "--adapter", "some/any.pt", *told)
 

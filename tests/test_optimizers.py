@@ -86,6 +86,8 @@ def test_parts_are_orthogonalised_each_on_its_own(dim, size):
     for matrix, made in zip(x, result, strict=True):
         for piece, own in zip(matrix.split(size, dim), made.split(size, dim), strict=True):
             torch.testing.assert_close(own, orthogonalise(piece[None])[0])
+    # a process that has none of them, of more processes than matrices
+    assert in_parts(x[:0], Part(dim, size)).shape == (0, 12, 20)
 
 
 def test_attention_is_cut_by_heads_and_the_mlp_into_even_parts():

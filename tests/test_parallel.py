@@ -266,7 +266,7 @@ def test_two_processes_train_a_condition_as_one_does(data_dir, runs, tmp_path):
     call(python(ROOT / "prep_conditional_data.py", "--data_dir", data_dir, "--output_dir",
                 tmp_path / "pairs"))
     argv = settings(tmp_path / "pairs", tmp_path / "one", "--max_steps", 8, "--stage", 2,
-                    "--decoder_checkpoint", runs["one"] / "last.pt")
+                    "--decoder_checkpoint", runs["one"] / "last.pt", "--lora_rank", 2)
     at = argv.index("--model_config")
     del argv[at:at + 2]  # a later stage goes on with the model that it is given
     call(python(ROOT / "train.py", *argv))

@@ -16,9 +16,10 @@ import train
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 from kinds.likelihood import Nelbo
 from measuring import pictures as measured
-from model import ConditionalTransformer, create_model
+from model import ConditionalTransformer, create_model, is_of_condition
 from network.encoders import ENCODERS, FrozenEncoder, ImageEncoder, varied
 from network.layers import ModelConfig
+from training.config import TrainConfig
 
 EMOJI = Path(__file__).parent / "data/emoji"
 CAT = Path(__file__).parent / "data/cat.png"
@@ -193,9 +194,19 @@ def test_it_goes_on_with_adapters_that_it_had_not(picture_checkpoint, joint_chec
     two = load_checkpoint(tmp_path / "two/last.pt", None)
     assert two["model_config"]["lora_rank"] == 1
     assert any(".lora.up." in name and weight.any() for name, weight in two["weights"].items())
-    assert "has adapters already" in fails(
-        train.main, *start, "--decoder_checkpoint", picture_checkpoint, "--checkpoint_dir",
-        tmp_path / "three", "--lora_rank", "1")
+    third = [*start, "--decoder_checkpoint", str(picture_checkpoint), "--checkpoint_dir",
+             str(tmp_path / "three")]
+    assert "has adapters already" in fails(train.main, *third, "--lora_rank", "1")
+    # and with those that it had: conditions are dropped for them too
+    train.main([*third, "--lora_rank", "2", "--condition_dropout", "0.5"])
+    train.main([*third, "--overwrite"])
+    three = load_checkpoint(tmp_path / "three/last.pt", None)
+    assert three["train_config"]["lora_rank"] == 2 and TrainConfig(
+        **three["train_config"]).drops_conditions == 0.1
+    before = load_checkpoint(picture_checkpoint, None)["ema"]
+    moved = {name for name, weight in three["weights"].items()
+             if not torch.equal(weight, before[name])}
+    assert moved and all(map(is_of_condition, moved)) and any(".lora." in name for name in moved)
 
 
 def test_several_pictures_in_one_batch_are_each_told_as_alone(picture_checkpoint, capsys):

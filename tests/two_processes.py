@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from training.config import TrainConfig  # noqa: E402
 from training.loader import step_seed  # noqa: E402
-from training.optimizers import Muon, whole  # noqa: E402
+from training.optimizers import Muon, Part, whole  # noqa: E402
 from training.processes import Processes, start_processes  # noqa: E402
 from training.trainer import Trainer  # noqa: E402
 
@@ -60,7 +60,10 @@ def muon(precision: str, spread: bool = False) -> list[torch.Tensor]:
         x = torch.randn(shape, generator=generator)
         return distribute_tensor(x, mesh, [Shard(0)]) if spread else x
     params = [nn.Parameter(random(shape)) for shape in SHAPES]
-    optimizer = Muon(params, lr=0.05, weight_decay=0.1, precision=precision)
+    # some in parts, of which one process has none of the last
+    parts = {params[0]: Part(1, 4), params[1]: Part(1, 4), params[3]: Part(0, 6),
+             params[6]: Part(1, 3)}
+    optimizer = Muon(params, lr=0.05, weight_decay=0.1, precision=precision, parts=parts)
     for step in range(3):
         for p in params:
             p.grad = random(p.shape)

@@ -90,7 +90,7 @@ class StageModel:
         if several and not config.fsdp:
             carry = self.model.carry  # is not used where none of a process's rows has a first pass
             self.loss_of = torch.nn.parallel.DistributedDataParallel(
-                self.loss_of, gradient_as_bucket_view=True,
+                self.loss_of, gradient_as_bucket_view=True, broadcast_buffers=False,  # none changes
                 find_unused_parameters=carry is not None and carry.weight.requires_grad)
 
     def compile(self, length: int) -> None:
@@ -144,6 +144,9 @@ def create_stage_model(kind: Kind, config: TrainConfig, data: StageData,
         for name in kind.keeps_settings:
             setattr(config, name, begins["train_config"][name])
     model = kind.create(config, data.meta, source, resumed=checkpoint is not None)
+    if config.stage > 1 and model.config.lora_rank:  # of this run or of the model gone on with
+        config.lora_rank, config.lora_alpha = model.config.lora_rank, model.config.lora_alpha
+        config.lora_targets = model.config.adapted
     if begins:
         start_from(model, config, begins)
     model.train_only(kind.trained(config.stage))

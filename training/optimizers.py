@@ -57,8 +57,9 @@ def in_parts(x: Tensor, part: Part | None) -> Tensor:
     if part is None:
         return orthogonalise(x)
     cut = x if part.dim == 0 else x.mT
-    parts = cut.unflatten(1, (-1, part.size)).flatten(0, 1)  # (N * parts, size, columns)
-    whole = orthogonalise(parts).unflatten(0, (len(x), -1)).flatten(1, 2)
+    count = cut.shape[1] // part.size
+    parts = cut.unflatten(1, (count, part.size)).flatten(0, 1)  # (N * count, size, columns)
+    whole = orthogonalise(parts).unflatten(0, (len(x), count)).flatten(1, 2)
     return whole if part.dim == 0 else whole.mT
 
 

@@ -23,7 +23,7 @@ KEPT = ("format", "format_version", "kind", "model_config", "encoder", "encoder_
         "tokenizer", "tokenizer_sha256", "length_histogram", "step", "tokens_seen", "seconds",
         "torch_version", "data", "data_source", "licence")
 FOLDERS = ("data_dir", "checkpoint_dir", "init_from", "decoder_checkpoint", "data_source",
-           "teachers")
+           "teachers", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(target.parent, "--output")
     checkpoint = load_checkpoint(config.checkpoint, None)
     if config.adapter:
-        require(checkpoint.get("encoder") and checkpoint["train_config"].get("stage") == 2,
+        require(checkpoint.get("encoder") and checkpoint.get("train_config", {}).get("stage") == 2,
                 f"--adapter: {config.checkpoint} is not of train.py --stage 2, which alone leaves "
                 "the model beside it as it was")
         contents = adapter_of(checkpoint)
