@@ -145,8 +145,8 @@ class GenerateConfig(FromLeft):
         given = [name for name in ("condition", "conditions", "image")
                  if getattr(self, name) not in (None, [])]
         require(len(given) < 2, f"--{' and --'.join(given)}: give one of them")
-        require(not self.trace or len(self.adapter) < 2, "--trace: one file, and the stories of "
-                f"{len(self.adapter)} adapters; give one of them")
+        require(not (self.trace and self.adapter and len(self.adapter) > 1), "--trace: one file, "
+                "and the stories of several adapters; give one of them")
         require(not (self.adapter and (self.onnx or self.engine)),
                 "--adapter: an exported step has its own; leave it out")
         require(self.conditions is None or Path(self.conditions).is_file(),

@@ -9,6 +9,7 @@ import cli
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ from torch import nn
 import export_jetson
 import model
 import prep_conditional_data
+import prep_image_data
 import train
 from corpus.tokens import BOS, EOS, MASK, PAD
 from data_prep import DataConfig, prepare
@@ -225,13 +227,42 @@ def joint_checkpoint(sharp_checkpoint, tmp_path_factory):
                           for name, shape in shapes.items()}
     network = checkpoints.model_from_checkpoint(source)
     with torch.no_grad():
-        network.embedding.weight[[PAD, EOS]] *= 1.5
+        network.embedding.weight[[PAD, EOS]] *= 1.6
     path = tmp_path_factory.mktemp("shared") / "joint.pt"
     checkpoints.save_checkpoint(
         path, network, source["tokenizer"], source["length_histogram"], kind="joint", ema=None,
         step=1, train_config=source["train_config"] | {"objective": "joint",
                                                        "block_sizes": "4,16,row"})
     return path
+
+
+@pytest.fixture(scope="session")
+def picture_dir(long_data_dir, tmp_path_factory):
+    """Two sentences about each of the pictures of tests/data/emoji."""
+    folder, emoji = tmp_path_factory.mktemp("pictures"), ROOT / "tests/data/emoji"
+    lines = [json.loads(line) for line in (emoji / "pairs.jsonl").read_text().splitlines()]
+    with open(folder / "pairs.jsonl", "w") as file:
+        for i, line in enumerate(lines):
+            shutil.copy(emoji / line["image"], folder / f"{i}.png")
+            for k in range(2):
+                file.write(json.dumps({"image": f"{i}.png", "story": line["name"], "text": (
+                    "Once upon a time there was a ", "Look at the ")[k] + line["name"] + ".",
+                    "split": "val" if i % 3 == 0 else "train"}) + "\n")
+    prep_image_data.main(["--pairs", str(folder / "pairs.jsonl"), "--data_dir", str(long_data_dir),
+                          "--output_dir", str(folder / "data"), "--image_size", "16"])
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def picture_checkpoint(joint_checkpoint, picture_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("picture_run")
+    train.main(["--stage", "2", "--objective", "joint", "--decoder_checkpoint",
+                str(joint_checkpoint), "--data_dir", str(picture_dir), "--checkpoint_dir",
+                str(folder / "run"), "--lora_rank", "2", "--max_steps", "6", "--encoder_config",
+                "micro", "--batch_tokens", "512",
+                "--valid_every", "3", "--valid_rows", "8", "--num_samples", "1", "--sample_steps",
+                "2", "--device", "cpu", "--precision", "fp32"])
+    return folder / "run/best.pt"
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,10 @@ COMMANDS = {
         "--source sample --max_stories 100000",
         ("meta.json", "tokenizer.json", "train_condition_00000.bin"), "--pairs {folder}",
         "--output_dir {file}", NUMPY, room=2**13, whole=True),
+    "prep_image_data.py": Command(
+        "prep_image_data.py", "--pairs {pairs} --data_dir {data} --output_dir {out} --image_size 8",
+        "--pairs {many_pairs}", ("meta.json", "tokenizer.json", "train_condition_00000.bin"),
+        "--pairs {folder}", "--output_dir {file}", NUMPY, room=2**13, whole=True),
     "export_jetson.py": Command(
         "export_jetson.py", "--checkpoint {model} --data_dir {data} --out_dir {out} --precisions "
         "fp32 --report_rows 0", "--precisions fp32 int8 --report_rows 100000",
@@ -107,6 +111,10 @@ COMMANDS = {
     "evaluate.py condition": Command(
         "evaluate.py", f"condition --checkpoint {{conditional}} {EVALUATION} --steps 2 --draws 1 "
         "--max_rows 4 --guidances 1", "--draws 1000000", ("e.json", "e.md"), made=True),
+    "evaluate.py pictures": Command(
+        "evaluate.py", "pictures --checkpoint {pictures} --output {out}/e.json --num_samples 2 "
+        "--max_rows 8 --mode row --draws 1 --device cpu --precision fp32", "--draws 1000000",
+        ("e.json", "e.html", "e.png"), made=True),
     "evaluate.py curves": Command(
         "evaluate.py", "curves --compare {run} --output {out}/c.png", "", ("c.png",),
         "--output {folder}", "--compare {file}", NUMPY),
@@ -160,7 +168,8 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{(name, situation): SHORT for name, command in COMMANDS.items() if not command.long
        for situation in (*SIGNALS, "SIGHUP under nohup")},
     **{(name, situation): "the same code as evaluate.py likelihood, whose row has it"
-       for name in ("evaluate.py samplers", "evaluate.py infilling", "evaluate.py condition")
+       for name in ("evaluate.py samplers", "evaluate.py infilling", "evaluate.py condition",
+                    "evaluate.py pictures")
        for situation in SITUATIONS if situation not in ("closed stdout", "full disk", "SIGTERM")},
     **{(name, situation): "the same code as another of its script, whose row has it"
        for name in ("evaluate.py blocks", "benchmark.py write")
@@ -354,7 +363,7 @@ class Table:
 
 @pytest.fixture(scope="session")
 def table(tmp_path_factory, long_data_dir, checkpoint, conditional_checkpoint, bundle,
-          joint_checkpoint) -> Iterator[Table]:
+          joint_checkpoint, picture_checkpoint, picture_dir) -> Iterator[Table]:
     base = tmp_path_factory.mktemp("hostile")
     (base / "text.txt").write_text(f"\n{SEPARATOR}\n".join(
         f"Story {i}: the café was so small that Tom {'ran ' * (i % 7)}home." for i in range(400)),
@@ -362,7 +371,11 @@ def table(tmp_path_factory, long_data_dir, checkpoint, conditional_checkpoint, b
     (base / "file").touch()
     for name in ("folder", "folder.html"):
         (base / name).mkdir()
+    many = picture_dir.parent / "many.jsonl"
+    many.write_text("".join(f'{{"image": "0.png", "text": "Number {i} is a cat."}}\n'
+                            for i in range(100_000)))
     table = Table(base, dict(
+        pictures=picture_checkpoint, pairs=many.with_name("pairs.jsonl"), many_pairs=many,
         data=long_data_dir, model=checkpoint, conditional=conditional_checkpoint,
         joint=joint_checkpoint, run=checkpoint.parent, bundle=bundle,
         text=base / "text.txt", file=base / "file", folder=base / "folder"))

@@ -144,33 +144,6 @@ def test_settings_that_do_not_belong_to_the_weights_are_refused():
 
 # ---- trained, measured and told ------------------------------------------------------------------
 
-@pytest.fixture(scope="session")
-def picture_dir(long_data_dir, tmp_path_factory):
-    """Sentences about the pictures of tests/data/emoji, in three versions."""
-    folder = tmp_path_factory.mktemp("pictures")
-    lines = [json.loads(line) for line in (EMOJI / "pairs.jsonl").read_text().splitlines()]
-    with open(folder / "pairs.jsonl", "w") as file:
-        for i, line in enumerate(lines):
-            shutil.copy(EMOJI / line["image"], folder / f"{i}.png")
-            for k in range(2):
-                file.write(json.dumps({"image": f"{i}.png", "story": line["name"], "text": (
-                    "Once upon a time there was a ", "Look at the ")[k] + line["name"] + ".",
-                    "split": "val" if i % 3 == 0 else "train"}) + "\n")
-    prep_image_data.main(["--pairs", str(folder / "pairs.jsonl"), "--data_dir", str(long_data_dir),
-                          "--output_dir", str(folder / "data"), "--image_size", "16"])
-    return folder / "data"
-
-
-@pytest.fixture(scope="session")
-def picture_checkpoint(joint_checkpoint, picture_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("picture_run")
-    train.main(["--stage", "2", "--objective", "joint", "--decoder_checkpoint",
-                str(joint_checkpoint), "--data_dir", str(picture_dir), "--checkpoint_dir",
-                str(folder / "run"), "--lora_rank", "2", "--max_steps", "6", "--encoder_config",
-                "micro", *SHORT])
-    return folder / "run/best.pt"
-
-
 def test_only_what_reads_pictures_is_trained(picture_checkpoint, joint_checkpoint):
     run, base = load_checkpoint(picture_checkpoint, None), load_checkpoint(joint_checkpoint, None)
     assert run["kind"] == "conditional_joint" and run["encoder"] == "image"

@@ -17,6 +17,7 @@ import generate
 from block_diffusion import causal_pass
 from corpus.tokens import BOS, EOS, PAD, decode, load_tokenizer
 from generate import main
+from kinds import opening
 from kinds.autoregressive import before_each
 from kinds.checkpoints import load_checkpoint, model_from_checkpoint, save_checkpoint
 from kinds.conditional import ConditionalDiffusion
@@ -483,13 +484,13 @@ def test_an_exported_model_may_have_a_reader(call, fails, monkeypatch, capsys):
     """One that gives probabilities: words are healed, as by the checkpoint."""
     words = ["--num_samples", 2, "--prompt", "Tom had a fri"]
     told = stories_of(call("joint.pt --block_size 4", *words)[0])
-    opened = generate.open_torch
+    opened = opening.open_checkpoint
 
-    def exported(config, conditional, reader=True):
-        source = opened(dataclasses.replace(config, checkpoint="joint.pt", onnx=None), conditional)
+    def exported(config, sort, reader=True):
+        source = opened(dataclasses.replace(config, checkpoint="joint.pt", onnx=None), sort)
         return source._replace(choice=None, reader=source.reader if reader else None)
     monkeypatch.setattr(generate, "open_exported", exported)
-    monkeypatch.setattr(generate, "open_torch", None)
+    monkeypatch.setattr(opening, "open_checkpoint", None)
     lines = []
     monkeypatch.setattr(generate, "print_json", lines.append)
     main([*map(str, words), "--onnx", "step.onnx", "--block_size", "4", "--heal", "--json"])
