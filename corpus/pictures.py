@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from corpus.image_files import with_presence
-from corpus.rows import FORMAT_VERSION, check_version, load_meta
+from corpus.rows import AGAIN, FORMAT_VERSION, load_meta, open_shard
 from corpus.tokens import sha256
 
 PICTURE_MAGIC = int.from_bytes(b"dllmpics", "little")
@@ -109,26 +109,15 @@ class PictureRows:
         self.numbers = np.concatenate(numbers)
 
     def _open(self, shard: dict) -> tuple[np.ndarray, np.ndarray]:
-        binary = self.data_dir / f"{shard['name']}.bin"
-        index = binary.with_suffix(".idx")
-        again = "prepare the data again or copy the folder again"
-        for path in (binary, index):
-            require(path.is_file(), f"{path} is missing; {again}")
         rows, pictures = shard["rows"], shard["tokens"]
-        size, expected = index.stat().st_size, 8 * (PICTURE_HEADER + rows)
-        require(size >= 8 * PICTURE_HEADER, f"{index} is truncated: {expected} bytes expected, "
-                                            f"{size} found; {again}")
-        header = np.fromfile(index, dtype="<i8", count=PICTURE_HEADER)
-        require(int(header[0]) == PICTURE_MAGIC, f"{index} is not an index of pictures; {again}")
-        check_version(index, int(header[1]))
-        require(size == expected, f"{index} is truncated: {expected} bytes expected, {size} found; "
-                                  f"{again}")
+        binary, index, header = open_shard(self.data_dir, shard, PICTURE_MAGIC, PICTURE_HEADER,
+                                           rows, "an index of pictures")
         shape = (pictures, self.size, self.size, 3)
         size, expected = binary.stat().st_size, pictures * 3 * self.size**2
         require(size == expected, f"{binary} is truncated: {expected} bytes expected, {size} "
-                                  f"found; {again}")
+                                  f"found; {AGAIN}")
         require(header[2:].tolist() == [rows, pictures, self.size], f"{index} is damaged: it is "
-                f"not of {rows} rows and {pictures} pictures of {self.size} x {self.size}; {again}")
+                f"not of {rows} rows and {pictures} pictures of {self.size} x {self.size}; {AGAIN}")
         return (np.memmap(binary, dtype=np.uint8, mode="r", shape=shape),
                 np.fromfile(index, dtype="<i8", offset=8 * PICTURE_HEADER))
 

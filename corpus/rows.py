@@ -33,6 +33,7 @@ SPLITS = ("train", "val", "test")
 FORMAT, FORMAT_VERSION = "diffusion-llm data", 1
 SHARD_MAGIC = int.from_bytes(b"dllmrows", "little")
 SHARD_HEADER = 4  # int64: magic, format version, rows, tokens; then rows + 1 offsets
+AGAIN = "prepare the data again or copy the folder again"
 META_KEYS = ("source", "licence", "vocab_size", "seq_len", "bytes_per_token", "length_histogram",
              "tokenizer_sha256", "splits")
 
@@ -119,6 +120,24 @@ def read_tokenizer_file(data_dir: str | Path, meta: dict) -> str:
     return text
 
 
+def open_shard(folder: Path, shard: dict, magic: int, header: int, entries: int, what: str,
+               ) -> tuple[Path, Path, np.ndarray]:
+    """The paths of a shard's .bin and .idx, which are there, and the latter's header, (header,)
+    int64: its magic and version are right, and behind it stand so many `entries`."""
+    binary = folder / f"{shard['name']}.bin"
+    index = binary.with_suffix(".idx")
+    for path in (binary, index):
+        require(path.is_file(), f"{path} is missing; {AGAIN}")
+    size, expected = index.stat().st_size, 8 * (header + entries)
+    truncated = f"{index} is truncated: {expected} bytes expected, {size} found; {AGAIN}"
+    require(size >= 8 * header, truncated)
+    found = np.fromfile(index, dtype="<i8", count=header)
+    require(int(found[0]) == magic, f"{index} is not {what}; {AGAIN}")
+    check_version(index, int(found[1]))
+    require(size == expected, truncated)
+    return binary, index, found
+
+
 class TokenRows:
     """The rows of a split ("train", "val", "test"), memory-mapped. `lengths` is (N,) int64."""
 
@@ -133,30 +152,19 @@ class TokenRows:
         self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
 
     def _open(self, shard: dict) -> tuple[np.ndarray, np.ndarray]:
-        binary = self.data_dir / f"{shard['name']}.bin"
-        index = binary.with_suffix(".idx")
-        again = "prepare the data again or copy the folder again"
-        for path in (binary, index):
-            require(path.is_file(), f"{path} is missing; {again}")
         rows, tokens = shard["rows"], shard["tokens"]
-        size, expected = index.stat().st_size, 8 * (SHARD_HEADER + rows + 1)
-        require(size >= 8 * SHARD_HEADER, f"{index} is truncated: {expected} bytes expected, "
-                                          f"{size} found; {again}")
-        header = np.fromfile(index, dtype="<i8", count=SHARD_HEADER)
-        require(int(header[0]) == SHARD_MAGIC, f"{index} is not a shard index; {again}")
-        check_version(index, int(header[1]))
-        require(size == expected, f"{index} is truncated: {expected} bytes expected, {size} found; "
-                                  f"{again}")
+        binary, index, header = open_shard(self.data_dir, shard, SHARD_MAGIC, SHARD_HEADER,
+                                           rows + 1, "a shard index")
         offsets = np.memmap(index, dtype="<i8", mode="r", offset=8 * SHARD_HEADER)
         size = binary.stat().st_size
         require(size == 2 * tokens and int(offsets[-1]) == tokens,
-                f"{binary} is truncated: {2 * tokens} bytes expected, {size} found; {again}")
+                f"{binary} is truncated: {2 * tokens} bytes expected, {size} found; {AGAIN}")
         condition = self.meta.get("condition") if self.split.endswith("_condition") else None
         longest = condition["max_len"] if condition else self.meta["seq_len"]
         lengths = np.diff(offsets)
         require(header[2:].tolist() == [rows, tokens] and offsets[0] == 0 and lengths.min() >= 1
                 and lengths.max() <= longest, f"{index} is damaged: its rows are not one behind "
-                f"the other, of 1 to {longest} tokens; {again}")
+                f"the other, of 1 to {longest} tokens; {AGAIN}")
         return np.memmap(binary, dtype="<u2", mode="r"), offsets
 
     def __len__(self) -> int:

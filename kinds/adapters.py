@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from corpus.tokens import is_length_histogram
+from kinds.kind import averaged
 from kinds.registry import KINDS
 from model import is_of_condition
 
@@ -27,10 +28,6 @@ LORA = ("lora_rank", "lora_alpha", "lora_targets")
 # What else it takes over from its checkpoint, and a checkpoint from it
 KEPT = ("kind", "data", "encoder", "encoder_config", "tokenizer_sha256", "length_histogram", "step",
         "tokens_seen", "seconds", "torch_version", "data_source", "licence")
-
-
-def averaged(checkpoint: dict) -> dict[str, Tensor]:
-    return checkpoint["weights"] if checkpoint.get("ema") is None else checkpoint["ema"]
 
 
 def base_hash(weights: dict[str, Tensor]) -> str:
@@ -57,12 +54,13 @@ def adapter_of(checkpoint: dict, dtype: torch.dtype = torch.bfloat16) -> dict:
                         for name, weight in weights.items() if is_of_condition(name)}}
 
 
+def are_tensors(weights: Any) -> bool:
+    return isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
+
+
 def wrong_entries(adapter: dict) -> list[str]:
     """The names of an adapter's entries that are not of the form that is written here."""
-    def are_tensors(weights: Any) -> bool:
-        return isinstance(weights, dict) and all(
-            isinstance(name, str) and is_of_condition(name) and isinstance(weight, Tensor)
-            for name, weight in weights.items())
     kind = adapter.get("kind")
     right = {"kind": isinstance(kind, str) and kind in KINDS and KINDS[kind].conditional,
              "encoder": isinstance(adapter.get("encoder"), str),
@@ -73,7 +71,8 @@ def wrong_entries(adapter: dict) -> list[str]:
              "lora": isinstance(adapter.get("lora"), dict) and set(adapter["lora"]) <= set(LORA)
              and all(isinstance(value, int | float | str) for value in adapter["lora"].values()),
              "train_config": isinstance(adapter.get("train_config"), dict),
-             "weights": are_tensors(adapter.get("weights"))}
+             "weights": are_tensors(adapter.get("weights"))
+             and all(map(is_of_condition, adapter["weights"]))}
     return [name for name, fine in right.items() if not fine]
 
 

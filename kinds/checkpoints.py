@@ -19,10 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from corpus.tokens import is_length_histogram, load_tokenizer, sha256
-from kinds.adapters import ADAPTER_FORMAT, ADAPTER_VERSION, beside, check_adapter, on_its_base
+from kinds.adapters import (
+    ADAPTER_FORMAT,
+    ADAPTER_VERSION,
+    are_tensors,
+    beside,
+    check_adapter,
+    on_its_base,
+)
+from kinds.kind import averaged
 from kinds.registry import KINDS
 from model import DiffusionTransformer
 from network.encoders import reads_pictures
@@ -78,9 +85,7 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
             f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
     missing = [key for key in CHECKPOINT_KEYS if key not in contents]
     require(not missing, f"{path} lacks {', '.join(missing)}: it was not written by train.py")
-    kinds = (kind,) if isinstance(kind, str) else kind
-    require(kinds is None or contents["kind"] in kinds, f"{path}: {contents['kind']} model; "
-            f"what is needed here is of the kind: {' or '.join(kinds or ())} model")
+    check_kind(path, contents, kind)
     wrong = wrong_entries(contents)
     require(not wrong, f"{path} was changed after train.py wrote it ({', '.join(wrong)}): name "
                        "another .pt file")
@@ -102,10 +107,14 @@ def load_adapted(path: str | Path, base: str | Path,
             "2 and python -m training.slim --adapter make one")
     check_adapter(path, adapter)
     contents = beside(path, adapter, load_checkpoint(base, None), base)
+    check_kind(path, contents, kind)
+    return contents
+
+
+def check_kind(path: Path, contents: dict, kind: str | tuple[str, ...] | None) -> None:
     kinds = (kind,) if isinstance(kind, str) else kind
     require(kinds is None or contents["kind"] in kinds, f"{path}: {contents['kind']} model; "
             f"what is needed here is of the kind: {' or '.join(kinds or ())} model")
-    return contents
 
 
 def read_file(path: Path) -> dict:
@@ -180,11 +189,6 @@ def wrong_entries(contents: dict) -> list[str]:
     return [key for key, fine in right.items() if not fine]
 
 
-def are_tensors(weights: Any) -> bool:
-    return isinstance(weights, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
-
-
 def find_checkpoint(name: str | None, kind: str | tuple[str, ...] | None = None,
                     pictures: bool | None = None) -> Path:
     """The checkpoint of that name, or the newest best.pt of this `kind` (as in load_checkpoint) in
@@ -243,8 +247,7 @@ def described(path: Path) -> tuple[str, str | None] | None:
 
 def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTransformer:
     """The network of a checkpoint, with its averaged (EMA) weights where there are any."""
-    average = checkpoint.get("ema") if use_ema else None
-    weights = checkpoint["weights"] if average is None else average
+    weights = averaged(checkpoint) if use_ema else checkpoint["weights"]
     try:
         model = KINDS[checkpoint["kind"]].restore(checkpoint, weights)
         model.load_state_dict(weights)

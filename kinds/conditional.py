@@ -19,7 +19,7 @@ from torch import Tensor
 
 from block_diffusion import JointDiffusion
 from diffusion import DiscreteDiffusion
-from kinds.kind import Kind
+from kinds.kind import Kind, averaged
 from model import ConditionalTransformer, is_of_condition, size_of
 from network.encoders import ENCODERS, ConditionEncoder, FrozenEncoder
 from network.layers import ModelConfig
@@ -52,7 +52,7 @@ class Conditional(Kind):
             {} if decoder.lora_rank else adapter_settings(config)))
         require(meta["seq_len"] <= decoder.max_len, f"{config.data_dir} has rows of up to "
                 f"{meta['seq_len']} tokens, {path} was trained on at most {decoder.max_len}")
-        weights = source["weights"] if source.get("ema") is None else source["ema"]
+        weights = averaged(source)
         has_one = source["kind"] == self.name
         if has_one:
             for name in ("encoder_config", "image_encoder"):

@@ -185,3 +185,8 @@ def drawn_lengths(histogram: dict, count: int, seed: int, longest: int) -> list[
     """Numbers of tokens for `count` stories, from the length histogram of meta.json; rows hold at
     most `longest`, [BOS] and [EOS] included."""
     return [draw_length(histogram, seed, i) or longest - 2 for i in range(count)]
+
+
+def averaged(checkpoint: dict) -> dict[str, Tensor]:
+    """The averaged (EMA) weights of a checkpoint, or its weights where it has no others."""
+    return checkpoint["weights"] if checkpoint.get("ema") is None else checkpoint["ema"]

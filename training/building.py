@@ -13,7 +13,7 @@ import torch
 from corpus.rows import TokenRows, content_hashes, read_tokenizer_file
 from corpus.tokens import load_tokenizer
 from kinds.checkpoints import check_tokenizer, load_checkpoint, model_from_checkpoint
-from kinds.kind import NETWORK_SETTINGS, Kind
+from kinds.kind import NETWORK_SETTINGS, Kind, averaged
 from kinds.registry import kind_of_run
 from model import DiffusionTransformer
 from network.hardware import pick_precision, precision_reason
@@ -177,7 +177,7 @@ def start_from(model: DiffusionTransformer, config: TrainConfig, source: dict) -
                  and ours[name] != theirs.get(name, ours[name])]
     require(not different, f"--init_from {config.init_from}: its model is not of the size of "
             f"--model_config {config.model_config}, or has other settings ({', '.join(different)})")
-    weights = source["weights"] if source.get("ema") is None else source["ema"]
+    weights = averaged(source)
     missing, strange = model.load_state_dict({
         name: weight for name, weight in weights.items() if not name.startswith("draft.")},
         strict=False)
