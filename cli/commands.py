@@ -45,6 +45,8 @@ def run(main: Callable[[], None], prints: bool = False) -> None:
                 raise
             # A library that was interrupted may fail with an error of its own.
             raise _Ended(told[0]) from error
+        if told:  # A library took what was raised for an error of its own, and went on.
+            raise _Ended(told[0])
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
     except UserError as error:
         _fail(str(error), error.status)

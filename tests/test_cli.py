@@ -171,6 +171,15 @@ def test_what_is_printed_ends_with_its_reader_and_needs_one(tmp_path):
 
 
 @posix
+def test_a_signal_that_a_library_swallowed_ends_the_command_all_the_same(tmp_path):
+    code = ("import os, signal, cli\ndef main():\n    try:\n        os.kill(os.getpid(), "
+            "signal.SIGTERM)\n    except BaseException:\n        pass\n"
+            "cli.run(main)")
+    done = shell(code, tmp_path / "file", "")
+    assert done.returncode == 143 and done.stderr == b"error: stopped by SIGTERM\n"
+
+
+@posix
 def test_a_closed_stream_is_never_a_file_of_ours(tmp_path):
     """Else the first file opened has the number of stderr, and C code prints into it."""
     code = ("import os, sys, cli\ndef main():\n    with cli.atomic_file(sys.argv[1]) as file:\n"

@@ -343,6 +343,9 @@ class Table:
         clock."""
         chance = random.Random(f"{command.args} {situation}").random()
         ends = time.monotonic() + SECONDS / 2
+        while LAUNCH.encode() in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            assert time.monotonic() < ends
+            time.sleep(0.001)  # until it is the command, with its signals set
         if situation == "Ctrl-C at the start":  # while the libraries are read
             moment = 0.15 + chance * (command.starts - 0.15)
         elif situation == "SIGHUP under nohup":  # which is to change nothing
