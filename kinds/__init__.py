@@ -7,6 +7,7 @@
     drafts.py          a joint model whose draft head is in training
     likelihood.py      batches with hidden tokens, their loss and the nats measured on them
     checkpoints.py     the .pt files of every kind
+    files.py           .pt files, read without running code from them; encoders in them
     adapters.py        those with what a condition adds to a model, without the model
     opening.py         a checkpoint as what writes stories
 

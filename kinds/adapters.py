@@ -12,12 +12,12 @@ from cli import require
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from corpus.tokens import is_length_histogram
+from kinds.files import are_tensors
 from kinds.kind import averaged
 from kinds.registry import KINDS
 from model import is_of_condition
@@ -52,11 +52,6 @@ def adapter_of(checkpoint: dict, dtype: torch.dtype = torch.bfloat16) -> dict:
             "train_config": settings,
             "weights": {name: weight.to(dtype) if weight.is_floating_point() else weight
                         for name, weight in weights.items() if is_of_condition(name)}}
-
-
-def are_tensors(weights: Any) -> bool:
-    return isinstance(weights, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
 
 
 def wrong_entries(adapter: dict) -> list[str]:

@@ -13,7 +13,6 @@ from cli import UserError, atomic_file, require
 
 import dataclasses
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,8 @@ from typing import Any
 import torch
 
 from corpus.tokens import is_length_histogram, load_tokenizer, sha256
-from kinds.adapters import (
-    ADAPTER_FORMAT,
-    ADAPTER_VERSION,
-    are_tensors,
-    beside,
-    check_adapter,
-    on_its_base,
-)
+from kinds.adapters import ADAPTER_FORMAT, ADAPTER_VERSION, beside, check_adapter, on_its_base
+from kinds.files import are_tensors, read_file
 from kinds.kind import averaged
 from kinds.registry import KINDS
 from model import DiffusionTransformer
@@ -115,27 +108,6 @@ def check_kind(path: Path, contents: dict, kind: str | tuple[str, ...] | None) -
     kinds = (kind,) if isinstance(kind, str) else kind
     require(kinds is None or contents["kind"] in kinds, f"{path}: {contents['kind']} model; "
             f"what is needed here is of the kind: {' or '.join(kinds or ())} model")
-
-
-def read_file(path: Path) -> dict:
-    """What torch.save wrote into a file, a dict, without running code from it. UserError for
-    anything else."""
-    require(not path.is_dir(), f"{path} is a folder; name a .pt file in it")
-    require(path.is_file(), f"no checkpoint {path}: train one first, `python train.py`")
-    contents, cause = None, None
-    if zipfile.is_zipfile(path):  # as torch.save writes; anything else is refused unopened
-        try:
-            with zipfile.ZipFile(path) as archive:
-                # torch looks at no checksum, and would unpack what is larger than the file.
-                if archive.testzip() is None and not any(
-                        entry.compress_type for entry in archive.infolist()):
-                    contents = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle can raise nearly anything
-            cause = error
-    if contents is None:
-        raise UserError(f"{path} is not a checkpoint of this program, or is damaged; name a .pt "
-                        "file that train.py wrote") from cause
-    return contents if isinstance(contents, dict) else {}
 
 
 def bases(path: Path) -> Iterator[Path]:

@@ -13,12 +13,14 @@ from cli import require
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from block_diffusion import JointDiffusion
 from diffusion import DiscreteDiffusion
+from kinds.files import load_encoder
 from kinds.kind import Kind, averaged
 from model import ConditionalTransformer, is_of_condition, size_of
 from network.encoders import ENCODERS, ConditionEncoder, FrozenEncoder
@@ -110,7 +112,15 @@ def new_encoder(config: Any, decoder: ModelConfig, condition: dict) -> Condition
     if config.image_encoder:
         require(sort.of_pictures, f"--image_encoder: {config.data_dir} has no pictures; leave it "
                                   "out")
-        return FrozenEncoder.from_file(config.image_encoder, decoder, condition)
+        if Path(config.image_encoder).suffix != ".pt":
+            return FrozenEncoder.from_file(config.image_encoder, decoder, condition)
+        require(not config.encoder_config, f"--encoder_config: that of {config.image_encoder} has "
+                                           "its size already; leave it out")
+        encoder = load_encoder(config.image_encoder)
+        require(encoder.size == condition["size"], f"--image_encoder {config.image_encoder} reads "
+                f"pictures of {encoder.size} x {encoder.size}, {config.data_dir} has them of "
+                f"{condition['size']} x {condition['size']}")
+        return encoder
     return sort.create(decoder, condition,
                        size_of(config.encoder_config) if config.encoder_config else None)
 

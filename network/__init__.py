@@ -7,6 +7,7 @@
     conditioning.py  what an encoder of conditions is: the seam for their sorts
     encoders.py     those that there are, and the one of text
     image_encoders.py  those of pictures
+    edges.py        what these are given of a patch
     lora.py         low-rank adapters beside the matrices
     head_loss.py    vocabulary head and cross-entropy in one, in chunks
     draft_head.py   drafts of what a model would write

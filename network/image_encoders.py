@@ -20,6 +20,7 @@ from corpus.rows import TokenRows
 from corpus.tokens import EOS, sha256
 from network.attention import View
 from network.conditioning import ConditionEncoder, Reading
+from network.edges import CELLS, FEATURES, EdgesAndColours
 from network.layers import Linear, ModelConfig, rms_norm
 from network.transformer import BlockStack, check_blocks, make_blocks
 
@@ -61,19 +62,22 @@ class ImageEncoder(BlockStack, PictureReader):
     """Reads pictures, in patches: (B, size, size, 4) uint8, the fourth channel 0 where there is no
     picture (arXiv 2010.11929, with the blocks of the denoiser).
 
-    Where a patch stands is told by a learned vector, and by rotary positions in two dimensions: the
-    first half of a head's pairs is turned by its row, the second by its column.
+    Of a patch it is given edges and colours (network/edges.py), not pixels. Where a patch stands is
+    told by a learned vector, and by rotary positions in two dimensions: the first half of a head's
+    pairs is turned by its row, the second by its column. Every block of the denoiser reads the last
+    states: what is shown is only there.
     """
 
     sort = "image"
 
     def __init__(self, config: ModelConfig, size: int, patch: int):
         super().__init__()
-        require(size % patch == 0 and patch > 0, f"pictures of {size} x {size} cannot be cut into "
-                                                 f"patches of {patch} x {patch}")
+        require(patch > 0 and not size % patch and not patch % CELLS, f"pictures of {size} x "
+                f"{size} cannot be cut into patches of {patch} x {patch}")
         self.config, self.size, self.patch = config, size, patch
         self.width, self.compute_dtype = config.width, torch.float32
-        self.patches = Linear(3 * patch * patch, config.width)
+        self.features = EdgesAndColours(patch)
+        self.patches = Linear(FEATURES, config.width)
         across = size // patch
         self.place = nn.Parameter(torch.zeros(across * across, config.width))
         self.blocks = make_blocks(config)
@@ -102,11 +106,12 @@ class ImageEncoder(BlockStack, PictureReader):
     @classmethod
     def restore(cls, settings: dict[str, Any], weights: dict[str, Tensor]) -> "ImageEncoder":
         config, size, patch = settings["config"], settings["size"], settings["patch"]
-        if not type(size) is type(patch) is int or not 0 < patch <= size <= 4096 or size % patch:
+        if (not type(size) is type(patch) is int or not 0 < patch <= size <= 4096 or size % patch
+                or patch % CELLS):
             raise TypeError("size and patch are not of pictures")
         config = ModelConfig(**config)
         check_blocks(config, weights)
-        if (weights["patches.weight"].shape != (config.width, 3 * patch * patch)
+        if (weights["patches.weight"].shape != (config.width, FEATURES)
                 or weights["place"].shape != ((size // patch) ** 2, config.width)):
             raise RuntimeError("the weights are of another size")
         return cls(config, size, patch)
@@ -116,16 +121,12 @@ class ImageEncoder(BlockStack, PictureReader):
 
     def forward(self, batch: Tensor) -> Reading:
         given = batch[..., 3].flatten(1).amax(1) > 0  # (B,)
-        count, across, patch = len(batch), self.size // self.patch, self.patch
-        colours = batch[..., :3].to(self.compute_dtype) / 127.5 - 1
-        cut = colours.view(count, across, patch, across, patch, 3).transpose(2, 3)
-        x = self.patches(cut.reshape(count, across * across, -1)) + self.place.to(
+        colours = batch[..., :3].permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = self.patches(self.features(colours).to(self.compute_dtype)) + self.place.to(
             self.compute_dtype)  # (B, S, E)
-        states: list[Tensor] = []
-        view = View(self.cos.to(x.dtype), self.sin.to(x.dtype))
-        last = self.through_blocks(x, view, states=states)
-        places = torch.zeros(count, across * across, dtype=torch.int64, device=batch.device)
-        return Reading([*states, last], places, given[:, None].expand(places.shape))
+        states = self.through_blocks(x, View(self.cos.to(x.dtype), self.sin.to(x.dtype)))
+        places = torch.zeros(x.shape[:2], dtype=torch.int64, device=batch.device)
+        return Reading([states], places, given[:, None].expand(places.shape))
 
 
 PATCH = 8  # pixels across
@@ -177,7 +178,7 @@ class FrozenEncoder(PictureReader):
     def from_file(cls, path: str, decoder: ModelConfig, condition: dict) -> "FrozenEncoder":
         """Raises UserError for a file that is no such model."""
         require(Path(path).is_file() and Path(path).suffix == ".onnx", f"--image_encoder {path}: "
-                "name an .onnx file of a vision model")
+                "name the .onnx file of a vision model, or a .pt file of training.naming")
         graph = Path(path).read_bytes()
         session = session_of(sha256(graph), graph, path)
         inputs = [(entry.type, entry.shape) for entry in session.get_inputs()]

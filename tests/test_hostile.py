@@ -147,6 +147,10 @@ COMMANDS = {
     "training.slim": Command(
         "-m training.slim", "--checkpoint {model} --output {out}/s.pt", "", ("s.pt",),
         "--output {folder}", "--output {file}/s.pt", made=True),
+    "training.naming": Command(
+        "-m training.naming", "--emoji {styles}/one {styles}/two --held_out two --image_size 16 "
+        "--batch 8 --max_steps 3 --valid_every 1 --device cpu --output {out}/n.pt",
+        "--max_steps 1000000", ("n.pt",), "--output {folder}", "--output {file}/n.pt", made=True),
     "corpus.sample_stories": Command("-m corpus.sample_stories", "--count 2000", "--count 100000",
                                      starts=0.1),
 }
@@ -377,7 +381,10 @@ def table(tmp_path_factory, long_data_dir, checkpoint, conditional_checkpoint, b
     many = picture_dir.parent / "many.jsonl"
     many.write_text("".join(f'{{"image": "0.png", "text": "Number {i} is a cat."}}\n'
                             for i in range(100_000)))
+    for style in ("one", "two"):
+        shutil.copytree(ROOT / "tests/data/emoji", base / "styles" / style)
     table = Table(base, dict(
+        styles=base / "styles",
         pictures=picture_checkpoint, pairs=many.with_name("pairs.jsonl"), many_pairs=many,
         data=long_data_dir, model=checkpoint, conditional=conditional_checkpoint,
         joint=joint_checkpoint, run=checkpoint.parent, bundle=bundle,

@@ -17,6 +17,7 @@ from kinds.checkpoints import load_checkpoint, model_from_checkpoint
 from kinds.likelihood import Nelbo
 from measuring import pictures as measured
 from model import ConditionalTransformer, create_model, is_of_condition
+from network.edges import COLOURS, DIRECTIONS, FEATURES, EdgesAndColours
 from network.encoders import ENCODERS, FrozenEncoder, ImageEncoder, varied
 from network.layers import ModelConfig
 from training.config import TrainConfig
@@ -41,16 +42,38 @@ def some_pictures(count: int, size: int = 16) -> torch.Tensor:
 
 # ---- the encoder ---------------------------------------------------------------------------------
 
-def test_a_place_reads_its_own_patch_alone_before_the_blocks():
+def test_what_a_patch_is_given_comes_from_it_and_the_cells_around_it():
     """Which pixels stand in which patch, row by row."""
-    reader, pictures = encoder(), some_pictures(1)
+    reader, pictures = encoder(32), some_pictures(1, 32)
     changed = pictures.clone()
-    changed[0, 3, 12, 1] ^= 128  # in the second patch of the first row
+    changed[0, 13, 13, 1] ^= 128  # in the second patch of the second row, its last cell
     with torch.no_grad():
-        before, after = (reader(batch).states[0] for batch in (pictures, changed))
-    assert before.shape == (1, 4, reader.width)
-    assert [bool((a != b).any()) for a, b in zip(before[0], after[0], strict=True)] == [
-        False, True, False, False]
+        before, after = (reader.features(batch[..., :3].permute(0, 3, 1, 2) / 127.5 - 1)[0]
+                         for batch in (pictures, changed))
+    assert before.shape == (16, FEATURES)
+    differs = (before != after).view(4, 4, DIRECTIONS + COLOURS, 4)  # a patch's cells last
+    assert differs[1, 1].any(0).tolist() == [True] * 4
+    expected = torch.zeros(4, 4, dtype=torch.bool)
+    expected[1:3, 1:3] = True  # the neighbourhoods of the cells beside it
+    assert torch.equal(differs.any(-1).any(-1), expected)
+    colours = differs[:, :, DIRECTIONS:].any(2)
+    assert colours.nonzero().tolist() == [[1, 1, 3]]
+
+
+def test_edges_are_told_by_their_direction_and_little_by_how_strong_they_are():
+    across = torch.zeros(1, 3, 16, 16)
+    across[..., 6:] = 1.0  # brighter to the right: an edge from top to bottom, within a cell
+    turned, faint = across.mT.flip(2), across * 0.4
+    edges, weak = (EdgesAndColours(8)(picture).view(4, DIRECTIONS + COLOURS, 4)[0, :, 1]
+                          for picture in (across, faint))
+    assert edges[:DIRECTIONS].argmax() == 0 and edges[DIRECTIONS // 2] < -0.9
+    assert torch.allclose(weak[:DIRECTIONS], edges[:DIRECTIONS], atol=0.5)
+    rows = EdgesAndColours(8)(turned).view(4, DIRECTIONS + COLOURS, 4)
+    assert rows[..., :].amax((0, 2))[:DIRECTIONS].argmax() == DIRECTIONS // 2
+    flat = EdgesAndColours(8)(torch.full((1, 3, 16, 16), 0.5))
+    assert flat.isfinite().all()
+    flat = flat.view(4, DIRECTIONS + COLOURS, 4)
+    assert (flat[:, :DIRECTIONS] < -0.9).all() and (flat[:, DIRECTIONS:] == 0.5).all()
 
 
 def test_where_a_patch_stands_is_told_in_two_dimensions():
@@ -368,7 +391,7 @@ def test_it_is_trained_beside_and_kept_in_the_checkpoint(vision, joint_checkpoin
     generate.main(["--checkpoint", str(tmp_path / "adapter.pt"), *told])
     assert len(capsys.readouterr().out.splitlines()) == 2
     train.main(["--resume", "--checkpoint_dir", str(tmp_path / "run"), "--max_steps", "4"])
-    for error, name, content in (("name an .onnx file", "nowhere.onnx", None),
+    for error, name, content in (("name the .onnx file", "nowhere.onnx", None),
                                  ("no graph", "text.onnx", b"no graph")):
         if content:
             (tmp_path / name).write_bytes(content)

@@ -58,8 +58,10 @@ class TrainConfig:
                                                 "of stage 2")
     encoder_config: str | None = flag(None, "stage 2: size of the encoder (default: that of the "
                                             "model, and it starts with the model's weights)")
-    image_encoder: str | None = flag(None, "stage 2: .onnx file of a vision model that reads the "
-                                           "pictures and stays as it is (default: one is trained)")
+    image_encoder: str | None = flag(None, "stage 2: what reads the pictures: a .pt file of python "
+                                           "-m training.naming, which is trained on, or the .onnx "
+                                           "file of a vision model, which stays as it is (default: "
+                                           "one that knows nothing yet)")
     condition_dropout: float = flag(0.1, "stage 3, or stage 2 with adapters: share of the rows "
                                          "that are trained without their condition, for guidance "
                                          "(else the model without it cannot change)")
