@@ -25,19 +25,24 @@ from corpus.tokens import BOS, EOS, MASK, decode, length_nats, load_tokenizer, s
 from data_prep import DataConfig, prepare, verify
 from jetson import engine_runtime
 from jetson.engine_runtime import BUNDLE_FORMAT, BUNDLE_VERSION, Bundle, read_bundle
+from kinds.adapters import adapter_of
 from kinds.checkpoints import (
+    load_adapted,
     load_checkpoint,
     model_from_checkpoint,
     save_checkpoint,
     tokenizer_from_checkpoint,
 )
-from model import DiffusionTransformer
+from kinds.files import ENCODER_FORMAT, load_encoder
+from model import ConditionalTransformer, DiffusionTransformer
+from network.encoders import ImageEncoder
 from network.layers import ModelConfig
 from sampling.rows import GAP, draw_length, infill_row
 from sampling.sampler import Sampler
 
 fuzz = settings(max_examples=1000, derandomize=True, deadline=None, database=None,
                 suppress_health_check=list(HealthCheck))
+fewer = settings(fuzz, max_examples=300)  # where the readers are mostly those of other examples
 SPARE = 2**31  # bytes that an example may take
 
 
@@ -287,6 +292,69 @@ def test_a_checkpoint_of_other_contents_is_refused_or_used(small_checkpoint, tmp
         use(path)
     except UserError:
         pass
+
+
+@pytest.fixture(scope="module")
+def small_adapter(folder, small_checkpoint) -> dict:
+    """What a picture adds to the small checkpoint, in the file adapter.pt beside it."""
+    base = load_checkpoint(small_checkpoint)
+    config = ModelConfig(**base["model_config"] | {"lora_rank": 2, "lora_alpha": 4.0,
+                                                   "lora_targets": "query,out"})
+    size = ModelConfig(width=8, heads=2, layers=1)
+    model = ConditionalTransformer(config, ImageEncoder.create(config, {"size": 8}, size))
+    model.load_decoder(base["weights"])
+    path = folder / "conditional.pt"
+    save_checkpoint(path, model, base["tokenizer"], base["length_histogram"], ema=None, step=1,
+                    train_config={"stage": 2}, kind="conditional")
+    contents = adapter_of(load_checkpoint(path, kind=None))
+    path.unlink()
+    torch.save(contents, folder / "adapter.pt")
+    return contents
+
+
+@fewer
+@given(edits=changes())
+def test_an_adapter_of_other_contents_is_refused_or_used(small_checkpoint, small_adapter, tmp_path,
+                                                         edits):
+    path = tmp_path / "x.pt"
+    torch.save(changed(plain(small_adapter), edits), path)
+    try:
+        model = model_from_checkpoint(load_adapted(path, small_checkpoint))
+    except UserError:
+        return
+    with torch.no_grad():
+        model(torch.full((1, 4), MASK), context=model.encode(model.encoder.example(1)))
+
+
+@fewer
+@given(spoil=damage())
+def test_a_damaged_adapter_is_refused_or_whole(small_checkpoint, small_adapter, folder, tmp_path,
+                                               spoil):
+    path = tmp_path / "x.pt"
+    path.write_bytes(spoil((folder / "adapter.pt").read_bytes()))
+    try:
+        weights = load_adapted(path, small_checkpoint)["weights"]
+    except UserError as error:
+        assert str(path) in str(error)
+        return
+    for name, weight in small_adapter["weights"].items():
+        assert torch.equal(weights[name], weight)
+
+
+@fewer
+@given(edits=changes())
+def test_an_encoder_of_other_contents_is_refused_or_used(small_adapter, tmp_path, edits):
+    size = ModelConfig(width=8, heads=2, layers=1)
+    encoder = ImageEncoder.create(ModelConfig(), {"size": 8}, size)
+    path = tmp_path / "x.pt"
+    torch.save(changed(plain({**ENCODER_FORMAT, "encoder": "image", "encoder_config":
+                              encoder.settings(), "weights": encoder.state_dict()}), edits), path)
+    try:
+        encoder = load_encoder(path)
+    except UserError:
+        return
+    with torch.no_grad():
+        encoder(encoder.example(1))
 
 
 class Bomb:

@@ -18,6 +18,7 @@ from cli import atomic_file, check_writable, flag, parse, require, run
 import dataclasses
 import math
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -184,6 +185,7 @@ class Naming:
                     tqdm.write(f"step {self.step}: loss {loss:.3f}; named {figures['named']:.1%} "
                                f"of the held-out pictures among {figures['names']} names, "
                                f"{figures['one_of_8']:.1%} among {CHOICES}")
+                    sys.stdout.flush()
         print(f"wrote {config.output}, {Path(config.output).stat().st_size / 1e6:.1f} MB")
 
     def take(self) -> float:
