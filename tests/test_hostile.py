@@ -181,6 +181,9 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{("training.slim", situation): "it is over in a second, and prints a line"
        for situation in SITUATIONS if situation not in ("full disk", "read-only place",
                                                         "a folder as file", "a file as folder")},
+    **{("training.naming", situation): "the streams and folders of train.py, whose row has it"
+       for situation in SITUATIONS if situation not in ("closed stdout", "full disk", "SIGTERM",
+                                                        "a folder as file", "a file as folder")},
     **{(name, "SIGHUP under nohup"): "cli sets the handlers of all; one of each kind is enough"
        for name in COMMANDS if name not in ("train.py", "data_prep.py", "corpus.sample_stories")},
     **{("corpus.sample_stories", situation): "it reads no file"
@@ -382,7 +385,9 @@ def table(tmp_path_factory, long_data_dir, checkpoint, conditional_checkpoint, b
     many.write_text("".join(f'{{"image": "0.png", "text": "Number {i} is a cat."}}\n'
                             for i in range(100_000)))
     for style in ("one", "two"):
-        shutil.copytree(ROOT / "tests/data/emoji", base / "styles" / style)
+        folder = shutil.copytree(ROOT / "tests/data/emoji", base / "styles" / style)
+        text = (folder / "pairs.jsonl").read_text()
+        (folder / "pairs.jsonl").write_text(text.replace('"noto"', f'"{style}"'))
     table = Table(base, dict(
         styles=base / "styles",
         pictures=picture_checkpoint, pairs=many.with_name("pairs.jsonl"), many_pairs=many,
