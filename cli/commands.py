@@ -14,14 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 
-class _Ended(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP: all clean up alike."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
-
-
 def run(main: Callable[[], None], prints: bool = False) -> None:
     """Runs a script's `main`; a mistake of the user ends in one line on stderr, not a traceback.
 
@@ -44,14 +36,14 @@ def run(main: Callable[[], None], prints: bool = False) -> None:
             if not told or isinstance(error, Stopped):
                 raise
             # A library that was interrupted may fail with an error of its own.
-            raise _Ended(told[0]) from error
+            raise KeyboardInterrupt from error
         if told:  # A library took what was raised for an error of its own, and went on.
-            raise _Ended(told[0])
+            raise KeyboardInterrupt
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
     except UserError as error:
         _fail(str(error), error.status)
-    except KeyboardInterrupt as end:
-        number = getattr(end, "number", signal.SIGINT)
+    except KeyboardInterrupt:
+        number = told[0] if told else signal.SIGINT
         if number != signal.SIGINT:
             _fail(f"stopped by {signal.Signals(number).name}", 128 + number)
         _fail("interrupted", 130)
@@ -70,14 +62,15 @@ def run(main: Callable[[], None], prints: bool = False) -> None:
 
 
 def _handle_ends(told: list[int]) -> dict[int, Any]:
-    """Turns SIGINT, SIGTERM and SIGHUP into `_Ended`, and puts their numbers into `told`; returns
+    """Turns SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, so that all clean up alike,
+    and puts their numbers into `told`; returns
     the handlers before. One that is ignored (as under nohup) stays so."""
     if threading.current_thread() is not threading.main_thread():
         return {}
 
     def end(number: int, frame: object) -> typing.NoReturn:
         told.append(number)
-        raise _Ended(number)
+        raise KeyboardInterrupt
 
     numbers = [signal.SIGINT] * (signal.getsignal(signal.SIGINT) is signal.default_int_handler)
     return {number: signal.signal(number, end) for number in (*numbers, *end_signals())}

@@ -74,7 +74,7 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
             f"{path} is a torch file but not a checkpoint of this program; name a .pt file that "
             "train.py wrote")
     version = contents.get("format_version")
-    require(version in READABLE, f"{path} has checkpoint format version {version}, this "
+    require(type(version) is int and version in READABLE, f"{path} has checkpoint format version {version}, this "
             f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
     missing = [key for key in CHECKPOINT_KEYS if key not in contents]
     require(not missing, f"{path} lacks {', '.join(missing)}: it was not written by train.py")
@@ -223,7 +223,7 @@ def model_from_checkpoint(checkpoint: dict, use_ema: bool = True) -> DiffusionTr
     try:
         model = KINDS[checkpoint["kind"]].restore(checkpoint, weights)
         model.load_state_dict(weights)
-    except (TypeError, RuntimeError, KeyError, ArithmeticError) as error:
+    except (TypeError, ValueError, RuntimeError, KeyError, ArithmeticError) as error:
         raise UserError("the checkpoint's weights do not fit its model settings: it was changed "
                         "after train.py wrote it") from error
     return model.eval()

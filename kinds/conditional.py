@@ -114,8 +114,6 @@ def new_encoder(config: Any, decoder: ModelConfig, condition: dict) -> Condition
                                   "out")
         if Path(config.image_encoder).suffix != ".pt":
             return FrozenEncoder.from_file(config.image_encoder, decoder, condition)
-        require(not config.encoder_config, f"--encoder_config: that of {config.image_encoder} has "
-                                           "its size already; leave it out")
         encoder = load_encoder(config.image_encoder)
         require(encoder.size == condition["size"], f"--image_encoder {config.image_encoder} reads "
                 f"pictures of {encoder.size} x {encoder.size}, {config.data_dir} has them of "

@@ -1,5 +1,5 @@
 """The .pt files of this program, read without running code from them: what torch.save wrote, and an
-encoder that was trained alone. A library of checkpoints.py and conditional.py.
+encoder that was trained alone. A library of whatever reads one.
 """
 
 from cli import UserError, require
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from network.encoders import ENCODERS, ConditionEncoder
+from network.encoders import ImageEncoder
 
 ENCODER_FORMAT = {"format": "diffusion-llm encoder", "format_version": 1}
 
@@ -43,25 +43,28 @@ def are_tensors(weights: object) -> bool:
 
 def check_encoder(path: str | Path, contents: dict) -> None:
     """Refuses (UserError) what is not the content of a file with an encoder of pictures."""
-    found = {name: contents.get(name) for name in ENCODER_FORMAT}
-    require(found == ENCODER_FORMAT, f"{path} is not an encoder of this program: python -m "
-            "training.naming makes one")
-    sort = contents.get("encoder")
-    require(isinstance(sort, str) and sort in ENCODERS and ENCODERS[sort].of_pictures
+    version = contents.get("format_version")
+    require(contents.get("format") == ENCODER_FORMAT["format"] and type(version) is int
+            and version == ENCODER_FORMAT["format_version"], f"{path} is not an encoder of this "
+            "program: python -m training.naming makes one")
+    require(contents.get("encoder") == ImageEncoder.sort
             and isinstance(contents.get("encoder_config"), dict)
             and are_tensors(contents.get("weights")), f"{path} was changed after it was written: "
             "name another file")
 
 
-def load_encoder(path: str | Path) -> ConditionEncoder:
+def load_encoder(path: str | Path) -> ImageEncoder:
     """The encoder of pictures in a file that training/naming.py wrote, to be trained on."""
+    require(Path(path).is_file(), f"--image_encoder {path}: no such file")
     contents = read_file(Path(path))
     check_encoder(path, contents)
     try:
-        encoder = ENCODERS[contents["encoder"]].restore(contents["encoder_config"],
-                                                        contents["weights"])
+        encoder = ImageEncoder.restore(contents["encoder_config"], contents["weights"])
         encoder.load_state_dict(contents["weights"])
-    except (TypeError, RuntimeError, KeyError, ArithmeticError) as error:
+        fits = encoder.config.dropout == 0 and all(
+            weight.isfinite().all() for weight in encoder.state_dict().values())
+    except (TypeError, ValueError, RuntimeError, KeyError, ArithmeticError) as error:
         raise UserError(f"{path}: the weights do not fit the encoder's settings: it was changed "
                         "after it was written") from error
+    require(fits, f"{path} was changed after it was written: name another file")
     return encoder

@@ -26,19 +26,20 @@ class EdgesAndColours(nn.Module):
     def __init__(self, patch: int):
         super().__init__()
         self.cell = patch // CELLS
-        slope = torch.tensor([[-1.0, 0.0, 1.0]]).expand(3, 3) / 3
-        angles = torch.arange(DIRECTIONS) * (math.pi / DIRECTIONS)
-        self.register_buffer("filters", (angles.cos()[:, None, None] * slope
-                                         + angles.sin()[:, None, None] * slope.mT)[:, None],
-                             persistent=False)
+        slope = torch.tensor([[-1.0, 0.0, 1.0]]).expand(3, 3)
+        # exact in every precision that a model may be turned into
+        self.register_buffer("slopes", torch.stack([slope, slope.mT])[:, None], persistent=False)
 
     def forward(self, pictures: Tensor) -> Tensor:
         grey = F.pad(pictures.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-        slopes = F.conv2d(grey, self.filters.to(grey.dtype))  # (B, 8, size, size)
-        energy = F.avg_pool2d(slopes ** 2, self.cell)
+        across, down = (F.conv2d(grey, self.slopes.to(grey.dtype)) / 3).unbind(1)
+        angles = [i * math.pi / DIRECTIONS for i in range(DIRECTIONS)]
+        slopes = torch.stack([math.cos(a) * across + math.sin(a) * down for a in angles], 1)
+        energy = F.avg_pool2d(slopes ** 2, self.cell)  # (B, 8, cells, cells)
+        # outside there are no edges
         around = F.avg_pool2d(energy.sum(1, keepdim=True), 3, 1, 1)
         edges = 4 * (energy / (around + NO_EDGE)).clamp(min=1e-6).sqrt() - 1
         cells = torch.cat([edges, F.avg_pool2d(pictures, self.cell)], dim=1)
-        across = cells.shape[-1] // CELLS
-        return cells.unflatten(3, (across, CELLS)).unflatten(2, (across, CELLS)).permute(
-            0, 2, 4, 1, 3, 5).reshape(len(cells), across**2, FEATURES)
+        count = cells.shape[-1] // CELLS  # of patches across
+        return cells.unflatten(3, (count, CELLS)).unflatten(2, (count, CELLS)).permute(
+            0, 2, 4, 1, 3, 5).reshape(len(cells), count**2, FEATURES)

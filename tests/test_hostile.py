@@ -150,7 +150,8 @@ COMMANDS = {
     "training.naming": Command(
         "-m training.naming", "--emoji {styles}/one {styles}/two --held_out two --image_size 16 "
         "--batch 8 --max_steps 3 --valid_every 1 --device cpu --output {out}/n.pt",
-        "--max_steps 1000000", ("n.pt",), "--output {folder}", "--output {file}/n.pt", made=True),
+        "--max_steps 1000000 --valid_every 1000000", ("n.pt",), "--output {folder}",
+        "--output {file}/n.pt", made=True),
     "corpus.sample_stories": Command("-m corpus.sample_stories", "--count 2000", "--count 100000",
                                      starts=0.1),
 }
@@ -181,9 +182,10 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{("training.slim", situation): "it is over in a second, and prints a line"
        for situation in SITUATIONS if situation not in ("full disk", "read-only place",
                                                         "a folder as file", "a file as folder")},
-    **{("training.naming", situation): "the streams and folders of train.py, whose row has it"
+    **{("training.naming", situation): "the streams and signals of all, which other rows have"
        for situation in SITUATIONS if situation not in ("closed stdout", "full disk", "SIGTERM",
-                                                        "a folder as file", "a file as folder")},
+                                                        "a folder as file", "a file as folder",
+                                                        "dangling link", "read-only place")},
     **{(name, "SIGHUP under nohup"): "cli sets the handlers of all; one of each kind is enough"
        for name in COMMANDS if name not in ("train.py", "data_prep.py", "corpus.sample_stories")},
     **{("corpus.sample_stories", situation): "it reads no file"

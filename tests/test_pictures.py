@@ -19,7 +19,7 @@ from measuring import pictures as measured
 from model import ConditionalTransformer, create_model, is_of_condition
 from network.edges import COLOURS, DIRECTIONS, FEATURES, EdgesAndColours
 from network.encoders import ENCODERS, FrozenEncoder, ImageEncoder, varied
-from network.layers import ModelConfig
+from network.layers import PRECISIONS, ModelConfig
 from training.config import TrainConfig
 
 EMOJI = Path(__file__).parent / "data/emoji"
@@ -61,19 +61,33 @@ def test_what_a_patch_is_given_comes_from_it_and_the_cells_around_it():
 
 
 def test_edges_are_told_by_their_direction_and_little_by_how_strong_they_are():
-    across = torch.zeros(1, 3, 16, 16)
-    across[..., 6:] = 1.0  # brighter to the right: an edge from top to bottom, within a cell
-    turned, faint = across.mT.flip(2), across * 0.4
-    edges, weak = (EdgesAndColours(8)(picture).view(4, DIRECTIONS + COLOURS, 4)[0, :, 1]
-                          for picture in (across, faint))
-    assert edges[:DIRECTIONS].argmax() == 0 and edges[DIRECTIONS // 2] < -0.9
-    assert torch.allclose(weak[:DIRECTIONS], edges[:DIRECTIONS], atol=0.5)
-    rows = EdgesAndColours(8)(turned).view(4, DIRECTIONS + COLOURS, 4)
-    assert rows[..., :].amax((0, 2))[:DIRECTIONS].argmax() == DIRECTIONS // 2
-    flat = EdgesAndColours(8)(torch.full((1, 3, 16, 16), 0.5))
-    assert flat.isfinite().all()
-    flat = flat.view(4, DIRECTIONS + COLOURS, 4)
+    places = torch.arange(16.0)
+    across = (places > 5).float().expand(1, 3, 16, 16)  # brighter to the right, in a second cell
+    slanted = (places + places[:, None] > 15).float().expand(1, 3, 16, 16)  # and downwards
+    edges, weak, other, flat = (
+        EdgesAndColours(8)(picture).view(4, DIRECTIONS + COLOURS, 4)
+        for picture in (across, across * 0.4, slanted, torch.full((1, 3, 16, 16), 0.5)))
+    first = edges[0, :DIRECTIONS, 1]
+    assert first.argmax() == 0 and first[DIRECTIONS // 2] < -0.9
+    assert torch.allclose(weak[0, :DIRECTIONS, 1], first, atol=0.5)
+    turned = EdgesAndColours(8)(across.mT).view(4, DIRECTIONS + COLOURS, 4)
+    assert turned[0, :DIRECTIONS, 2].argmax() == DIRECTIONS // 2
+    assert other[1, :DIRECTIONS, 2].argmax() == DIRECTIONS // 4
     assert (flat[:, :DIRECTIONS] < -0.9).all() and (flat[:, DIRECTIONS:] == 0.5).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_inference_weights_read_pictures_the_same_to_the_bit(precision):
+    plain = create_model("micro", vocab_size=64, max_len=32)
+    model = ConditionalTransformer(plain.config, encoder())
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.set_precision(precision).eval()
+    with torch.no_grad():
+        before = model.encode(some_pictures(3))
+        after = model.for_inference().encode(some_pictures(3))
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_where_a_patch_stands_is_told_in_two_dimensions():

@@ -13,7 +13,17 @@ Writes --output at every validation, with all that --resume needs. A step of 128
 about 0.6 s on two slow CPU cores.
 """
 
-from cli import atomic_file, check_writable, flag, parse, require, run
+from cli import (
+    Stopped,
+    UserError,
+    atomic_file,
+    check_links,
+    check_writable,
+    flag,
+    parse,
+    require,
+    run,
+)
 
 import dataclasses
 import math
@@ -32,6 +42,7 @@ from tqdm import tqdm
 
 from corpus.image_files import check_size, load_picture
 from corpus.scenes import emoji_lines
+from corpus.tokens import sha256
 from kinds.files import ENCODER_FORMAT, check_encoder, read_file
 from model import MODEL_CONFIGS, size_of
 from network.encoders import ImageEncoder
@@ -45,6 +56,8 @@ PLAIN = 4  # names of one word, as stories have them, are shown so many times as
 WARMUP, MIRRORED, GREY = 0.02, 0.5, 0.15
 WEIGHT_DECAY = 0.1
 CHOICES = 8  # names among which one of a held-out picture is to be found
+# A run cannot go on with another value of these: the same step would be another one.
+FIXED = ("held_out", "encoder_config", "image_size", "batch", "seed")
 
 
 @dataclass
@@ -65,12 +78,22 @@ class NamingConfig:
 
     def check(self) -> None:
         require(self.emoji, "name the folders of emoji with --emoji")
+        for folder in self.emoji:
+            require((Path(folder) / "pairs.jsonl").is_file(), f"--emoji {folder}: no pairs.jsonl "
+                                                              "there")
         require(self.held_out, "name with --held_out a style that shows what has been learned")
+        require(self.encoder_config in MODEL_CONFIGS, f"--encoder_config {self.encoder_config}: "
+                f"unknown size, choose from {', '.join(MODEL_CONFIGS)}")
         check_size("--image_size", self.image_size)
         for name in ("max_steps", "batch", "valid_every"):
             require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be positive")
+        require(0 <= self.seed < 2**63, f"--seed {self.seed}: must be 0 or more")
         require(0 < self.lr < math.inf, f"--lr {self.lr}: must be positive")
+        pick_device(self.device)
+
+    def check_output(self) -> None:
         target = Path(self.output)
+        check_links(target, "--output")
         require(target.parent.is_dir() and not target.is_dir() and target.suffix == ".pt",
                 f"--output {target}: name a .pt file in a folder that exists")
         check_writable(target.parent, "--output")
@@ -80,11 +103,31 @@ class NamingConfig:
                 "already: continue it with --resume, or give --overwrite or another name")
 
 
+def resumed(config: NamingConfig, given: set[str]) -> tuple[NamingConfig, dict]:
+    """The settings of the run in --output with those given now on top, and the file's contents."""
+    saved = read_file(Path(config.output))
+    check_encoder(config.output, saved)
+    stored, step = saved.get("config"), saved.get("step")
+    known = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    require(isinstance(stored, dict) and {name: type(x) for name, x in stored.items()} == known
+            and type(step) is int and step >= 0 and type(saved.get("seconds")) is float,
+            f"{config.output} is not of python -m training.naming, or was changed: it cannot be "
+            "gone on with")
+    changed = [name for name in FIXED if name in given and stored[name] != getattr(config, name)]
+    require(not changed, f"--{' --'.join(changed)}: {config.output} was begun with other values, "
+                         "which cannot change")
+    merged = NamingConfig(**stored | {name: getattr(config, name) for name in given}
+                          | {"output": config.output, "resume": True, "overwrite": False})
+    require(step < merged.max_steps, f"{config.output} has had its {step:,} steps: give more "
+                                     "--max_steps")
+    return merged, saved
+
+
 class Pictures:
     """The emoji of all styles and the words of their names.
 
     `pictures` (N, size, size, 4) uint8, `wanted` (N, W) the share of each word in what is to be
-    said of a picture, `plain` (N,) whether its name is one word, `held_out` (N,).
+    said of a picture, `plain` (N,) whether its name is one word, `held_out` (N,); `sha256` of all.
     """
 
     def __init__(self, config: NamingConfig):
@@ -99,9 +142,10 @@ class Pictures:
         known = {word for _, words, style in found if style not in config.held_out
                  for word in words}
         found = [entry for entry in found if entry[1] and known.issuperset(entry[1])]
+        names = {words for _, words, style in found if style not in config.held_out}
         self.words = sorted(known)
         number = {word: i for i, word in enumerate(self.words)}
-        common = Counter(word for words in {words for _, words, _ in found} for word in set(words))
+        common = Counter(word for words in names for word in set(words))
         self.wanted = torch.zeros(len(found), len(self.words))
         for row, (_, words, _) in zip(self.wanted, found, strict=True):
             for word in words:  # "face" is in many names, and says little
@@ -110,11 +154,15 @@ class Pictures:
         self.plain = torch.tensor([len(words) == 1 for _, words, _ in found])
         self.held_out = torch.tensor([style in config.held_out for *_, style in found])
         require(not self.held_out.all(), "no style is left for training: all are held out")
-        require((self.plain & self.held_out).sum() >= CHOICES, f"the held-out styles have fewer "
-                f"than {CHOICES} pictures whose name is one word that training knows")
+        asked = {words for _, words, style in found
+                 if style in config.held_out and len(words) == 1}
+        require(len(asked) >= CHOICES, f"the held-out styles show fewer than {CHOICES} things "
+                                       "whose name is one word that training knows")
         self.pictures = torch.from_numpy(np.stack([
             load_picture(path, config.image_size) for path, *_ in
             tqdm(found, desc="pictures", leave=False, disable=None)]))
+        self.sha256 = sha256(b"".join(x.numpy().tobytes() for x in (
+            self.pictures, self.wanted, self.held_out)))
 
 
 class Namer(nn.Module):
@@ -136,14 +184,9 @@ class Namer(nn.Module):
 class Naming:
     """A run. Everything random in a step comes from the seed and its number."""
 
-    def __init__(self, config: NamingConfig):
+    def __init__(self, config: NamingConfig, saved: dict | None = None):
         self.config, self.step, self.seconds = config, 0, 0.0
-        saved = read_file(Path(config.output)) if config.resume else None
-        if saved is not None:
-            self.check_saved(saved)
         self.data, self.device = Pictures(config), pick_device(config.device)
-        require(saved is None or saved["words"] == self.data.words, f"{config.output} has learned "
-                "other names than those of --emoji: begin again with --overwrite")
         torch.manual_seed(config.seed)
         encoder = ImageEncoder.create(ModelConfig(), {"size": config.image_size},
                                       size_of(config.encoder_config))
@@ -152,20 +195,19 @@ class Naming:
         self.train = (~self.data.held_out).nonzero()[:, 0]
         self.chance = torch.where(self.data.plain[self.train], float(PLAIN), 1.0)
         if saved is not None:
+            self.restore(saved)
+
+    def restore(self, saved: dict) -> None:
+        require(saved.get("data") == self.data.sha256, f"{self.config.output} has learned from "
+                "other pictures or names than those of --emoji: begin again with --overwrite")
+        try:
             self.model.load_state_dict(saved["model"])
             for optimizer, state in zip(self.optimizers, saved["optimizer"], strict=True):
                 optimizer.load_state_dict(state)
-            self.step, self.seconds = saved["step"], saved["seconds"]
-
-    def check_saved(self, saved: dict) -> None:
-        check_encoder(self.config.output, saved)
-        require("optimizer" in saved, f"{self.config.output} is not of python -m training.naming: "
-                                      "it cannot be gone on with")
-        before, now = saved["config"], dataclasses.asdict(self.config)
-        changed = [name for name in ("encoder_config", "image_size", "held_out", "seed", "batch")
-                   if before[name] != now[name]]
-        require(not changed, f"--{' --'.join(changed)}: {self.config.output} was begun with other "
-                             "values, which cannot change")
+        except Exception as error:  # torch has many types of exceptions for what does not fit
+            raise UserError(f"{self.config.output}: its state does not fit its settings: it was "
+                            "changed after it was written") from error
+        self.step, self.seconds = saved["step"], saved["seconds"]
 
     def run(self) -> None:
         config, started, before = self.config, time.perf_counter(), self.seconds
@@ -186,20 +228,25 @@ class Naming:
                                f"of the held-out pictures among {figures['names']} names, "
                                f"{figures['one_of_8']:.1%} among {CHOICES}")
                     sys.stdout.flush()
-        print(f"wrote {config.output}, {Path(config.output).stat().st_size / 1e6:.1f} MB")
+        print(f"{self.step:,} steps in {self.seconds / 60:.1f} minutes; wrote {config.output}, "
+              f"{Path(config.output).stat().st_size / 1e6:.1f} MB")
 
     def take(self) -> float:
-        """One optimizer step; returns its loss."""
+        """One optimizer step; returns its loss. One that is not finite changes no weight:
+        Stopped."""
         config, data = self.config, self.data
         generator = torch.Generator().manual_seed(step_seed(config.seed, self.step))
         rows = self.train[torch.multinomial(self.chance, config.batch, replacement=True,
                                             generator=generator)]
         pictures = self.model.encoder.vary(data.pictures[rows], generator)
         self.model.train()
-        said = self.model(mirrored(pictures, generator).to(self.device))
+        said = self.model(mirrored_or_grey(pictures, generator).to(self.device))
         loss = -(data.wanted[rows].to(self.device) * said).sum(1).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not torch.isfinite(loss.detach() + norm):
+            raise Stopped(f"the loss is not finite at step {self.step}; {config.output} is as the "
+                          "last validation left it: lower --lr")
         done = self.step / config.max_steps
         lr = config.lr * min(1.0, (done + 1 / config.max_steps) / WARMUP, 2 * (1 - done))
         for optimizer in self.optimizers:
@@ -230,9 +277,12 @@ class Naming:
 
     def save(self, figures: dict[str, float]) -> None:
         encoder = self.model.encoder
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            raise Stopped(f"the weights are not finite after step {self.step}; "
+                          f"{self.config.output} is as the validation before left it: lower --lr")
         contents: dict[str, Any] = {
             **ENCODER_FORMAT, "encoder": encoder.sort, "encoder_config": encoder.settings(),
-            "weights": encoder.state_dict(), "words": self.data.words, "figures": figures,
+            "weights": encoder.state_dict(), "figures": figures, "data": self.data.sha256,
             "model": self.model.state_dict(), "step": self.step, "seconds": self.seconds,
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
             "config": dataclasses.asdict(self.config)}
@@ -240,8 +290,9 @@ class Naming:
             torch.save(contents, file)
 
 
-def mirrored(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the pictures the other way round, and some without colours: names bear both."""
+def mirrored_or_grey(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the pictures (B, size, size, 4) uint8 the other way round, and some without colours:
+    names bear both."""
     count = len(pictures)
     flip = torch.rand(count, generator=generator) < MIRRORED
     grey = torch.rand(count, generator=generator) < GREY
@@ -252,9 +303,11 @@ def mirrored(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = parse(NamingConfig, __doc__, argv)
+    config, given = parse(NamingConfig, __doc__, argv)
+    config.check_output()
+    config, saved = resumed(config, given) if config.resume else (config, None)
     config.check()
-    Naming(config).run()
+    Naming(config, saved).run()
 
 
 if __name__ == "__main__":
