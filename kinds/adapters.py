@@ -73,8 +73,9 @@ def wrong_entries(adapter: dict) -> list[str]:
 
 def check_adapter(path: Path, adapter: dict) -> None:
     version = adapter.get("format_version")
-    require(type(version) is int and version == ADAPTER_VERSION, f"{path} has adapter format version {version}, this "
-            f"program reads version {ADAPTER_VERSION}: use the program that wrote it")
+    require(type(version) is int and version == ADAPTER_VERSION,
+            f"{path} has adapter format version {version}, this program reads version "
+            f"{ADAPTER_VERSION}: use the program that wrote it")
     wrong = wrong_entries(adapter)
     require(not wrong, f"{path} was changed after it was written ({', '.join(wrong)}): name "
                        "another file")

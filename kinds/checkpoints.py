@@ -74,8 +74,9 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...] | None = "diff
             f"{path} is a torch file but not a checkpoint of this program; name a .pt file that "
             "train.py wrote")
     version = contents.get("format_version")
-    require(type(version) is int and version in READABLE, f"{path} has checkpoint format version {version}, this "
-            f"program reads version {CHECKPOINT_VERSION}: use the program that wrote it")
+    require(type(version) is int and version in READABLE,
+            f"{path} has checkpoint format version {version}, this program reads "
+            f"version {CHECKPOINT_VERSION}: use the program that wrote it")
     missing = [key for key in CHECKPOINT_KEYS if key not in contents]
     require(not missing, f"{path} lacks {', '.join(missing)}: it was not written by train.py")
     check_kind(path, contents, kind)
