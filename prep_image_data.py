@@ -2,6 +2,7 @@
 
     python prep_image_data.py --pairs pictures/pairs.jsonl      # {"image": "a.png", "text": "..."}
     python prep_image_data.py --emoji noto twemoji openmoji --held_out openmoji
+    python prep_image_data.py --captions 6 --emoji noto twemoji openmoji --held_out openmoji
     python prep_image_data.py --scenes 20000 --emoji noto twemoji openmoji --held_out openmoji
 
 `--data_dir` is the data folder of the model that is to be conditioned: its tokenizer is used, and
@@ -15,7 +16,11 @@ and why.
 --emoji    Folders with a pairs.jsonl of lines {"image": "cat.png", "name": "cat"}, which may have
            a `style`; otherwise the folder's name is it. A story that tells of one thing more than
            of others is paired with the emoji of that name, once in each style. Styles that are
-           held out are seen in validation and test alone, and no others there.
+           held out are seen in validation and test alone, and no others there. With --opening
+           only as far as the end of the sentence that names the thing first: behind it a picture
+           says little that the text has not said.
+--captions So many sentences for each of the emoji, of things that enough training stories name
+           (one for validation and one for the test): what a thing is called, and nothing else.
 --scenes   So many pictures of one to three emoji each, told in a sentence or two; a twentieth each
            for validation and test. No training scene has a held-out style, or one of the tenth of
            the pairs of things that is held out.
@@ -53,6 +58,7 @@ from corpus.scenes import (
     NameFinder,
     can_be_placed,
     compose,
+    draw_caption,
     draw_scene,
     emoji_lines,
     is_held_out_pair,
@@ -85,6 +91,8 @@ class ImageConfig:
     pairs: str | None = flag(None, 'file of lines {"image": "a.png", "text": "..."}')
     emoji: list[str] | None = flag(None, "folders of emoji, each with a pairs.jsonl")
     held_out: list[str] | None = flag(None, "styles that only validation and test see")
+    opening: bool = flag(False, "of each story no more than its sentences up to the thing's name")
+    captions: int | None = flag(None, "sentences that name each of the emoji")
     scenes: int | None = flag(None, "number of training pictures to compose of the emoji")
     output_dir: str = flag("data_pictures", "folder to write")
     image_size: int = flag(64, "sides of the pictures in pixels, a multiple of 8")
@@ -104,13 +112,16 @@ class ImageConfig:
                 f"--output_dir {self.output_dir}: that is the --data_dir, which would be replaced; "
                 "name another folder")
         require(bool(self.pairs) != bool(self.emoji), "give either --pairs or --emoji")
-        require(self.emoji or not self.scenes, "--scenes are composed of emoji: give --emoji too")
+        for name in ("scenes", "captions"):
+            require(self.emoji or not getattr(self, name), f"--{name} are of emoji: give --emoji "
+                                                           "too")
+        require(not (self.scenes and self.captions), "give either --scenes or --captions")
         require(self.emoji or not self.held_out, "--held_out names styles of --emoji")
         require(self.held_out or not self.emoji, "--emoji needs a style that only validation and "
                                                  "test see: name it with --held_out")
         require(self.scenes is None or self.scenes >= 20,
                 f"--scenes {self.scenes}: must be 20 or more")
-        for name in ("max_stories", "min_count"):
+        for name in ("max_stories", "min_count", "captions"):
             value = getattr(self, name)
             require(value is None or value > 0, f"--{name} {value}: must be positive")
         require(self.valid_fraction is None or 0 < self.valid_fraction < 1,
@@ -122,10 +133,12 @@ class ImageConfig:
 
     def check_used(self, given: set[str]) -> None:
         """Refuses a flag that was given and would change nothing."""
+        made = self.scenes or self.captions
         for name, used, why in (
-                ("min_count", self.emoji and not self.scenes, "--emoji without --scenes"),
-                ("max_stories", not self.scenes, "--pairs and to --emoji without --scenes"),
-                ("seed", self.scenes, "--scenes"), ("valid_fraction", self.pairs, "--pairs"),
+                ("min_count", self.emoji and not made, "the stories of --emoji"),
+                ("opening", self.emoji and not made, "the stories of --emoji"),
+                ("max_stories", not made, "--pairs and the stories of --emoji"),
+                ("seed", made, "--scenes and --captions"), ("valid_fraction", self.pairs, "--pairs"),
                 ("test_fraction", self.pairs, "--pairs")):
             require(name not in given or used, f"--{name} belongs to {why}; leave it out")
 
@@ -207,8 +220,24 @@ def emoji_samples(config: ImageConfig, emoji: Emoji, tokenizer: Any, dropped: Dr
                                "it is about nothing that an emoji shows"] += 1
             for style in styles:
                 assert name is not None
-                yield Sample(split, story, functools.partial(load, emoji[name][style], size),
+                text = finder.opening(story, name) if config.opening else story
+                yield Sample(split, text, functools.partial(load, emoji[name][style], size),
                              (name,), style)
+
+
+def caption_samples(config: ImageConfig, names: dict[str, list[str]], emoji: Emoji,
+                    ) -> Iterator[Sample]:
+    """Sentences that name one emoji each; `names` has those of each style."""
+    held_out = config.held_out or ()
+    for split in SPLITS:
+        for style in names:
+            if (style in held_out) == (split != "train"):
+                for name in names[style]:
+                    picture = functools.lru_cache(1)(functools.partial(
+                        load_picture, emoji[name][style], config.image_size))
+                    for i in range(config.captions or 0 if split == "train" else 1):
+                        rng = random.Random(f"{config.seed} {split} {style} {name} {i}")
+                        yield Sample(split, draw_caption(rng, name), picture, (name,), style)
 
 
 def scene_samples(config: ImageConfig, names: dict[str, list[str]], emoji: Emoji,
@@ -246,8 +275,8 @@ def styles_of(config: ImageConfig, emoji: Emoji) -> list[str]:
 
 
 def names_to_compose(config: ImageConfig, emoji: Emoji, tokenizer: Any) -> dict[str, list[str]]:
-    """The names that scenes may show in each style: training stories tell of them, and there is a
-    style to learn them from."""
+    """The names that scenes and captions may show in each style: training stories tell of them, and
+    there is a style to learn them from."""
     finder, known = NameFinder(filter(can_be_placed, emoji)), Counter()
     for story in stories_of(config.data_dir, "train", tokenizer):
         known.update(finder.counts(story).keys())
@@ -306,6 +335,9 @@ def write_pictures(config: ImageConfig, folder: Path) -> dict:
         emoji = read_emoji(config.emoji or ())
         more = {"kind": "emoji", "styles": styles_of(config, emoji), "held_out": config.held_out}
         samples = emoji_samples(config, emoji, tokenizer, dropped)
+        if config.captions:
+            more["kind"] = "captions"
+            samples = caption_samples(config, names_to_compose(config, emoji, tokenizer), emoji)
         if config.scenes:
             names = names_to_compose(config, emoji, tokenizer)
             every = sorted(set().union(*names.values()))
@@ -349,7 +381,8 @@ def describe_pictures(config: ImageConfig, meta: dict) -> dict:
     licences = {licence for folder in config.emoji or ()
                 for *_, licence in emoji_lines(folder) if licence}
     names = ", ".join(path.resolve().parent.name for path in paths)
-    return {"source": f"scenes of {names}" if config.scenes else f"{meta['source']}, {names}",
+    made = "scenes" if config.scenes else "captions" if config.captions else ""
+    return {"source": f"{made} of {names}" if made else f"{meta['source']}, {names}",
             "licence": ", ".join([meta["licence"], *sorted(licences)]),
             "sources": meta.get("sources", []) + emoji}
 

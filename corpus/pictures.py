@@ -141,7 +141,7 @@ def read_subjects(data_dir: str | Path, split: str) -> list[dict[str, Any]]:
     --pairs, of which nobody knows."""
     meta, path = load_meta(data_dir), Path(data_dir) / SUBJECTS
     require(split in meta["splits"], f"{data_dir} has no {split} split: prepare the data again")
-    if (meta.get("condition") or {}).get("kind") not in ("emoji", "scenes"):
+    if (meta.get("condition") or {}).get("kind") not in ("emoji", "captions", "scenes"):
         return []
     require(path.is_file(), f"{path} is missing; prepare the data again or copy the folder again")
     found = []

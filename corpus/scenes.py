@@ -1,5 +1,5 @@
-"""Emoji of several artists: which one a story is about, and scenes that are composed of them and
-told in a sentence or two. A library of prep_image_data.py.
+"""Emoji of several artists: which one a story is about, sentences that name one, and scenes that
+are composed of them and told in a sentence or two. A library of prep_image_data.py.
 
     emoji = read_emoji(["noto", "twemoji"])          # {"cat": {"noto": Path(...), ...}, ...}
     scene = draw_scene(random.Random(1), ["cat", "ball", "tree"], "noto", held_out=False)
@@ -23,6 +23,7 @@ import numpy as np
 
 from corpus.files import read_json_lines
 from corpus.image_files import on_white, open_picture, with_presence
+from corpus.sentences import sentence_spans
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,6 +87,14 @@ class NameFinder:
         return name if most >= min_count and most > second else None
 
 
+    def opening(self, story: str, name: str) -> str:
+        """The story as far as the end of the sentence that has this name first."""
+        for start, end in sentence_spans(story):
+            if self.counts(story[start:end])[name]:
+                return story[:end]
+        return story
+
+
 def is_held_out_pair(first: str, second: str) -> bool:
     """Whether no training scene has these two together; the same two whatever else there is."""
     digest = hashlib.sha256(" ".join(sorted((first, second))).encode()).digest()
@@ -134,6 +143,12 @@ def draw_scene(rng: random.Random, names: list[str], style: str, held_out: bool)
     things = _place(rng, chosen)
     background = rng.randint(190, 255), rng.randint(190, 255), rng.randint(190, 255)
     return Scene(things, style, background, rng.uniform(0.85, 1.15), _tell(rng, things))
+
+
+def draw_caption(rng: random.Random, name: str) -> str:
+    """A sentence that names a thing."""
+    size = rng.choice(("", "", "", "big ", "little ", "small "))
+    return rng.choice(TOLD).format(_with_article(size + name), who=rng.choice(WHO))
 
 
 def _place(rng: random.Random, names: list[str]) -> tuple[Thing, ...]:

@@ -584,6 +584,49 @@ def test_subjects_that_are_damaged(prepare, styles):
         read_subjects(folder, "val")
 
 
+# --- --captions, and --opening
+
+
+def test_captions_name_every_emoji_in_several_wordings(prepare, styles):
+    folder, _ = prepare("--captions", 5, "--emoji", *styles, "--held_out", "cold")
+    assert load_meta(folder)["condition"]["kind"] == "captions"
+    count = {}
+    for split in ("train", "val", "test"):
+        _, shown, texts = opened(folder, split)
+        subjects = read_subjects(folder, split)
+        assert {line["style"] for line in subjects} == (
+            {"noto", "warm"} if split == "train" else {"cold"})
+        for line, text in zip(subjects, texts, strict=True):
+            name, = line["subjects"]
+            assert re.search(rf"\b(an?|(an?) (big|little|small)) {name}\b", text), text
+        names = {line["subjects"][0] for line in subjects}
+        count[split] = len(texts) / len({(line["style"], *line["subjects"]) for line in subjects})
+        assert len(names) > 20 and len(set(texts)) > 0.8 * len(texts) / count[split] ** 0.5
+        assert len(np.unique(shown.numbers)) == len(texts) / count[split]
+    assert count == {"train": 5, "val": 1, "test": 1}
+
+
+def test_an_opening_ends_with_the_sentence_that_names_the_thing():
+    finder = NameFinder(["cat", "dog"])
+    story = 'It was hot. "I see cats!" said Tom. The cat ran. A dog ran.'
+    assert finder.opening(story, "cat") == 'It was hot. "I see cats!" said Tom.'
+    assert finder.opening(story, "dog") == story
+    assert finder.opening("No cat", "cat") == "No cat"
+
+
+def test_stories_can_be_told_as_far_as_their_openings(prepare, styles):
+    whole, _ = prepare("--emoji", *styles, "--held_out", "cold", to="whole")
+    cut, _ = prepare("--emoji", *styles, "--held_out", "cold", "--opening", to="cut")
+    for split in ("train", "val"):
+        stories, openings = (opened(folder, split)[2] for folder in (whole, cut))
+        for opening, line in zip(openings, read_subjects(cut, split), strict=True):
+            name, = line["subjects"]
+            assert re.search(rf"\b{name}s?\b", opening, re.I)
+            assert any(story.startswith(opening) for story in stories)
+        assert len(openings) == load_meta(whole)["splits"][split]["stories"]
+        assert sum(map(len, openings)) < sum(map(len, stories))
+
+
 # --- --scenes
 
 
@@ -681,11 +724,17 @@ def test_the_same_seed_gives_the_same_folder(prepare, styles):
     (["--emoji", "{noto}", "--held_out", "oil"], "no such style, only noto"),
     (["--emoji", "{noto}", "{warm}", "--held_out", "warm", "--scenes", "19"], "20 or more"),
     (["--scenes", "30", "--pairs", "x"], "give --emoji too"),
+    (["--captions", "3", "--pairs", "x"], "give --emoji too"),
+    (["--captions", "3", "--scenes", "30", "--emoji", "{noto}", "--held_out", "a"], "either"),
+    (["--captions", "0", "--emoji", "{noto}", "--held_out", "a"], "must be positive"),
+    (["--captions", "3", "--emoji", "{noto}", "--held_out", "a", "--opening"], "--opening belongs"),
+    (["--pairs", "{noto}/pairs.jsonl", "--opening"], "--opening belongs to the stories"),
     (["--held_out", "a", "--pairs", "x"], "names styles of --emoji"),
     (["--pairs", "x", "--image_size", "60"], "multiple of 8"),
     (["--pairs", "x", "--image_size", "0"], "multiple of 8"),
     (["--pairs", "x", "--image_size", "2048"], "at most 1024"),
-    (["--pairs", "{noto}/pairs.jsonl", "--min_count", "2"], "--min_count belongs to --emoji"),
+    (["--pairs", "{noto}/pairs.jsonl", "--min_count", "2"],
+     "--min_count belongs to the stories of --emoji"),
     (["--pairs", "{noto}/pairs.jsonl", "--seed", "2"], "--seed belongs to --scenes"),
     (["--emoji", "{noto}", "--held_out", "a", "--valid_fraction", "0.1"], "belongs to --pairs"),
     (["--emoji", "{noto}", "--held_out", "a", "--scenes", "20", "--max_stories", "3"],
