@@ -139,7 +139,8 @@ class ImageConfig:
                 ("opening", self.emoji and not made, "the stories of --emoji"),
                 ("max_stories", not made, "--pairs and the stories of --emoji"),
                 ("seed", made, "--scenes and --captions"),
-                ("valid_fraction", self.pairs, "--pairs"), ("test_fraction", self.pairs, "--pairs")):
+                ("valid_fraction", self.pairs, "--pairs"),
+                ("test_fraction", self.pairs, "--pairs")):
             require(name not in given or used, f"--{name} belongs to {why}; leave it out")
 
 
