@@ -19,8 +19,9 @@ and why.
            held out are seen in validation and test alone, and no others there. With --opening
            only as far as the end of the sentence that names the thing first: behind it a picture
            says little that the text has not said.
---captions So many sentences for each of the emoji, of things that enough training stories name
-           (one for validation and one for the test): what a thing is called, and nothing else.
+--captions Beside the stories so many sentences of training for each of the emoji, of things that
+           enough training stories name: what a thing is called, and nothing else. With --no-stories
+           nothing but these, and one for each of the emoji of the styles that are held out.
 --scenes   So many pictures of one to three emoji each, told in a sentence or two; a twentieth each
            for validation and test. No training scene has a held-out style, or one of the tenth of
            the pairs of things that is held out.
@@ -44,7 +45,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ class ImageConfig:
     emoji: list[str] | None = flag(None, "folders of emoji, each with a pairs.jsonl")
     held_out: list[str] | None = flag(None, "styles that only validation and test see")
     opening: bool = flag(False, "of each story no more than its sentences up to the thing's name")
-    captions: int | None = flag(None, "sentences that name each of the emoji")
+    captions: int | None = flag(None, "sentences that name each of the emoji, to be trained on too")
+    stories: bool = flag(True, "--no-stories: captions alone")
     scenes: int | None = flag(None, "number of training pictures to compose of the emoji")
     output_dir: str = flag("data_pictures", "folder to write")
     image_size: int = flag(64, "sides of the pictures in pixels, a multiple of 8")
@@ -116,6 +118,7 @@ class ImageConfig:
             require(self.emoji or not getattr(self, name), f"--{name} are of emoji: give --emoji "
                                                            "too")
         require(not (self.scenes and self.captions), "give either --scenes or --captions")
+        require(self.stories or self.captions, "--no-stories leaves --captions: say how many")
         require(self.emoji or not self.held_out, "--held_out names styles of --emoji")
         require(self.held_out or not self.emoji, "--emoji needs a style that only validation and "
                                                  "test see: name it with --held_out")
@@ -133,12 +136,12 @@ class ImageConfig:
 
     def check_used(self, given: set[str]) -> None:
         """Refuses a flag that was given and would change nothing."""
-        made = self.scenes or self.captions
+        stories = self.emoji and self.stories and not self.scenes
         for name, used, why in (
-                ("min_count", self.emoji and not made, "the stories of --emoji"),
-                ("opening", self.emoji and not made, "the stories of --emoji"),
-                ("max_stories", not made, "--pairs and the stories of --emoji"),
-                ("seed", made, "--scenes and --captions"),
+                ("min_count", stories, "the stories of --emoji"),
+                ("opening", stories, "the stories of --emoji"),
+                ("max_stories", stories or self.pairs, "--pairs and the stories of --emoji"),
+                ("seed", self.scenes or self.captions, "--scenes and --captions"),
                 ("valid_fraction", self.pairs, "--pairs"),
                 ("test_fraction", self.pairs, "--pairs")):
             require(name not in given or used, f"--{name} belongs to {why}; leave it out")
@@ -230,7 +233,7 @@ def caption_samples(config: ImageConfig, names: dict[str, list[str]], emoji: Emo
                     ) -> Iterator[Sample]:
     """Sentences that name one emoji each; `names` has those of each style."""
     held_out = config.held_out or ()
-    for split in SPLITS:
+    for split in ["train"] if config.stories else SPLITS:
         for style in names:
             if (style in held_out) == (split != "train"):
                 for name in names[style]:
@@ -337,8 +340,9 @@ def write_pictures(config: ImageConfig, folder: Path) -> dict:
         more = {"kind": "emoji", "styles": styles_of(config, emoji), "held_out": config.held_out}
         samples = emoji_samples(config, emoji, tokenizer, dropped)
         if config.captions:
-            more["kind"] = "captions"
-            samples = caption_samples(config, names_to_compose(config, emoji, tokenizer), emoji)
+            captions = caption_samples(config, names_to_compose(config, emoji, tokenizer), emoji)
+            more |= {} if config.stories else {"kind": "captions"}
+            samples = chain(captions, samples if config.stories else ())
         if config.scenes:
             names = names_to_compose(config, emoji, tokenizer)
             every = sorted(set().union(*names.values()))
@@ -382,8 +386,9 @@ def describe_pictures(config: ImageConfig, meta: dict) -> dict:
     licences = {licence for folder in config.emoji or ()
                 for *_, licence in emoji_lines(folder) if licence}
     names = ", ".join(path.resolve().parent.name for path in paths)
-    made = "scenes" if config.scenes else "captions" if config.captions else ""
-    return {"source": f"{made} of {names}" if made else f"{meta['source']}, {names}",
+    made = ("scenes of " if config.scenes else f"{meta['source']}, " if config.stories else
+            "captions of ")
+    return {"source": made + names,
             "licence": ", ".join([meta["licence"], *sorted(licences)]),
             "sources": meta.get("sources", []) + emoji}
 

@@ -588,7 +588,7 @@ def test_subjects_that_are_damaged(prepare, styles):
 
 
 def test_captions_name_every_emoji_in_several_wordings(prepare, styles):
-    folder, _ = prepare("--captions", 5, "--emoji", *styles, "--held_out", "cold")
+    folder, _ = prepare("--captions", 5, "--no-stories", "--emoji", *styles, "--held_out", "cold")
     assert load_meta(folder)["condition"]["kind"] == "captions"
     count = {}
     for split in ("train", "val", "test"):
@@ -604,6 +604,17 @@ def test_captions_name_every_emoji_in_several_wordings(prepare, styles):
         assert len(names) > 20 and len(set(texts)) > 0.8 * len(texts) / count[split] ** 0.5
         assert len(np.unique(shown.numbers)) == len(texts) / count[split]
     assert count == {"train": 5, "val": 1, "test": 1}
+
+
+def test_captions_are_trained_on_beside_the_stories(prepare, styles):
+    argv = ["--emoji", *styles, "--held_out", "cold", "--opening"]
+    stories, _ = prepare(*argv, to="stories")
+    both, _ = prepare(*argv, "--captions", 2, to="both")
+    alone, _ = prepare("--captions", 2, "--no-stories", *argv[:-1], to="alone")
+    assert load_meta(both)["condition"]["kind"] == "emoji"
+    for split in ("train", "val", "test"):
+        told, captions, mixed = (opened(folder, split)[2] for folder in (stories, alone, both))
+        assert mixed == ([*captions, *told] if split == "train" else told)
 
 
 def test_an_opening_ends_with_the_sentence_that_names_the_thing():
@@ -727,7 +738,9 @@ def test_the_same_seed_gives_the_same_folder(prepare, styles):
     (["--captions", "3", "--pairs", "x"], "give --emoji too"),
     (["--captions", "3", "--scenes", "30", "--emoji", "{noto}", "--held_out", "a"], "either"),
     (["--captions", "0", "--emoji", "{noto}", "--held_out", "a"], "must be positive"),
-    (["--captions", "3", "--emoji", "{noto}", "--held_out", "a", "--opening"], "--opening belongs"),
+    (["--captions", "3", "--no-stories", "--emoji", "{noto}", "--held_out", "a", "--opening"],
+     "--opening belongs"),
+    (["--no-stories", "--emoji", "{noto}", "--held_out", "a"], "say how many"),
     (["--pairs", "{noto}/pairs.jsonl", "--opening"], "--opening belongs to the stories"),
     (["--held_out", "a", "--pairs", "x"], "names styles of --emoji"),
     (["--pairs", "x", "--image_size", "60"], "multiple of 8"),
