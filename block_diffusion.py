@@ -369,6 +369,33 @@ class JointDiffusion(DiscreteDiffusion):
                   write_blocks(reader, starts, sampler, int(self.mode), longest, seed))
         return rows_of(pieces, starts)
 
+    def fill(self, model: nn.Module, rows: Sequence[np.ndarray], sampler: Sampler, seed: int = 0,
+             ) -> list[np.ndarray]:
+        """As whole rows; in the mode "causal" every token from what stands to its left alone."""
+        if self.mode != CAUSAL:
+            return super().fill(model, rows, sampler, seed)
+        reader = CachedModel(model, replace(sampler, left_share=0.0), ends=())
+        filled = [row.copy() for row in rows]
+        for number, row in enumerate(filled):
+            while (hidden := np.flatnonzero(row == MASK)).size:
+                start = int(hidden[0])
+                end = start + int(np.argmin(np.append(row[start:] == MASK, False)))  # of this gap
+                pieces = write_causal(reader, [row[:start]], sampler, end, seed, [number])
+                row[start:end] = np.concatenate([piece.tokens for piece in pieces])
+        return filled
+
+    def gap_nats(self, model: nn.Module, row: np.ndarray, gap: np.ndarray,
+                 left_share: float = 0.0) -> float:
+        """As that of whole rows; in the mode "causal" given the left side alone."""
+        if self.mode != CAUSAL:
+            return super().gap_nats(model, row, gap, left_share)
+        reader = CachedModel(model, Sampler(), ends=())
+        reader.begin(np.arange(1))
+        before = np.concatenate([[PAD], row[:-1]])  # the i-th is followed by token i
+        logits = torch.from_numpy(reader.read(before[None], logits=len(row))[0])  # (L, V)
+        nats = -logits.log_softmax(-1)[torch.arange(len(row)), torch.from_numpy(row)]
+        return float(nats[torch.from_numpy(gap == MASK)].sum())
+
     def fill_best(self, model: nn.Module, rows: Sequence[np.ndarray], sampler: Sampler,
                   seed: int = 0, candidates: int = 8) -> list[np.ndarray]:
         """The rows with something in the place of every [MASK]: of so many candidates, drawn with

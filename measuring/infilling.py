@@ -3,7 +3,8 @@
     python evaluate.py infilling --checkpoint checkpoints/best.pt --twin checkpoints_ar/best.pt
 
 Exact match, BLEU and nats/token of the hidden sentence, beside those of the autoregressive twin,
-which knows only what stands to the left of it, with the paired difference; of a joint model also
+which knows only what stands to the left of it, with the paired difference; without --twin a joint
+model's own left-to-right mode stands in for it. Of a joint model also
 the best of some --candidates ("rescored"). Both nats are exact: of a sentence that is filled in
 token by token from its left, which is how it is done unless another --order is asked for, of a
 joint model with some of its left-to-right mode (--left_share); "bound" is that over all orders.
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from block_diffusion import JointDiffusion
+from block_diffusion import CAUSAL, JointDiffusion
 from corpus.rows import TokenRows
 from corpus.tokens import MASK, decode
 from kinds.autoregressive import Autoregressive
@@ -146,6 +147,8 @@ def measure(config: InfillingConfig, path: Path, kind: Kind, model: torch.nn.Mod
     arms = {"this model": (kind, model)}
     if twin is not None:
         arms["left to right"] = Autoregressive(), twin
+    elif isinstance(kind, JointDiffusion):
+        arms["left to right"] = kind.in_mode(CAUSAL), model
     arms = {name: infilling(*arm, whole, gaps, config, tokenizer, config.draws, config.seed)
             for name, arm in arms.items()}
     if isinstance(kind, JointDiffusion):
@@ -156,7 +159,7 @@ def measure(config: InfillingConfig, path: Path, kind: Kind, model: torch.nn.Mod
     result = {"checkpoint": str(path), "twin": config.twin, "stories": len(pairs),
               "split": rows.split, "config": dataclasses.asdict(config), "arms": arms,
               "story_tokens": tokens.tolist()}
-    if twin is not None:
+    if "left to right" in arms:
         mine, other = (np.array(arms[name]["story_nats"])
                        for name in ("this model", "left to right"))
         result["difference"] = {  # story by story: a long one costs both much

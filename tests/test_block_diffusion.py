@@ -32,6 +32,7 @@ from block_diffusion import (
     noisy_blocks,
     read_sizes,
 )
+from corpus.rows import TokenRows
 from corpus.tokens import BOS, EOS, MASK, PAD, pad_rows
 from diffusion import DiscreteDiffusion
 from kinds.autoregressive import before_each
@@ -1131,6 +1132,48 @@ def test_other_measurements_are_those_of_the_row(evaluated, checkpoint, tmp_path
             for key in ("bleu_interval", "bleu_p"):  # beside another arm alone
                 del one["this model"][key]
             assert one["this model"] == other["this model"] and "rescored" in text
+
+
+def test_a_gap_from_its_left_side_alone(joint_checkpoint, long_data_dir):
+    checkpoint = load_checkpoint(joint_checkpoint, "joint")
+    model, kind = model_from_checkpoint(checkpoint), kind_of(checkpoint).in_mode(CAUSAL)
+    row = TokenRows(long_data_dir, "val")[0].astype(np.int64)
+    gap, other = row.copy(), row.copy()
+    gap[5:9] = MASK
+    gap[12] = MASK
+    other[9:12] = row[20:23]  # between the two
+    before = torch.from_numpy(np.concatenate([[PAD], row[:-1]]))[None]
+    view = model.view(torch.arange(len(row)) - 1, causal=True)
+    with torch.no_grad():
+        nats = -model.head(model.hidden(before, view=view))[0].log_softmax(-1)
+    expected = sum(float(nats[i, row[i]]) for i in (5, 6, 7, 8, 12))
+    assert kind.gap_nats(model, row, gap) == pytest.approx(expected, rel=1e-4)
+    first, left = kind.in_mode(ROW), np.where(np.arange(len(row)) == 12, row, gap)
+    changed = np.where(left == MASK, MASK, other)
+    assert kind.gap_nats(model, other, changed) == kind.gap_nats(model, row, left)
+    assert first.gap_nats(model, other, changed) != first.gap_nats(model, row, left)
+    one, two = (kind.fill(model, [rows], Sampler(), seed=1)[0] for rows in (gap, left))
+    assert (one != MASK).all() and (one > EOS)[[5, 6, 7, 8, 12]].all()
+    assert np.array_equal(one[gap != MASK], row[gap != MASK])
+    assert np.array_equal(one[:12], two[:12])  # each gap has its own place in the noise
+    assert np.array_equal(kind.fill(model, [changed], Sampler(), seed=1)[0][5:9], two[5:9])
+
+
+def test_a_joint_models_own_left_side_stands_in_for_a_twin(joint_checkpoint, long_data_dir,
+                                                           tmp_path, capsys):
+    target = tmp_path / "infilling.json"
+    evaluate.main(["infilling", "--checkpoint", str(joint_checkpoint), "--data_dir",
+                   str(long_data_dir), "--num_samples", "4", "--steps", "3", "--output",
+                   str(target), "--precision", "fp32", "--draws", "1", "--candidates", "1"])
+    result = json.loads(target.read_text())
+    assert list(result["arms"]) == ["this model", "left to right", "rescored"]
+    mine, other = (np.array(result["arms"][name]["story_nats"])
+                   for name in ("this model", "left to right"))
+    tokens = np.array(result["story_tokens"])
+    assert result["difference"]["nats_per_token"] == pytest.approx(
+        (mine - other).sum() / tokens.sum()) != 0
+    assert "bound" not in result["arms"]["left to right"]
+    assert "this model less left to right" in capsys.readouterr().out
 
 
 def test_a_long_run(settings, tmp_path, capsys):
