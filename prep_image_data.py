@@ -339,12 +339,13 @@ def write_pictures(config: ImageConfig, folder: Path) -> dict:
         emoji = read_emoji(config.emoji or ())
         more = {"kind": "emoji", "styles": styles_of(config, emoji), "held_out": config.held_out}
         samples = emoji_samples(config, emoji, tokenizer, dropped)
-        if config.captions:
-            captions = caption_samples(config, names_to_compose(config, emoji, tokenizer), emoji)
-            more |= {} if config.stories else {"kind": "captions"}
-            samples = chain(captions, samples if config.stories else ())
-        if config.scenes:
+        if config.captions or config.scenes:
             names = names_to_compose(config, emoji, tokenizer)
+        if config.captions:
+            more |= {} if config.stories else {"kind": "captions"}
+            samples = chain(caption_samples(config, names, emoji),
+                            samples if config.stories else ())
+        if config.scenes:
             every = sorted(set().union(*names.values()))
             more |= {"kind": "scenes", "held_out_pairs": sum(
                 is_held_out_pair(*pair) for pair in combinations(every, 2))}

@@ -16,7 +16,7 @@ large packages are read, and leaves NumPy's products one thread.
 
 from cli.commands import end_signals, run
 from cli.errors import Stopped, UserError, describe, is_of_the_machine, require
-from cli.files import atomic_file, check_links, check_writable, sha256_of, write_json
+from cli.files import atomic_file, check_file, check_links, check_writable, sha256_of, write_json
 from cli.flags import choose, flag, parse, preset
 from cli.locks import lock, lock_file
 from cli.streams import print_json
@@ -31,6 +31,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 __all__ = [
-    "Stopped", "UserError", "atomic_file", "check_links", "check_writable", "choose", "describe",
+    "Stopped", "UserError", "atomic_file", "check_file", "check_links", "check_writable", "choose",
+    "describe",
     "end_signals", "flag", "is_of_the_machine", "lock", "lock_file", "parse", "preset",
     "print_json", "require", "run", "sha256_of", "write_json"]

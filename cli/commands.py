@@ -62,9 +62,9 @@ def run(main: Callable[[], None], prints: bool = False) -> None:
 
 
 def _handle_ends(told: list[int]) -> dict[int, Any]:
-    """Turns SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, so that all clean up alike,
-    and puts their numbers into `told`; returns
-    the handlers before. One that is ignored (as under nohup) stays so."""
+    """Turns SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, so that all clean up alike, and puts
+    their numbers into `told`; returns the handlers before. One that is ignored (as under nohup)
+    stays so."""
     if threading.current_thread() is not threading.main_thread():
         return {}
 

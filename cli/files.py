@@ -1,6 +1,6 @@
 """Files that are whole or not there, and the places for them. A library, for all that writes."""
 
-from cli.errors import UserError
+from cli.errors import UserError, require
 
 import hashlib
 import io
@@ -71,6 +71,15 @@ def check_links(path: str | Path, flag_name: str) -> None:
         if part.is_symlink() and not part.exists():
             raise UserError(f"{part} is a link to {os.readlink(part)}, which does not exist: mend "
                             f"it, or choose another place with {flag_name}")
+
+
+def check_file(path: str | Path, flag_name: str) -> None:
+    """Makes sure, before any work, that this file can be written; its folder must be there."""
+    path = Path(path)
+    check_links(path, flag_name)
+    require(path.parent.is_dir() and not path.is_dir(),
+            f"{flag_name} {path}: name a file in a folder that exists")
+    check_writable(path.parent, flag_name)
 
 
 def check_writable(folder: str | Path, flag_name: str) -> None:

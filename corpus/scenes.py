@@ -44,25 +44,28 @@ HELD_OUT_PAIRS = 0.1  # the share of the pairs of names that no training scene h
 TRIES = 200
 
 
-def emoji_lines(folder: str | Path) -> Iterator[tuple[str | None, ...]]:
-    """Yields (name of the file, name, style, licence) of every line of a folder's pairs.jsonl."""
+def emoji_lines(folder: str | Path,
+                ) -> Iterator[tuple[str | None, str | None, str, str | None]]:
+    """Yields (name of the file, name, style, licence) of every line of a folder's pairs.jsonl; the
+    style is by default the folder's name."""
     path = Path(folder) / "pairs.jsonl"
     try:
-        yield from read_json_lines(path, ("image", "name"), ("style", "licence"))
+        for image, name, style, licence in read_json_lines(path, ("image", "name"),
+                                                           ("style", "licence")):
+            yield image, name, style or path.resolve().parent.name, licence
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8"
                         ) from error
 
 
 def read_emoji(folders: Iterable[str | Path]) -> dict[str, dict[str, Path]]:
-    """The files of the emoji by name and style, which is by default the folder's name; only those
-    whose name is one word of small letters that is clear."""
+    """The files of the emoji by name and style; only those whose name is one word of small letters
+    that is clear."""
     found: dict[str, dict[str, Path]] = {}
     for folder in map(Path, folders):
         for image, name, style, _ in emoji_lines(folder):
             if image and name and re.fullmatch("[a-z]+", name) and name not in UNCLEAR:
-                found.setdefault(name, {}).setdefault(style or folder.resolve().name,
-                                                      folder / image)
+                found.setdefault(name, {}).setdefault(style, folder / image)
     require(found, f"no emoji of {', '.join(map(str, folders))} has a name of one word")
     return found
 
@@ -85,7 +88,6 @@ class NameFinder:
         """The name that occurs more often than every other one, and at least so often."""
         (name, most), (_, second) = [*self.counts(story).most_common(2), (None, 0), (None, 0)][:2]
         return name if most >= min_count and most > second else None
-
 
     def opening(self, story: str, name: str) -> str:
         """The story as far as the end of the sentence that has this name first."""

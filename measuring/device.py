@@ -12,7 +12,7 @@ reads power and the board's memory from tegrastats; what cannot be measured is p
 measured. Writes device_benchmark.json and device_benchmark.png.
 """
 
-from cli import atomic_file, check_writable, flag, parse, require, write_json
+from cli import atomic_file, check_file, flag, parse, require, write_json
 
 import dataclasses
 import json
@@ -358,12 +358,10 @@ def main(argv: list[str]) -> None:
     require(not unused, f"--{' --'.join(unused)}: without effect here; leave it out")
     config.check_used(given)
     target = Path(config.output)
-    require(target.parent.is_dir() and not target.is_dir(),
-            f"--output {target}: name a file in a folder that exists")
+    check_file(target, "--output")
     plot_file = target.with_suffix(".png")
     require(target != plot_file and not plot_file.is_dir(), f"--output {target}: the plot is "
             f"written to {plot_file}; give the figures another name, as x.json")
-    check_writable(target.parent, "--output")
     result = measure(config)
     write_json(target, result)
     plot(result, plot_file)

@@ -4,7 +4,7 @@ The flags that these commands share, how they find a checkpoint of a kind that t
 model, its rows and the models that are compared with it, and where the figures go.
 """
 
-from cli import check_writable, flag, require
+from cli import check_file, flag, require
 
 import dataclasses
 import sys
@@ -108,12 +108,10 @@ def output_file(output: str | None, path: Path, name: str,
     """The file to write, by default `name` beside the checkpoint `path`; refuses, before the work
     begins, one that cannot be written, or whose `second` file cannot."""
     target = Path(output) if output else path.parent / name
-    require(target.parent.is_dir() and not target.is_dir(),
-            f"--output {target}: name a file in a folder that exists")
+    check_file(target, "--output")
     if second is not None:
         require(not second(target).is_dir(), f"--output {target}: {second(target)}, which is "
                 "written too, is a folder; name another file")
-    check_writable(target.parent, "--output")
     return target
 
 

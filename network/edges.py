@@ -20,7 +20,7 @@ class EdgesAndColours(nn.Module):
     Of each cell, a quarter of a patch, the energy of edges in eight directions, as the root of its
     share of that of the neighbourhood (Dalal and Triggs, CVPR 2005, with energies for counts), and
     the mean colour. Nothing here is learned: from some thousand pictures a network that is given
-    pixels takes far longer to find what these features are (docs/results.md).
+    pixels takes far longer to find what these features are (docs/experiments.md).
     """
 
     def __init__(self, patch: int):

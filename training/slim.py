@@ -7,7 +7,7 @@ Programs read it as any other checkpoint; a training can begin with it (--init_f
 With --adapter only what stage 2 has trained, for the model that it was trained beside.
 """
 
-from cli import atomic_file, check_writable, flag, parse, require, run
+from cli import atomic_file, check_file, flag, parse, require, run
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     config, _ = parse(SlimConfig, __doc__, argv)
     require(config.checkpoint and config.output, "name both --checkpoint and --output")
     target = Path(config.output)
-    require(target.parent.is_dir() and not target.is_dir(),
-            f"--output {target}: name a file in a folder that exists")
-    check_writable(target.parent, "--output")
+    check_file(target, "--output")
     checkpoint = load_checkpoint(config.checkpoint, None)
     if config.adapter:
         require(checkpoint.get("encoder") and checkpoint.get("train_config", {}).get("stage") == 2,
